@@ -1,0 +1,77 @@
+"""Progress of long work: a bar on a terminal, one plain line a minute where output is a file."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 60.0
+
+
+class Reporter:
+    """Reports ``done`` of ``total`` units with rate and time left. Use as a context manager."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.start = self.last = time.monotonic()
+        self.first: int | None = None
+        self.bar: Progress | None = None
+        if Console().is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            )  # fmt: skip
+            self.task = self.bar.add_task(what, total=total, note="")
+
+    def __enter__(self) -> Reporter:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        """``done`` counts from the start of the work, resumed parts included."""
+        if self.first is None:
+            self.first = done
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self.last < PLAIN_SECONDS and done < self.total:
+            return
+        self.last = now
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        left = (self.total - done) / rate if rate > 0 else float("nan")
+        print(
+            f"{self.what}: {done}/{self.total} {self.unit}, {rate:.2f}/s, {left / 60:.1f} min left"
+            + (f", {note}" if note else ""),
+            flush=True,
+        )
+
+
+class LightningProgress(L.Callback):
+    """Feeds a :class:`Reporter` from a training loop; ``total`` counts batches."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.reporter = Reporter("training", self.total, "steps").__enter__()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        optimizers = max(1, len(trainer.optimizers))
+        loss = trainer.callback_metrics.get("loss")
+        note = "" if loss is None else f"loss {float(loss):.4f}"
+        self.reporter.update(trainer.global_step // optimizers, note)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.reporter.__exit__()

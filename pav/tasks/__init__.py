@@ -1,0 +1,1 @@
+"""Tasks: the calculator tape (built in) and JSON lines files."""

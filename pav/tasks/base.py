@@ -1,0 +1,93 @@
+"""What a task is: problems by split, a prompt, a grader and a step rule.
+
+A task is a frozen dataclass that subclasses :class:`Task`; nothing needs to be registered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+from pav.steps import StepRule
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. ``id`` is stable across runs; ``gold`` is the reference answer as text."""
+
+    id: str
+    question: str
+    gold: str | None = None
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What the grader read in a solution. ``answer`` is None where nothing could be parsed."""
+
+    answer: str | None
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A task; subclass it as a frozen dataclass (see ``README.md``, "Your own task").
+
+    Its fields are its settings: they can be given on every command line (``--task.step_rule...``)
+    and are stored with labels and verifiers.
+
+    Args:
+        step_rule: how solutions are cut into steps.
+    """
+
+    step_rule: StepRule = StepRule()
+
+    @property
+    def name(self) -> str:
+        """What the task is called in output."""
+        return type(self).__name__.lower()
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that changes what a label means; labels under another are refused."""
+        return json.dumps(task_spec(self), sort_keys=True)
+
+    @abstractmethod
+    def problems(self, split: Split) -> Iterator[Problem]:
+        """Problems of ``split``, always in the same order; may be endless."""
+
+    @abstractmethod
+    def grade(self, text: str, problem: Problem) -> Grade:
+        """Grade the text of a whole solution (prompt excluded). Must not raise on any text."""
+
+
+def task_spec(task: Task) -> dict[str, Any]:
+    """Class path and settings of a task, as plain data."""
+    return {
+        "class_path": f"{type(task).__module__}.{type(task).__qualname__}",
+        "init_args": {f.name: _plain(getattr(task, f.name)) for f in fields(task) if f.init},
+    }
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def problem_id(question: str) -> str:
+    """Stable id of a problem: a hash of its normalised text (NFKC, lower case, single spaces)."""
+    text = " ".join(unicodedata.normalize("NFKC", question).lower().split())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def split_of(pid: str) -> Split:
+    """Hashed split of a problem id: 90% train, 5% validation, 5% test."""
+    bucket = int(pid[:8], 16) % 100
+    return "train" if bucket < 90 else "validation" if bucket < 95 else "test"
