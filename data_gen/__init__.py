@@ -1,0 +1,1 @@
+"""Monte-Carlo labels: seed rollouts, prefixes, rollouts from every prefix."""

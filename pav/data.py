@@ -1,0 +1,295 @@
+"""From labels to training examples: which positions carry which counts.
+
+Axes: P scored positions of a trace (steps + 1), H heads, D hidden size, F surprise features.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from pav.calibrate import surprise
+from pav.labels import LabelSet, prefix_key
+from pav.policy import Policy
+from pav.progress import Reporter
+from pav.steps import scoring_position
+from pav.tasks.base import Problem
+from pav.verifier import ORM, HeadedTrunk
+
+TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class Example:
+    """A trace with its labels.
+
+    Attributes:
+        problem_id: the problem.
+        ids: prompt and solution.
+        prompt_length: tokens of the prompt.
+        ends: step ends in the solution.
+        positions_P: token positions that are scored.
+        k_PH: right rollouts (fractions where a prefix stands in several traces).
+        n_PH: rollouts; 0 where a head has no label.
+    """
+
+    problem_id: str
+    ids: list[int]
+    prompt_length: int
+    ends: list[int]
+    positions_P: np.ndarray
+    k_PH: np.ndarray
+    n_PH: np.ndarray
+
+
+def pav_examples(
+    labels: LabelSet, split: str, heads: Sequence[str], policy: Policy, max_length: int
+) -> list[Example]:
+    """One example per distinct seed trace of ``split``; every labelled prefix counts once.
+
+    The last step of a complete trace has a known outcome, which all heads learn.
+    """
+    traces = {(t.problem_id, tuple(t.ids)): t for t in labels.traces if t.split == split}
+    keys_of = {}
+    seen: Counter[str] = Counter()
+    for where, trace in traces.items():
+        keys = [prefix_key(trace.problem_id, trace.ids[:end]) for end in (0, *trace.step_ends)]
+        keys_of[where] = keys
+        seen.update(keys)
+    prompts: dict[str, list[int]] = {}
+    examples = []
+    for where, trace in traces.items():
+        prompt = _prompt(prompts, policy, trace.problem_id, trace.question)
+        ends = list(trace.step_ends)
+        if not ends or len(prompt) + len(trace.ids) > max_length:
+            continue
+        k_PH = np.zeros((len(ends) + 1, len(heads)), dtype=np.float32)
+        n_PH = np.zeros_like(k_PH)
+        for p, key in enumerate(keys_of[where]):
+            last = p == len(ends) and not trace.truncated
+            for h, head in enumerate(heads):
+                if last:
+                    k, n = int(trace.correct), 1
+                elif head == ORM:
+                    continue
+                else:
+                    k, n = labels.counts.get((key, head.removeprefix("q/")), (0, 0))
+                k_PH[p, h], n_PH[p, h] = k / seen[key], n / seen[key]
+        examples.append(_example(trace.problem_id, prompt, trace.ids, ends, k_PH, n_PH))
+    return examples
+
+
+def orm_examples(
+    labels: LabelSet, split: str, policy: Policy, max_length: int
+) -> list[Example]:
+    """Every graded completion that the label run paid for, labelled at its last position."""
+    splits = {t.problem_id: (t.split, t.question) for t in labels.traces}
+    solutions: dict[tuple[str, tuple[int, ...]], bool] = {}
+    for t in labels.traces:
+        if not t.truncated:
+            solutions[t.problem_id, tuple(t.ids)] = t.correct
+    for c in labels.completions:
+        if not c.truncated:
+            solutions[c.problem_id, (*c.prefix_ids, *c.ids)] = c.correct
+    prompts: dict[str, list[int]] = {}
+    examples = []
+    for (problem_id, ids), correct in solutions.items():
+        if splits[problem_id][0] != split:
+            continue
+        prompt = _prompt(prompts, policy, problem_id, splits[problem_id][1])
+        if len(prompt) + len(ids) > max_length:
+            continue
+        ends = policy.stepper.step_ends(ids)
+        if not ends:
+            continue
+        k_PH = np.zeros((len(ends) + 1, 1), dtype=np.float32)
+        n_PH = np.zeros_like(k_PH)
+        k_PH[-1, 0], n_PH[-1, 0] = float(correct), 1.0
+        examples.append(_example(problem_id, prompt, list(ids), ends, k_PH, n_PH))
+    return examples
+
+
+def _prompt(cache: dict[str, list[int]], policy: Policy, problem_id: str, question: str) -> list[int]:
+    if problem_id not in cache:
+        cache[problem_id] = policy.encode(Problem(problem_id, question))
+    return cache[problem_id]
+
+
+def _example(
+    problem_id: str, prompt: list[int], ids: Sequence[int], ends: list[int],
+    k_PH: np.ndarray, n_PH: np.ndarray,
+) -> Example:  # fmt: skip
+    positions = np.array([scoring_position(len(prompt), end) for end in (0, *ends)])
+    return Example(problem_id, [*prompt, *ids], len(prompt), ends, positions, k_PH, n_PH)
+
+
+def batches(examples: Sequence[Example], seed: int | None) -> Iterator[list[Example]]:
+    """Batches of similar length under :data:`TOKENS_PER_BATCH`; in random order with a seed."""
+    ordered = sorted(examples, key=lambda e: len(e.ids))
+    out: list[list[Example]] = [[]]
+    for example in ordered:
+        if out[-1] and (len(out[-1]) + 1) * len(example.ids) > TOKENS_PER_BATCH:
+            out.append([])
+        out[-1].append(example)
+    if seed is not None:
+        random.Random(seed).shuffle(out)
+    return (batch for batch in out if batch)
+
+
+def pad(batch: Sequence[Example]) -> Tensor:
+    """Right-padded ids (B, T)."""
+    ids = torch.zeros(len(batch), max(len(e.ids) for e in batch), dtype=torch.long)
+    for row, example in zip(ids, batch, strict=True):
+        row[: len(example.ids)] = torch.tensor(example.ids)
+    return ids
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a verifier's forward pass says of examples, flattened over positions.
+
+    Attributes:
+        hidden_ND: hidden states at the scored positions.
+        logits_NH: head logits there.
+        surprise_NF: surprise features.
+        k_NH, n_NH: counts.
+        example_N: which example a row belongs to.
+        step_N: which step (0 is the problem).
+    """
+
+    hidden_ND: Tensor
+    logits_NH: np.ndarray
+    surprise_NF: np.ndarray
+    k_NH: np.ndarray
+    n_NH: np.ndarray
+    example_N: np.ndarray
+    step_N: np.ndarray
+
+
+@torch.inference_mode()
+def score(
+    model: HeadedTrunk, examples: Sequence[Example], policy: Policy, what: str,
+    labelled_only: bool = False, with_surprise: bool = True,
+) -> Scored:  # fmt: skip
+    """One forward pass over each example scores all its prefixes.
+
+    Args:
+        model: trunk and heads.
+        examples: traces.
+        policy: its stepper finds result parts.
+        what: named in the progress line.
+        labelled_only: keep only positions that carry a label.
+        with_surprise: also compute the surprise features (else zeros).
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    number = {id(e): i for i, e in enumerate(examples)}
+    parts: list[tuple[Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    done = 0
+    with Reporter(what, len(examples), "traces") as reporter:
+        for batch in batches(examples, None):
+            ids = pad(batch).to(device)
+            hidden = model.hidden(ids)
+            logprobs = model.token_logprobs(hidden, ids).cpu().numpy() if with_surprise else None
+            rows = np.concatenate([np.full(len(e.positions_P), i) for i, e in enumerate(batch)])
+            columns = np.concatenate([e.positions_P for e in batch])
+            at = hidden[torch.as_tensor(rows), torch.as_tensor(columns)].float().cpu()
+            features = np.zeros((len(rows), 4), dtype=np.float32)
+            if logprobs is not None:
+                features = np.concatenate(
+                    [
+                        surprise(lp[e.prompt_length - 1 : len(e.ids) - 1], e.ids[e.prompt_length :],
+                                 e.ends, policy.stepper)
+                        for lp, e in zip(logprobs, batch, strict=True)
+                    ]
+                )  # fmt: skip
+            owner = np.concatenate([np.full(len(e.positions_P), number[id(e)]) for e in batch])
+            step = np.concatenate([np.arange(len(e.positions_P)) for e in batch])
+            counts = np.concatenate([np.stack([e.k_PH, e.n_PH]) for e in batch], axis=1)
+            keep = counts[1].sum(-1) > 0 if labelled_only else np.ones(len(rows), dtype=bool)
+            parts.append((at[torch.as_tensor(keep)], features[keep], counts[:, keep],
+                          owner[keep], step[keep]))  # fmt: skip
+            done += len(batch)
+            reporter.update(done)
+    hidden_ND = torch.cat([p[0] for p in parts])
+    logits = model.head_logits(hidden_ND.to(device)).cpu().numpy()
+    counts = np.concatenate([p[2] for p in parts], axis=1)
+    return Scored(
+        hidden_ND, logits, np.concatenate([p[1] for p in parts]), counts[0], counts[1],
+        np.concatenate([p[3] for p in parts]), np.concatenate([p[4] for p in parts]),
+    )  # fmt: skip
+
+
+def balance(examples: Sequence[Example]) -> np.ndarray:
+    """Weights (2, H) of labels with Q < 0.5 and Q >= 0.5 that give both classes the same mass.
+
+    The paper samples the two classes equally often; weighting is the same in expectation.
+    """
+    k = np.concatenate([e.k_PH for e in examples])
+    n = np.concatenate([e.n_PH for e in examples])
+    high = (k >= 0.5 * n) & (n > 0)
+    mass = np.stack([np.where(high, 0, n).sum(0), np.where(high, n, 0).sum(0)])
+    return np.where(mass > 0, mass.sum(0) / (2 * np.maximum(mass, 1e-9)), 1.0).astype(np.float32)
+
+
+class LabelData(L.LightningDataModule):
+    """Training and validation batches.
+
+    With a frozen trunk the hidden states at labelled positions are computed once and the epochs run
+    over them; otherwise batches are (ids, row, column, k, n) of whole traces.
+    """
+
+    def __init__(
+        self, model: HeadedTrunk, train: list[Example], validation: list[Example], policy: Policy,
+        frozen: bool, seed: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.model, self.policy, self.frozen, self.seed = model, policy, frozen, seed
+        self.examples = {"train": train, "validation": validation}
+        self.cached: dict[str, TensorDataset] = {}
+
+    def setup(self, stage: str) -> None:
+        """Encode once where the trunk does not change."""
+        if not self.frozen or self.cached:
+            return
+        for split, examples in self.examples.items():
+            scored = score(self.model, examples, self.policy, f"encoding {split}",
+                           labelled_only=True, with_surprise=False)  # fmt: skip
+            self.cached[split] = TensorDataset(
+                scored.hidden_ND.clone(), torch.tensor(scored.k_NH), torch.tensor(scored.n_NH)
+            )
+
+    def _loader(self, split: str, shuffle: bool) -> DataLoader:
+        if self.frozen:
+            return DataLoader(self.cached[split], batch_size=2048, shuffle=shuffle)
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        seed = self.seed + epoch if shuffle else None
+        rows = [collate(batch) for batch in batches(self.examples[split], seed)]
+        return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> DataLoader:
+        """Training batches, in a new order every epoch."""
+        return self._loader("train", True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation batches."""
+        return self._loader("validation", False)
+
+
+def collate(batch: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(ids (B, T), row (N,), column (N,), k (N, H), n (N, H)) of a batch's labelled positions."""
+    rows = np.concatenate([np.full(len(e.positions_P), i) for i, e in enumerate(batch)])
+    columns = np.concatenate([e.positions_P for e in batch])
+    k = np.concatenate([e.k_PH for e in batch])
+    n = np.concatenate([e.n_PH for e in batch])
+    keep = n.sum(-1) > 0
+    return (pad(batch), torch.tensor(rows[keep]), torch.tensor(columns[keep]),
+            torch.tensor(k[keep]), torch.tensor(n[keep]))  # fmt: skip

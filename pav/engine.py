@@ -1,0 +1,328 @@
+"""The one adapter to vLLM: token ids in, token ids and scores out, no barriers.
+
+Search and rollout code is an async function of *one* problem that awaits :meth:`Engine.sample` and
+:meth:`Engine.read`; :func:`drive` turns vLLM's ``step()`` loop and resolves what each step finished,
+so continuous batching mixes all problems, beams and stages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+# Set before vLLM is imported: one process, so that a repeat of a run is bit-identical.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import numpy as np
+import torch
+
+from pav.errors import UserError
+from pav.policy import Dtype, Sampler
+
+T = TypeVar("T")
+SCORE_BIAS = -100.0
+# Head rows are served divided by this (a power of two, hence exact) so that they weigh next to
+# nothing in the softmax's normaliser and log-probabilities stay those of the model itself.
+SCORE_SCALE = 8.0
+_ON_CPU = not torch.cuda.is_available()
+if _ON_CPU:
+    # The only compiled function left on the CPU path counts ranks, which we do not read; eager
+    # spares the user a C++ compiler and half a minute.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    # vLLM would bind its threads to cores of its own choice; the user's OMP_NUM_THREADS rules.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine uses its device.
+
+    Args:
+        kv_gib: KV cache in GiB (CPU, or several engines on one GPU); None lets vLLM fill the GPU's
+            ``gpu_memory_utilization``.
+        gpu_memory_utilization: share of a GPU that vLLM may take where ``kv_gib`` is None.
+        tensor_parallel_size: GPUs of one engine.
+        max_num_seqs: sequences per step.
+        block_size: tokens per KV block; prefixes are cached in whole blocks.
+        enforce_eager: no CUDA graphs.
+    """
+
+    kv_gib: float | None = None
+    gpu_memory_utilization: float = 0.85
+    tensor_parallel_size: int = 1
+    max_num_seqs: int = 256
+    block_size: int | None = None
+    enforce_eager: bool = False
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A sampled continuation.
+
+    Attributes:
+        ids: the tokens, the stop token included.
+        stopped: whether a stop token ended it (else the length cap did).
+        logprobs: (tokens,) log-probability of each token in the served softmax (score rows
+            included); only where scores were asked for.
+        heads: (tokens, heads) logit of every head at the position that predicts each token.
+    """
+
+    ids: list[int]
+    stopped: bool
+    logprobs: np.ndarray | None = None
+    heads: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a model says of a given sequence.
+
+    Attributes:
+        heads: (heads,) logits at the last position.
+        logprobs: (tokens - 1,) log-probability of every token but the first; None if not asked for.
+    """
+
+    heads: np.ndarray
+    logprobs: np.ndarray | None = None
+
+
+@dataclass
+class Usage:
+    """Tokens an engine has worked through."""
+
+    generated: int = 0
+    prefilled: int = 0
+    cached: int = 0
+
+
+def seed_of(*key: object) -> int:
+    """Seed of a request: a hash of its key (run seed, problem, prefix, index), 63 bits."""
+    text = "\x1f".join(map(str, key)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+@dataclass
+class Engine:
+    """A vLLM engine in this process.
+
+    Args:
+        model: directory (or hub id) to serve.
+        dtype: never chosen by vLLM.
+        max_length: longest sequence.
+        score_ids: ids of the head rows followed by the reference row, or empty for a plain model.
+        config: device settings.
+    """
+
+    model: str
+    dtype: Dtype
+    max_length: int
+    score_ids: list[int] = field(default_factory=list)
+    config: EngineConfig = field(default_factory=EngineConfig)
+    usage: Usage = field(default_factory=Usage)
+
+    def __post_init__(self) -> None:
+        from vllm import EngineArgs, LLMEngine
+
+        kv_gib = self.config.kv_gib or (1.0 if _ON_CPU else None)
+        arguments: dict[str, Any] = {}
+        if kv_gib is not None:
+            arguments["kv_cache_memory_bytes"] = int(kv_gib * (1 << 30))
+        if self.config.block_size or _ON_CPU:
+            arguments["block_size"] = self.config.block_size or 32
+        if _ON_CPU:
+            # A prefill cut in two rewinds the request's generator, which CPU generators cannot.
+            arguments["enable_chunked_prefill"] = False
+        torch_threads = torch.get_num_threads()
+        try:
+            self._engine = LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=self.model,
+                    dtype=self.dtype,
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",
+                    max_model_len=self.max_length,
+                    max_num_seqs=self.config.max_num_seqs,
+                    max_num_batched_tokens=max(4096, self.max_length),
+                    enable_prefix_caching=True,
+                    logprobs_mode="raw_logprobs",
+                    tensor_parallel_size=self.config.tensor_parallel_size,
+                    gpu_memory_utilization=self.config.gpu_memory_utilization,
+                    enforce_eager=self.config.enforce_eager or _ON_CPU,
+                    seed=0,
+                    disable_log_stats=True,
+                    **arguments,
+                )
+            )
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"vLLM cannot load {self.model!r}: {reason}; lower engine.kv_gib, "
+                "engine.max_num_seqs or sampler.max_length if memory is short"
+            ) from error
+        torch.set_num_threads(torch_threads)
+        self._futures: dict[str, tuple[asyncio.Future[Any], Callable[[Any], Any]]] = {}
+        self._next = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests wait for a step."""
+        return bool(self._futures)
+
+    async def sample(
+        self,
+        ids: Sequence[int],
+        sampler: Sampler,
+        *,
+        stop_ids: Sequence[int],
+        max_tokens: int,
+        seed: int,
+        scores: bool = False,
+    ) -> Sampled:
+        """Sample up to ``max_tokens`` after ``ids``; score ids are never sampled."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=sampler.temperature,
+            top_p=sampler.top_p,
+            top_k=sampler.top_k,
+            repetition_penalty=sampler.repetition_penalty,
+            seed=seed,
+            max_tokens=max_tokens,
+            stop_token_ids=list(stop_ids),
+            logit_bias={i: SCORE_BIAS for i in self.score_ids} or None,
+            logprob_token_ids=self.score_ids if scores else None,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+        return await self._submit(ids, parameters, self._sampled if scores else _plain)
+
+    async def read(self, ids: Sequence[int], *, surprise: bool) -> Read:
+        """Heads at the last position of ``ids``; with ``surprise`` also every token's log-probability.
+
+        Surprise makes vLLM compute the whole sequence anew: it has no log-probabilities for cached
+        positions. Without it the prefix cache serves all but the new tokens.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            logit_bias={i: SCORE_BIAS for i in self.score_ids},
+            logprob_token_ids=self.score_ids,
+            prompt_logprobs=0 if surprise else None,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+        return await self._submit(ids, parameters, self._read)
+
+    def _submit(
+        self, ids: Sequence[int], parameters: Any, convert: Callable[[Any], T]
+    ) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        key = str(self._next)
+        self._next += 1
+        self._engine.add_request(key, {"prompt_token_ids": list(ids)}, parameters)
+        self._futures[key] = (future, convert)
+        return future
+
+    def step(self) -> None:
+        """One vLLM step; resolves what it finished."""
+        for output in self._engine.step():
+            if not output.finished:
+                continue
+            future, convert = self._futures.pop(output.request_id)
+            completion = output.outputs[0]
+            cached = output.num_cached_tokens or 0
+            self.usage.generated += len(completion.token_ids)
+            self.usage.cached += cached
+            self.usage.prefilled += len(output.prompt_token_ids) - cached
+            if not future.done():
+                future.set_result(convert(output))
+
+    def _sampled(self, output: Any) -> Sampled:
+        completion = output.outputs[0]
+        logprobs, heads = _split(completion.logprobs)
+        return Sampled(
+            list(completion.token_ids), completion.finish_reason == "stop", logprobs, heads
+        )
+
+    def _read(self, output: Any) -> Read:
+        _, heads = _split(output.outputs[0].logprobs)
+        prompt = output.prompt_logprobs
+        return Read(heads[0], None if prompt is None else np.asarray(prompt.logprobs, np.float32))
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes, so that what a method costs does not depend on the one before."""
+        self._engine.reset_prefix_cache()
+
+    def shutdown(self) -> None:
+        """Free the device."""
+        core = getattr(self._engine, "engine_core", None)
+        if core is not None:
+            core.shutdown()
+
+
+def _plain(output: Any) -> Sampled:
+    completion = output.outputs[0]
+    return Sampled(list(completion.token_ids), completion.finish_reason == "stop")
+
+
+def _split(flat: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of an answer (sampled token, heads ..., reference row) -> log-probs and head logits.
+
+    The reference row is all zero: its log-probability is minus the normaliser, so a head's logit is
+    the difference to it.
+    """
+    rows = np.asarray(flat.logprobs, dtype=np.float32).reshape(len(flat), -1)
+    return rows[:, 0], (rows[:, 1:-1] - rows[:, -1:]) * np.float32(SCORE_SCALE)
+
+
+def drive(
+    engines: Sequence[Engine],
+    jobs: Iterable[Callable[[], Coroutine[Any, Any, T]]],
+    on_result: Callable[[T], None],
+    concurrency: int,
+) -> None:
+    """Run ``jobs``, ``concurrency`` at a time, on ``engines``; ``on_result`` as each one finishes.
+
+    No clock takes part: a repeat on the same machine takes the same course. An exception in a job
+    ends the run; what ``on_result`` was given is done.
+    """
+
+    async def loop() -> None:
+        waiting = iter(jobs)
+        active: set[asyncio.Task[T]] = set()
+        exhausted = False
+        while True:
+            while not exhausted and len(active) < concurrency:
+                job = next(waiting, None)
+                if job is None:
+                    exhausted = True
+                else:
+                    active.add(asyncio.ensure_future(job()))
+            if not active:
+                return
+            # A resolved future wakes its coroutine through gather: a few turns of the event loop.
+            for _ in range(4):
+                await asyncio.sleep(0)
+            for engine in engines:
+                if engine.busy:
+                    engine.step()
+            finished = [task for task in active if task.done()]
+            for task in finished:
+                active.remove(task)
+                on_result(task.result())
+
+    asyncio.run(loop())

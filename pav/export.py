@@ -1,0 +1,143 @@
+"""Export a verifier as a model directory that stock vLLM serves: heads become score tokens.
+
+Heads are rows appended to the output embedding, followed by one all-zero reference row. Untouched
+shards of a large trunk are linked, not copied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pav.engine import SCORE_BIAS, SCORE_SCALE
+from pav.errors import UserError
+from pav.verifier import Verifier, refuse_unservable
+
+STAMP = "pav.json"
+INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_CARRIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*",
+            "generation_config.json", "added_tokens.json")  # fmt: skip
+
+
+def export_directory(verifier: Verifier) -> Path:
+    """Where the export of a checkpoint lies: beside it, or in the cache for shipped ones."""
+    beside = verifier.path.with_suffix(".export")
+    if os.access(verifier.path.parent, os.W_OK) and "assets" not in verifier.path.parts:
+        return beside
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "pav-engine" / f"{verifier.path.stem}-{verifier.digest}"
+
+
+def ensure_export(verifier: Verifier, trunk: str) -> tuple[Path, list[int]]:
+    """Directory and score ids (heads, then reference row); built when missing or stale."""
+    directory = export_directory(verifier)
+    stamp = directory / STAMP
+    if stamp.exists():
+        found: dict[str, Any] = json.loads(stamp.read_text())
+        if found.get("checkpoint") == verifier.digest:
+            return directory, found["score_ids"]
+    return directory, export_verifier(verifier, trunk, directory)
+
+
+def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int]:
+    """Write trunk and score rows to ``directory``; returns the score ids."""
+    source = Path(trunk)
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(trunk))
+    config = json.loads((source / "config.json").read_text())
+    refuse_unservable(_as_config(config))
+    building = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    rows = torch.cat([verifier.weight / SCORE_SCALE, torch.zeros_like(verifier.weight[:1])])
+    if verifier.trunk_state is not None:
+        shards = {"model.safetensors": dict(verifier.trunk_state)}
+        _grow_and_save(shards, rows, config, building)
+    else:
+        _copy_trunk(source, rows, config, building)
+    vocabulary = config["vocab_size"]
+    score_ids = list(range(vocabulary, vocabulary + len(rows)))
+    config["vocab_size"] = vocabulary + len(rows)
+    (building / "config.json").write_text(json.dumps(config, indent=1))
+    for pattern in _CARRIED:
+        for file in source.glob(pattern):
+            shutil.copy2(file, building / file.name)
+    generation = building / "generation_config.json"
+    settings = json.loads(generation.read_text()) if generation.exists() else {}
+    settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or []), *score_ids]
+    generation.write_text(json.dumps(settings, indent=1))
+    stamp = {"checkpoint": verifier.digest, "heads": verifier.card.heads, "score_ids": score_ids,
+             "scale": SCORE_SCALE, "bias": verifier.bias.tolist()}  # fmt: skip
+    (building / STAMP).write_text(json.dumps(stamp, indent=1))
+    (building / "README.md").write_text(_readme(stamp))
+    shutil.rmtree(directory, ignore_errors=True)
+    building.replace(directory)
+    return score_ids
+
+
+def _as_config(plain: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**plain)
+
+
+def _copy_trunk(source: Path, rows: Tensor, config: dict[str, Any], target: Path) -> None:
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"trunk {str(source)!r} holds no *.safetensors; save it with save_pretrained first"
+        )
+    index = source / "model.safetensors.index.json"
+    touched = {file.name for file in files}
+    if index.exists():
+        where = json.loads(index.read_text())["weight_map"]
+        touched = {where[name] for name in (INPUT, OUTPUT) if name in where}
+        shutil.copy2(index, target / index.name)
+    shards = {}
+    for file in files:
+        if file.name in touched:
+            shards[file.name] = load_file(file)
+        else:
+            (target / file.name).symlink_to(file.resolve())
+    _grow_and_save(shards, rows, config, target)
+
+
+def _grow_and_save(
+    shards: dict[str, dict[str, Tensor]], rows: Tensor, config: dict[str, Any], target: Path
+) -> None:
+    tied = bool(_as_config(config).tie_word_embeddings)
+    for name, shard in shards.items():
+        if INPUT in shard:
+            # Score ids are never inputs; the input matrix only has to have as many rows.
+            shard[INPUT] = _grown(shard[INPUT], rows if tied else torch.zeros_like(rows))
+        if OUTPUT in shard:
+            if tied:
+                del shard[OUTPUT]
+            else:
+                shard[OUTPUT] = _grown(shard[OUTPUT], rows)
+        save_file({k: v.contiguous() for k, v in shard.items()}, target / name,
+                  metadata={"format": "pt"})  # fmt: skip
+
+
+def _grown(matrix: Tensor, rows: Tensor) -> Tensor:
+    return torch.cat([matrix, rows.to(matrix.dtype)])
+
+
+def _readme(stamp: dict[str, Any]) -> str:
+    bias = json.dumps({str(i): SCORE_BIAS for i in stamp["score_ids"]})
+    return (
+        "A verifier exported by pav-engine. Ids "
+        f"{stamp['score_ids'][0]} to {stamp['score_ids'][-1]} are score tokens (heads "
+        f"{', '.join(stamp['heads'])}, then an all-zero reference row) and must never be sampled:\n"
+        "transformers obeys `suppress_tokens` in generation_config.json; with vLLM pass\n\n"
+        f"    logit_bias={bias}\n"
+    )

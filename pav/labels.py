@@ -1,0 +1,183 @@
+"""Labels on disk: the tables that ``data_gen`` writes and ``pav.train`` reads.
+
+A run directory holds ``manifest.json`` and three folders of Parquet files:
+
+``traces``
+    one row per seed solution: ids, step ends, grade, policy, seed.
+``labels``
+    one row per (prefix, rollout policy): k right of n rollouts. ``(trace, step) -> prefix`` is
+    derivable by :func:`prefix_key`, so identical prefixes are paid for once.
+``completions``
+    one row per rollout, kept beside the counts so that a grader can be mended afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pav.errors import UserError
+
+_IDS = pa.list_(pa.int32())
+TRACES = pa.schema(
+    [
+        ("trace_id", pa.string()),
+        ("problem_id", pa.string()),
+        ("question", pa.string()),
+        ("gold", pa.string()),
+        ("split", pa.string()),
+        ("policy", pa.string()),
+        ("seed_index", pa.int32()),
+        ("ids", _IDS),
+        ("step_ends", _IDS),
+        ("answer", pa.string()),
+        ("correct", pa.bool_()),
+        ("truncated", pa.bool_()),
+    ]
+)
+LABELS = pa.schema(
+    [
+        ("prefix_key", pa.string()),
+        ("problem_id", pa.string()),
+        ("policy", pa.string()),
+        ("policy_fingerprint", pa.string()),
+        ("first_index", pa.int32()),
+        ("n", pa.int32()),
+        ("k", pa.int32()),
+        ("truncated", pa.int32()),
+        ("tokens", pa.int64()),
+    ]
+)
+COMPLETIONS = pa.schema(
+    [
+        ("prefix_key", pa.string()),
+        ("problem_id", pa.string()),
+        ("policy", pa.string()),
+        ("index", pa.int32()),
+        ("prefix_ids", _IDS),
+        ("ids", _IDS),
+        ("answer", pa.string()),
+        ("correct", pa.bool_()),
+        ("truncated", pa.bool_()),
+    ]
+)
+
+
+def prefix_key(problem_id: str, ids: Sequence[int]) -> str:
+    """Key of a solution prefix (32 hex digits): a hash of the problem and the solution ids."""
+    digest = hashlib.blake2b(problem_id.encode() + b"\0", digest_size=16)
+    digest.update(np.asarray(ids, dtype="<i4").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A graded seed solution (see :data:`TRACES`). ``ids`` excludes the prompt."""
+
+    trace_id: str
+    problem_id: str
+    question: str
+    gold: str | None
+    split: str
+    policy: str
+    seed_index: int
+    ids: list[int]
+    step_ends: list[int]
+    answer: str | None
+    correct: bool
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A graded rollout from a prefix (see :data:`COMPLETIONS`)."""
+
+    prefix_key: str
+    problem_id: str
+    policy: str
+    index: int
+    prefix_ids: list[int]
+    ids: list[int]
+    answer: str | None
+    correct: bool
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Everything one or more label runs hold.
+
+    Attributes:
+        manifest: the manifest of the first run; the others agree with it where it matters.
+        traces: seed solutions.
+        counts: (prefix key, policy name) -> (k, n).
+        completions: rollouts.
+    """
+
+    manifest: dict[str, Any]
+    traces: list[Trace]
+    counts: dict[tuple[str, str], tuple[int, int]]
+    completions: list[Completion]
+
+    @property
+    def policies(self) -> list[str]:
+        """Names of the rollout policies that labelled prefixes."""
+        return sorted({policy for _, policy in self.counts})
+
+
+# What must agree before labels of several runs, or labels and a verifier, may be mixed.
+AGREE = ("task", "tokenizer", "sampler", "policy_fingerprint")
+
+
+def read_labels(directories: Sequence[str]) -> LabelSet:
+    """Read label runs; counts of the same prefix, policy and rollout are never added twice.
+
+    Raises:
+        UserError: if a directory holds no sealed labels, or runs disagree on task, tokenizer,
+            sampler or policy.
+    """
+    if not directories:
+        raise UserError("labels is empty; give at least one directory that data_gen.rollouts wrote")
+    manifest: dict[str, Any] | None = None
+    traces: dict[str, Trace] = {}
+    completions: dict[tuple[str, str, int], Completion] = {}
+    for directory in map(Path, directories):
+        path = directory / "manifest.json"
+        if not path.exists():
+            raise UserError(f"labels {str(directory)!r} has no manifest.json; run data_gen.rollouts "
+                            f"--output {directory} first")  # fmt: skip
+        found = json.loads(path.read_text())
+        if manifest is None:
+            manifest = found
+        for key in AGREE:
+            if found[key] != manifest[key]:
+                raise UserError(
+                    f"labels {str(directory)!r} and {directories[0]!r} disagree on {key}: "
+                    f"{found[key]!r} and {manifest[key]!r}; train on runs of one setting"
+                )
+        for row in _rows(directory / "traces"):
+            traces[row["trace_id"]] = Trace(**row)
+        for row in _rows(directory / "completions"):
+            completion = Completion(**row)
+            completions[completion.prefix_key, completion.policy, completion.index] = completion
+    if manifest is None or not traces:
+        raise UserError(f"labels {list(directories)} hold no traces; let data_gen.rollouts finish")
+    counts: dict[tuple[str, str], tuple[int, int]] = {}
+    for completion in completions.values():
+        key = (completion.prefix_key, completion.policy)
+        k, n = counts.get(key, (0, 0))
+        counts[key] = (k + completion.correct, n + 1)
+    return LabelSet(manifest, list(traces.values()), counts, list(completions.values()))
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    files = sorted(folder.glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]

@@ -1,0 +1,297 @@
+"""The verifier: a causal LM trunk with linear heads, its checkpoint and what it remembers.
+
+Head names say what they predict: ``q/<policy>`` the chance that this policy finishes right from
+here, ``orm`` the chance that a complete solution is right. A head is a row on the trunk's last
+hidden state, so that stock vLLM can serve it as a score token (``pav/export.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from pav.calibrate import Calibrator
+from pav.engine import SCORE_SCALE
+from pav.errors import UserError
+from pav.policy import (
+    ASSET_PREFIX,
+    PolicyConfig,
+    Prompt,
+    Sampler,
+    asset,
+    model_path,
+    weights_digest,
+)
+from pav.tasks.base import Task
+
+FORMAT = 1
+ORM = "orm"
+BUILT_IN = "pav.tasks."
+
+
+def q_head(policy: str) -> str:
+    """Name of the head that predicts Q under ``policy``."""
+    return f"q/{policy}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a verifier remembers; plain data, stored as JSON in the checkpoint.
+
+    Attributes:
+        heads: head names in row order.
+        recipe: ``pav`` or ``orm``.
+        trunk: model name or path as given.
+        trunk_digest: digest of the trunk's weights before training.
+        frozen: whether the trunk was left as it was.
+        prompt: how the trunk is asked.
+        dtype: dtype it is served in.
+        task: class path and settings.
+        task_fingerprint: what the labels mean.
+        policy: the base policy.
+        policy_fingerprint: its weights, tokenizer and prompt.
+        tokenizer: tokenizer fingerprint of labels, policy and trunk.
+        sampler: how the labels were sampled.
+        base_head: head of the base policy's Q, empty for an ORM.
+        prover_head: head whose advantage search adds by default, empty for an ORM.
+        alpha: default weight of the advantage.
+        pick: default rule for the final pick, chosen on validation.
+        calibrators: head -> calibrator without surprise.
+        surprise_calibrators: head -> calibrator with surprise.
+        validation: metrics on the half of validation that the calibrators did not see.
+    """
+
+    heads: list[str]
+    recipe: str
+    trunk: str
+    trunk_digest: str
+    frozen: bool
+    prompt: dict[str, Any]
+    dtype: str
+    task: dict[str, Any]
+    task_fingerprint: str
+    policy: dict[str, Any]
+    policy_fingerprint: str
+    tokenizer: str
+    sampler: dict[str, Any]
+    base_head: str
+    prover_head: str
+    alpha: float
+    pick: str
+    calibrators: dict[str, dict[str, Any]] = field(default_factory=dict)
+    surprise_calibrators: dict[str, dict[str, Any]] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
+
+    def calibrator(self, head: str, with_surprise: bool) -> Calibrator:
+        """Calibrator of ``head``."""
+        source = self.surprise_calibrators if with_surprise else self.calibrators
+        return Calibrator.from_plain(source[head])
+
+    def policy_config(self) -> PolicyConfig:
+        """The base policy as a config."""
+        plain = dict(self.policy)
+        return PolicyConfig(**{**plain, "prompt": prompt_from(plain["prompt"])})
+
+    def sampler_config(self) -> Sampler:
+        """The sampler as a config."""
+        return Sampler(**self.sampler)
+
+
+def prompt_from(plain: dict[str, Any]) -> Prompt:
+    """A :class:`Prompt` from plain data."""
+    return Prompt(**{**plain, "few_shot": [(q, a) for q, a in plain["few_shot"]]})
+
+
+class HeadedTrunk(nn.Module):
+    """Trunk and heads. Shapes: B sequences, T tokens, D hidden size, H heads."""
+
+    def __init__(self, trunk: nn.Module, heads: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        config = trunk.config
+        refuse_unservable(config)
+        self.cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.head = nn.Linear(config.hidden_size, heads)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Last hidden states (B, T, D) of right-padded ids (B, T)."""
+        # Causal attention: right padding cannot reach a real token, so no mask is needed.
+        states: Tensor = self.trunk.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Head logits (..., H) of hidden states (..., D), exactly as served."""
+        return self.row_logits(hidden) * SCORE_SCALE + self.head.bias
+
+    def row_logits(self, hidden: Tensor) -> Tensor:
+        """What the appended rows of the output embedding say, soft-capped as the model's logits."""
+        rows = nn.functional.linear(hidden, self.head.weight.to(hidden.dtype) / SCORE_SCALE)
+        return self._capped(rows).float()
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def token_logprobs(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Log-probability (B, T-1) of ids[:, 1:] in the served softmax (score rows included)."""
+        logits = self._capped(self.trunk.get_output_embeddings()(hidden[:, :-1])).float()
+        rows = self.row_logits(hidden[:, :-1])
+        reference = torch.zeros_like(rows[..., :1])
+        normaliser = torch.logsumexp(torch.cat([logits, rows, reference], dim=-1), dim=-1)
+        chosen = logits.gather(-1, ids[:, 1:, None])[..., 0]
+        return chosen - normaliser
+
+
+def refuse_unservable(config: Any) -> None:
+    """Raise where stock vLLM would not serve the rows that were trained."""
+    if config.model_type == "gemma2" and not config.tie_word_embeddings:
+        raise UserError(
+            "trunk is a Gemma 2 with untied embeddings; vLLM always ties Gemma 2, so its scores "
+            "would differ: use a tied Gemma 2 or another trunk"
+        )
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise UserError(
+                f"trunk {config.model_type!r} scales its logits ({name}="
+                f"{getattr(config, name)}); such trunks are not supported: use Llama, Qwen or Gemma"
+            )
+
+
+def load_trunk(path: str) -> nn.Module:
+    """The causal LM at ``path`` in float32."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+            path, dtype=torch.float32, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load the trunk {path!r}: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """A trained verifier on disk.
+
+    Attributes:
+        path: the checkpoint file.
+        digest: digest of the file, stamped on exports.
+        card: what it remembers.
+        weight: (H, D) head rows.
+        bias: (H,) head biases, added on our side.
+        trunk_state: the trunk's weights where they were trained, else None.
+    """
+
+    path: Path
+    digest: str
+    card: Card
+    weight: Tensor
+    bias: Tensor
+    trunk_state: dict[str, Tensor] | None
+
+
+def checkpoint_path(name: str) -> Path:
+    """Path of a checkpoint; ``pav:reference`` and ``pav:reference_orm`` are shipped."""
+    if name.startswith(ASSET_PREFIX):
+        path = asset(f"verifiers/{name.removeprefix(ASSET_PREFIX)}.ckpt")
+        if not path.exists():
+            shipped = ", ".join(sorted(f"pav:{p.stem}" for p in path.parent.glob("*.ckpt")))
+            raise UserError(f"no shipped verifier {name!r}; there are {shipped or 'none'}")
+        return path
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"no verifier checkpoint at {name!r}; train one with pav.train --output {name}, or use "
+            "the shipped pav:reference"
+        )
+    return path
+
+
+def load_verifier(name: str) -> Verifier:
+    """Load a checkpoint; nothing but tensors and plain data is ever unpickled.
+
+    Raises:
+        UserError: if there is none, or it is not a verifier.
+    """
+    path = checkpoint_path(name)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        card = Card(**json.loads(checkpoint["verifier"]))
+        state = checkpoint["state_dict"]
+        weight, bias = state["model.head.weight"], state["model.head.bias"]
+    except Exception as error:  # torch raises many kinds for a hostile or foreign file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(
+            f"{name!r} is not a verifier checkpoint ({reason}); give a file that pav.train wrote"
+        ) from error
+    prefix = "model.trunk."
+    trunk = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return Verifier(path, digest, card, weight.float(), bias.float(), trunk or None)
+
+
+def card_json(card: Card) -> str:
+    """The card as stored in a checkpoint."""
+    return json.dumps(asdict(card))
+
+
+def trunk_path(verifier: Verifier, override: str | None = None) -> str:
+    """Where the trunk's files lie.
+
+    Raises:
+        UserError: if they moved, or another model lies there.
+    """
+    name = override or verifier.card.trunk
+    try:
+        path = model_path(name)
+    except UserError as error:
+        raise UserError(
+            f"the trunk of {str(verifier.path)!r} is not at {name!r} any more; name its new place "
+            "with --trunk"
+        ) from error
+    if Path(path).is_dir() and weights_digest(path) != verifier.card.trunk_digest:
+        raise UserError(
+            f"the model at {name!r} is not the trunk that {str(verifier.path)!r} was trained on "
+            f"(digest {weights_digest(path)}, expected {verifier.card.trunk_digest}); name the "
+            "right one with --trunk"
+        )
+    return path
+
+
+def resolve_task(spec: dict[str, Any], given: Task | None, source: str) -> Task:
+    """The task named by a checkpoint or label run.
+
+    Its class is imported only if it is built in; otherwise the user has to name it again.
+
+    Raises:
+        UserError: if it is not built in and not given, or another one is given.
+    """
+    class_path = str(spec["class_path"])
+    if given is not None:
+        found = f"{type(given).__module__}.{type(given).__qualname__}"
+        if found != class_path:
+            raise UserError(f"{source} is about task {class_path!r}, not {found!r}; name that one")
+        return given
+    module, _, name = class_path.rpartition(".")
+    if not class_path.startswith(BUILT_IN):
+        raise UserError(
+            f"{source} names the task {class_path!r}, which is not built in and is not imported "
+            f"on a file's word; if you trust it, add --task {class_path} and its settings"
+        )
+    from jsonargparse import ArgumentParser
+
+    cls = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise UserError(f"{source} names {class_path!r}, which is no task of this version")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "task")
+    built: Task = parser.instantiate_classes(parser.parse_object({"task": spec["init_args"]})).task
+    return built
