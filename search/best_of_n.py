@@ -1,0 +1,80 @@
+"""``search.best_of_n``: independent solutions, ranked by a verifier at their last position."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pav.engine import Engine, seed_of
+from pav.policy import Policy, Sampler
+from pav.tasks.base import Problem
+from search.records import Candidate
+from search.scoring import Cost, Scorer, Values
+
+
+async def sample_traces(
+    problem: Problem,
+    n: int,
+    engine: Engine,
+    policy: Policy,
+    sampler: Sampler,
+    scorer: Scorer | None,
+    seed: int,
+    cost: Cost,
+    every_step: bool = False,
+) -> list[Candidate]:
+    """``n`` graded-to-be solutions of one problem.
+
+    Trace i depends on (seed, problem, i) alone: the first m of n are what a run with n=m samples.
+
+    Args:
+        problem: the problem.
+        n: how many.
+        engine: the policy's engine.
+        policy: tokenizer and prompt.
+        sampler: how to sample.
+        scorer: verifier that values them; None for none.
+        seed: run seed.
+        cost: charged as it goes.
+        every_step: value all steps and not only the last (for the minimum over steps).
+    """
+    prompt = policy.encode(problem)
+
+    async def one(index: int) -> Candidate:
+        fused = scorer is not None and scorer.fused
+        out = await engine.sample(
+            prompt, sampler, stop_ids=sorted(policy.stepper.eos_ids),
+            max_tokens=sampler.max_length - len(prompt),
+            seed=seed_of(seed, problem.id, "trace", index), scores=fused,
+        )  # fmt: skip
+        cost.policy_tokens += len(out.ids)
+        ends = policy.stepper.step_ends(out.ids)
+        finished = out.stopped and bool(ends) and ends[-1] == len(out.ids)
+        q: dict[str, list[float]] = {}
+        if scorer is not None and finished:
+            rows: list[Values] = []
+            for j in range(0 if every_step else len(ends), len(ends) + 1):
+                end, upto = (ends[j - 1] if j else 0), ends[:j]
+                if fused and out.heads is not None and out.logprobs is not None:
+                    at = out.heads[max(end - 1, 0)]
+                    rows.append(scorer.values(at, out.logprobs, out.ids[:end], upto))
+                else:
+                    rows.append(await scorer.read(problem, out.ids[:end], upto, cost))
+            q = {h: [r[h] for r in rows] for h in rows[0]}
+        return Candidate(
+            ids=out.ids, ends=ends, q=q, score=0.0, finished=finished,
+            truncated=not finished, tokens=len(out.ids),
+        )  # fmt: skip
+
+    return list(await asyncio.gather(*(one(i) for i in range(n))))
+
+
+def main() -> None:
+    """Entry point of ``search.best_of_n``."""
+    from pav.cli import run
+    from search.commands import BestOfNConfig, best_of_n
+
+    run(best_of_n, BestOfNConfig, "search.best_of_n")
+
+
+if __name__ == "__main__":
+    main()

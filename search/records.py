@@ -1,0 +1,140 @@
+"""What a search leaves behind: one JSON line per problem, written as problems finish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pav.errors import UserError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One solution, complete or not.
+
+    Attributes:
+        ids: solution ids.
+        ends: step ends.
+        q: head -> Q after step 0, 1, ...; best-of-N: the last step's alone unless all were asked.
+        score: what search ranked it by at its last step.
+        finished: complete.
+        truncated: cut by the length cap.
+        text: its text.
+        answer: what the grader read.
+        correct: whether that is right.
+        tokens: tokens sampled for it alone (best-of-N), 0 in a beam, whose prefixes are shared.
+    """
+
+    ids: list[int]
+    ends: list[int]
+    q: dict[str, list[float]]
+    score: float
+    finished: bool
+    truncated: bool
+    text: str = ""
+    answer: str | None = None
+    correct: bool = False
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """The search of one problem.
+
+    Attributes:
+        problem_id, question, gold: the problem.
+        method, n, seed: what searched.
+        settings: alpha, samples, prover, pick, scoring mode, surprise, sampler.
+        answer: the final pick's answer; None where nothing finished.
+        correct: whether it is right.
+        picked: its index among ``candidates``.
+        candidates: the final set.
+        truncated: candidates cut by the cap, wherever they were.
+        merged: duplicates that were merged.
+        policy_tokens, verifier_tokens, verifier_cached: cost.
+        steps: one list per round of [parent, kept, score, text] for every scored child.
+        error: why the problem failed; counts as wrong.
+    """
+
+    problem_id: str
+    question: str
+    gold: str | None
+    method: str
+    n: int
+    seed: int
+    settings: dict[str, Any]
+    answer: str | None = None
+    correct: bool = False
+    picked: int | None = None
+    candidates: list[Candidate] = field(default_factory=list)
+    truncated: int = 0
+    merged: int = 0
+    policy_tokens: int = 0
+    verifier_tokens: int = 0
+    verifier_cached: int = 0
+    steps: list[list[tuple[int, bool, float, str]]] = field(default_factory=list)
+    error: str | None = None
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one line."""
+    with path.open("a") as stream:
+        stream.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+
+
+def read(path: Path) -> list[Record]:
+    """All whole lines of a file; a torn last line is searched again."""
+    if not path.exists():
+        return []
+    records = []
+    good = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            plain = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        good += len(line)
+        candidates = [Candidate(**c) for c in plain.pop("candidates")]
+        records.append(Record(**plain, candidates=candidates))
+    if good < path.stat().st_size:
+        with path.open("r+b") as stream:
+            stream.truncate(good)
+    return records
+
+
+def open_run(directory: Path, manifest: dict[str, Any]) -> None:
+    """Create a run directory, or check that the one there is this run.
+
+    Raises:
+        UserError: if it holds something else or another configuration.
+    """
+    path = directory / "manifest.json"
+    plain = json.loads(json.dumps(manifest))
+    if path.exists():
+        found = json.loads(path.read_text())
+        changed = sorted(k for k in plain.keys() | found.keys() if plain.get(k) != found.get(k))
+        if changed:
+            raise UserError(
+                f"output {str(directory)!r} holds a run with another {', '.join(changed)} "
+                f"({changed[0]}: {found.get(changed[0])!r} there, {plain.get(changed[0])!r} now); "
+                "choose another output"
+            )
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        others: Sequence[Path] = list(directory.iterdir())
+        if others:
+            raise UserError(
+                f"output {str(directory)!r} is not empty and no run of this command "
+                f"(it holds {others[0].name!r}); choose another output"
+            )
+        path.write_text(json.dumps(plain, indent=1))
+    except OSError as error:
+        raise UserError(
+            f"output {str(directory)!r} is not writable ({error.strerror}); choose another"
+        ) from error

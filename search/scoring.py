@@ -1,0 +1,91 @@
+"""Scoring steps with a verifier: fused with the policy's own sampling, or in an engine of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pav.calibrate import SURPRISE, Calibrator, surprise
+from pav.engine import Engine
+from pav.policy import Policy
+from pav.steps import scoring_position
+from pav.tasks.base import Problem
+from pav.verifier import Verifier
+
+Values = dict[str, float]
+
+
+@dataclass
+class Cost:
+    """What one problem cost.
+
+    Attributes:
+        policy_tokens: sampled tokens, those of merged, truncated and pruned candidates included.
+        verifier_tokens: tokens that a verifier engine computed (0 when fused).
+        verifier_cached: tokens it took from its prefix cache.
+    """
+
+    policy_tokens: int = 0
+    verifier_tokens: int = 0
+    verifier_cached: int = 0
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A verifier in service.
+
+    Attributes:
+        verifier: heads and calibrators.
+        engine: its own engine, or the policy's where it is fused.
+        fused: whether scores come back with the sampled tokens.
+        reads_surprise: whether calibrators with surprise are used.
+        trunk: the trunk as a policy, for its prompt and step rule.
+    """
+
+    verifier: Verifier
+    engine: Engine
+    fused: bool
+    reads_surprise: bool
+    trunk: Policy
+    calibrators: dict[str, Calibrator] = field(init=False)
+
+    def __post_init__(self) -> None:
+        card = self.verifier.card
+        made = {h: card.calibrator(h, self.reads_surprise) for h in card.heads}
+        object.__setattr__(self, "calibrators", made)
+
+    def values(
+        self, logits_H: np.ndarray, logprobs: np.ndarray, ids: Sequence[int], ends: Sequence[int]
+    ) -> Values:
+        """Q of every head after the last step.
+
+        Args:
+            logits_H: head logits at the scoring position.
+            logprobs: log-probability of each solution token up to there.
+            ids: solution ids.
+            ends: step ends; empty for step 0.
+        """
+        features = np.zeros(len(SURPRISE), dtype=np.float32)
+        if self.reads_surprise and ends:
+            features = surprise(logprobs, ids, ends, self.trunk.stepper)[-1]
+        raw = logits_H + self.verifier.bias.numpy()
+        return {
+            head: float(self.calibrators[head](raw[h], features))
+            for h, head in enumerate(self.verifier.card.heads)
+        }
+
+    async def read(
+        self, problem: Problem, ids: Sequence[int], ends: Sequence[int], cost: Cost
+    ) -> Values:
+        """Q of every head after the last step, read by the verifier's own engine."""
+        prompt = self.trunk.encode(problem)
+        end = ends[-1] if ends else 0
+        stop = scoring_position(len(prompt), end) + 1
+        sequence = [*prompt, *ids][:stop]
+        out = await self.engine.read(sequence, surprise=self.reads_surprise and bool(ends))
+        cost.verifier_tokens += out.computed
+        cost.verifier_cached += out.cached
+        logprobs = np.zeros(0, np.float32) if out.logprobs is None else out.logprobs
+        return self.values(out.heads, logprobs[len(prompt) - 1 :], ids, ends)

@@ -1,0 +1,184 @@
+"""What a search command needs: policy, verifiers, problems and one load of every engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal
+
+from pav.engine import Engine, EngineConfig, drive
+from pav.errors import UserError
+from pav.export import ensure_export
+from pav.policy import (
+    Policy,
+    PolicyConfig,
+    Sampler,
+    load_policy,
+    tokenizer_fingerprint,
+    weights_digest,
+)
+from pav.progress import Reporter
+from pav.tasks.base import Problem, Split, Task
+from pav.verifier import Verifier, load_verifier, prompt_from, resolve_task, trunk_path
+from search.records import Record, append, read
+from search.scoring import Scorer
+
+Scoring = Literal["auto", "fused", "separate"]
+
+
+@dataclass
+class Session:
+    """Policy, task and engines; engines are loaded once, when first needed.
+
+    Attributes:
+        task: problems and grader.
+        policy: the base policy.
+        sampler: how it samples.
+        engine_config: device settings.
+        engines: by model directory.
+    """
+
+    task: Task
+    policy: Policy
+    sampler: Sampler
+    engine_config: EngineConfig
+    engines: dict[str, Engine] = field(default_factory=dict)
+
+    def problems(self, split: Split, count: int) -> list[Problem]:
+        """The first ``count`` problems of ``split``."""
+        found = list(islice(self.task.problems(split), count))
+        if not found:
+            raise UserError(f"task {self.task.name!r} has no {split} problems; check task.data")
+        return found
+
+    def sampling_engine(self, scorer: Scorer | None, policy: Policy | None = None) -> Engine:
+        """The engine that samples: a fused verifier's own, else the plain policy's."""
+        if scorer is not None and scorer.fused:
+            return scorer.engine
+        policy = policy or self.policy
+        return self._engine(policy.path, policy.config.dtype, [])
+
+    def _engine(self, directory: str, dtype: Any, score_ids: list[int]) -> Engine:
+        if directory not in self.engines:
+            self.engines[directory] = Engine(
+                directory, dtype, self.sampler.max_length, score_ids, self.engine_config
+            )
+        return self.engines[directory]
+
+    def scorer(
+        self, verifier: Verifier, scoring: Scoring, with_surprise: bool, trunk: str | None
+    ) -> Scorer:
+        """Put a verifier into service.
+
+        Raises:
+            UserError: if fused scoring was asked for and the trunk is not the frozen policy.
+        """
+        card = verifier.card
+        path = trunk_path(verifier, trunk)
+        same = card.frozen and weights_digest(self.policy.path) == card.trunk_digest
+        if scoring == "fused" and not same:
+            why = "its trunk was trained" if not card.frozen else f"its trunk is {card.trunk!r}"
+            raise UserError(
+                f"scoring fused needs the policy itself as frozen trunk, but for "
+                f"{str(verifier.path)!r} {why}; use --scoring separate"
+            )
+        fused = same and scoring != "separate"
+        directory, score_ids = ensure_export(verifier, path)
+        policy = load_policy(
+            PolicyConfig(path, prompt=prompt_from(card.prompt), dtype=card.dtype),  # type: ignore[arg-type]
+            self.task.step_rule,
+        )
+        engine = self._engine(str(directory), card.dtype, score_ids)
+        return Scorer(verifier, engine, fused, with_surprise, policy)
+
+    def run(
+        self,
+        path: Path,
+        problems: list[Problem],
+        job: Callable[[Problem], Coroutine[Any, Any, Record]],
+        concurrency: int,
+        what: str,
+    ) -> tuple[list[Record], float]:
+        """Search what ``path`` does not hold yet; (records in problem order, seconds spent now)."""
+        done = {r.problem_id: r for r in read(path)}
+        owed = [p for p in problems if p.id not in done]
+        started = monotonic()
+        for engine in self.engines.values():
+            engine.reset_prefix_cache()
+        with Reporter(what, len(problems), "problems") as reporter:
+
+            def keep(record: Record) -> None:
+                append(path, record)
+                done[record.problem_id] = record
+                right = sum(r.correct for r in done.values()) / len(done)
+                reporter.update(len(done), f"{right:.3f} right")
+
+            jobs = [partial(job, problem) for problem in owed]
+            drive(list(self.engines.values()), jobs, keep, concurrency)
+        return [done[p.id] for p in problems], monotonic() - started
+
+    def shutdown(self) -> None:
+        """Free all devices."""
+        for engine in self.engines.values():
+            engine.shutdown()
+
+
+def open_session(
+    verifier: Verifier,
+    task: Task | None,
+    policy: PolicyConfig | None,
+    sampler: Sampler | None,
+    engine: EngineConfig,
+) -> Session:
+    """Session for what a verifier remembers; what is given overrides it, with a warning."""
+    card = verifier.card
+    source = f"verifier {str(verifier.path)!r}"
+    found = resolve_task(card.task, task, source)
+    if found.fingerprint != card.task_fingerprint:
+        warn(f"{source} was made for task {card.task_fingerprint}, searching {found.fingerprint}")
+    remembered = card.policy_config()
+    chosen = load_policy(policy or remembered, found.step_rule)
+    if tokenizer_fingerprint(chosen.tokenizer) != card.tokenizer:
+        raise UserError(
+            f"policy {chosen.config.model!r} has another tokenizer than {source} "
+            f"({tokenizer_fingerprint(chosen.tokenizer)}, expected {card.tokenizer}); use the "
+            f"policy it was made for ({remembered.model!r}) or train a verifier for this one"
+        )
+    if chosen.fingerprint != card.policy_fingerprint:
+        warn(f"{source} was made for policy {remembered.model!r}, searching with "
+             f"{chosen.config.model!r} (fingerprints {card.policy_fingerprint} and "
+             f"{chosen.fingerprint})")  # fmt: skip
+    used = sampler or card.sampler_config()
+    if asdict(used) != card.sampler:
+        warn(f"{source} was made for sampler {card.sampler}, searching with {asdict(used)}")
+    return Session(found, chosen, used, engine)
+
+
+def sibling_orm(path: Path) -> str:
+    """The ORM baseline that belongs to a checkpoint: ``orm.ckpt`` beside it."""
+    for name in (f"{path.stem}_orm.ckpt", "orm.ckpt"):
+        if (path.parent / name).is_file():
+            return str(path.parent / name)
+    raise UserError(
+        f"no ORM baseline beside {str(path)!r} (looked for orm.ckpt); train one with pav.train "
+        "--recipe orm, or name it with --baseline_verifier"
+    )
+
+
+def load_checked(name: str, recipe: str) -> Verifier:
+    """Load a verifier of a recipe."""
+    verifier = load_verifier(name)
+    if verifier.card.recipe != recipe:
+        raise UserError(f"{name!r} is a verifier of recipe {verifier.card.recipe!r}; "
+                        f"this needs {recipe!r}")  # fmt: skip
+    return verifier
+
+
+def warn(message: str) -> None:
+    """A warning that stands out in a log."""
+    print(f"WARNING: {message}", file=sys.stderr)

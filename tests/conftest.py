@@ -1,0 +1,194 @@
+"""Shared fixtures: tiny random models of real architectures, with real tokenizers, on disk.
+
+All are session-scoped: build once, never write into what they return (copy the directory first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pav.calibrate import Calibrator
+from pav.policy import PolicyConfig, Prompt, Sampler, load_policy, tokenizer_fingerprint, weights_digest
+from pav.tasks.base import Task, task_spec
+from pav.tasks.tape import Tape, tape_tokenizer
+from pav.verifier import Card, HeadedTrunk, load_trunk
+
+# (architecture, its differences) by the name that ``tiny_model`` takes. Heads of 32, because vLLM's
+# attention on CPUs knows no smaller ones.
+ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"tie_word_embeddings": False}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": False, "head_dim": 32}),
+    "qwen3-tied": (Qwen3Config, {"tie_word_embeddings": True, "head_dim": 32}),
+    "gemma2": (
+        Gemma2Config,
+        # A cap low enough to bend the logits of these models by a visible amount.
+        {"tie_word_embeddings": True, "head_dim": 32, "query_pre_attn_scalar": 32,
+         "final_logit_softcapping": 3.0},
+    ),
+    "gemma2-untied": (
+        Gemma2Config,
+        {"tie_word_embeddings": False, "head_dim": 32, "query_pre_attn_scalar": 32},
+    ),
+}  # fmt: skip
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose tokens carry newlines with other text: ``.\\n``, ``\\n\\n``, ``\\n  ``."""
+    merges = [(".", "Ċ"), ("Ċ", "Ċ"), ("Ċ", "Ġ"), ("ĊĠ", "Ġ"), ("Ġ", "Ġ")]
+    tokens = ["<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [a + b for a, b in merges]
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Chat-templated byte-level BPE; its prompts need ``Prompt(chat=True)``."""
+    return build_chat_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_model("llama")``: directory of a random two-layer model, built once per session.
+
+    Arguments: the architecture (a key of :data:`ARCHITECTURES`) and ``tokenizer``, ``"tape"`` or
+    ``"chat"``. Weights are float32 in one safetensors file and large enough that the model's next
+    tokens differ visibly in probability. Weights of equal arguments are equal across sessions.
+    """
+    built: dict[tuple[str, str], Path] = {}
+
+    def build(architecture: str, tokenizer: str = "tape") -> Path:
+        key = (architecture, tokenizer)
+        if key not in built:
+            built[key] = tmp_path_factory.mktemp(f"{architecture}-{tokenizer}")
+            _build(built[key], architecture, tokenizer)
+        return built[key]
+
+    return build
+
+
+def _build(path: Path, architecture: str, tokenizer: str) -> None:
+    text = tape_tokenizer() if tokenizer == "tape" else build_chat_tokenizer()
+    config_type, differences = ARCHITECTURES[architecture]
+    config = config_type(
+        vocab_size=len(text),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        pad_token_id=text.pad_token_id,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        **differences,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    text.save_pretrained(path)
+
+
+class MakeVerifier(Protocol):
+    """Type of the fixture :func:`make_verifier`."""
+
+    def __call__(
+        self,
+        trunk: Path,
+        output: Path,
+        *,
+        heads: Sequence[str] = ...,
+        frozen: bool = ...,
+        task: Task = ...,
+        prompt: Prompt = ...,
+        sampler: Sampler = ...,
+        dtype: Literal["float32", "bfloat16"] = ...,
+    ) -> HeadedTrunk: ...
+
+
+@pytest.fixture(scope="session")
+def make_verifier() -> MakeVerifier:
+    """``make_verifier(trunk, output)``: writes an untrained checkpoint, as ``pav.train`` would.
+
+    Heads are random rows with biases on ``trunk`` (a directory), which is also the base policy,
+    named "base"; calibrators are the identity, with a small term for surprise where it is read.
+    Returns trunk and heads in transformers, to compare with what is served.
+    """
+    return _make_verifier
+
+
+def _make_verifier(
+    trunk: Path,
+    output: Path,
+    *,
+    heads: Sequence[str] = ("q/base", "orm"),
+    frozen: bool = True,
+    task: Task = Tape(),  # noqa: B008 (frozen)
+    prompt: Prompt = Prompt(),  # noqa: B008
+    sampler: Sampler = Sampler(),  # noqa: B008
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> HeadedTrunk:
+    from pav.train import save
+
+    base = PolicyConfig(str(trunk), name="base", prompt=prompt, dtype=dtype)
+    policy = load_policy(base, task.step_rule)
+    plain = Calibrator(1.0, 0.0, [], [], [], [], [])
+    surprised = Calibrator(1.0, 0.0, [0.0] * 5, [1.0] * 5, [[0.0, 0.1, 0.1, 0.05, 0.05]], [0.5], [1.0])
+    model = HeadedTrunk(load_trunk(str(trunk)), len(heads)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.3, generator=generator)
+        model.head.bias.normal_(generator=generator)
+    card = Card(
+        heads=list(heads),
+        recipe="pav" if len(heads) > 1 else "orm",
+        trunk=str(trunk),
+        trunk_digest=weights_digest(str(trunk)),
+        frozen=frozen,
+        prompt=asdict(prompt),
+        dtype=dtype,
+        task=task_spec(task),
+        task_fingerprint=task.fingerprint,
+        policy=asdict(base),
+        policy_fingerprint=policy.fingerprint,
+        tokenizer=tokenizer_fingerprint(policy.tokenizer),
+        sampler=asdict(sampler),
+        base_head=heads[0] if len(heads) > 1 else "",
+        prover_head=heads[-2] if len(heads) > 1 else "",
+        alpha=0.5,
+        pick="last" if len(heads) > 1 else "orm",
+        calibrators={head: asdict(plain) for head in heads},
+        surprise_calibrators={head: asdict(surprised) for head in heads},
+    )
+    save(card, model, output)
+    return model

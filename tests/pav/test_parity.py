@@ -1,0 +1,157 @@
+"""What vLLM serves is what transformers computes: heads and log-probabilities, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pav.engine import Engine, EngineConfig, Read, Sampled, drive, seed_of
+from pav.errors import UserError
+from pav.export import export_verifier
+from pav.policy import Policy, PolicyConfig, Sampler, load_policy
+from pav.steps import scoring_position
+from pav.tasks.tape import Tape
+from pav.verifier import HeadedTrunk, load_trunk, load_verifier
+
+T = TypeVar("T")
+HEADS = ("q/base", "q/prover", "orm")
+LENGTH = 64
+SMALL = EngineConfig(kv_gib=0.05, max_num_seqs=64)
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Served:
+    """An exported verifier in vLLM, and in transformers.
+
+    Attributes:
+        model: trunk and heads in transformers, in the dtype that is served.
+        engine: the export in vLLM.
+        policy: tokenizer and step rule.
+        trunk: directory of the trunk.
+        export: directory of the export.
+        prompts: ids of each prompt.
+    """
+
+    model: HeadedTrunk
+    engine: Engine
+    policy: Policy
+    trunk: Path
+    export: Path
+    prompts: list[list[int]]
+
+    def sample(self, *, scores: bool, seed: int = 0, sampler: Sampler | None = None) -> list[Sampled]:
+        """One solution of every prompt."""
+        return run(self.engine, [
+            partial(_sample, self.engine, self.policy, p, scores, seed, sampler) for p in self.prompts
+        ])  # fmt: skip
+
+    @torch.inference_mode()
+    def forward(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Head logits without bias (T, H), log-probabilities (T-1,), next tokens (T,)."""
+        batch = torch.tensor([ids])
+        hidden = self.model.hidden(batch)
+        heads = self.model.head_logits(hidden) - self.model.head.bias
+        logits = self.model.trunk.get_output_embeddings()(hidden)
+        logprobs = self.model.token_logprobs(hidden, batch)
+        return heads[0].float().numpy(), logprobs[0].numpy(), logits[0].argmax(-1).numpy()
+
+
+async def _sample(
+    engine: Engine, policy: Policy, ids: list[int], scores: bool, seed: int, sampler: Sampler | None
+) -> Sampled:
+    return await engine.sample(
+        ids,
+        sampler or Sampler(max_length=LENGTH),
+        stop_ids=sorted(policy.stepper.eos_ids),
+        max_tokens=LENGTH - len(ids),
+        seed=seed_of(seed, *ids),
+        scores=scores,
+    )
+
+
+def run(engine: Engine, jobs: list[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+    """Results of ``jobs``, in their order; all are in flight together."""
+    found: dict[int, T] = {}
+
+    async def numbered(i: int) -> tuple[int, T]:
+        return i, await jobs[i]()
+
+    drive(
+        [engine],
+        [partial(numbered, i) for i in range(len(jobs))],
+        lambda pair: found.update([pair]),
+        concurrency=len(jobs),
+    )
+    return [found[i] for i in range(len(jobs))]
+
+
+def serve(trunk: Path, directory: Path, make_verifier: Any, dtype: Any) -> Served:
+    model = make_verifier(trunk, directory / "pav.ckpt", heads=HEADS, dtype=dtype)
+    export = directory / "served"
+    score_ids = export_verifier(load_verifier(str(directory / "pav.ckpt")), str(trunk), export)
+    policy = load_policy(PolicyConfig(str(trunk), dtype=dtype), Tape().step_rule)
+    prompts = [policy.encode(p) for p in islice(Tape().problems("test"), 8)]
+    engine = Engine(str(export), dtype, LENGTH, score_ids, SMALL)
+    return Served(model.to(getattr(torch, dtype)), engine, policy, trunk, export, prompts)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "qwen3-tied", "gemma2"])
+def served(
+    request: pytest.FixtureRequest, tiny_model: Any, make_verifier: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Served]:  # fmt: skip
+    directory = tmp_path_factory.mktemp(f"served-{request.param}")
+    made = serve(tiny_model(request.param), directory, make_verifier, "float32")
+    yield made
+    made.engine.shutdown()
+
+
+def test_separate_scores_are_those_of_transformers_at_every_step(served: Served) -> None:
+    solutions = served.sample(scores=False)
+    # Step ends and both kinds of request: with surprise a sequence is computed anew.
+    places = [
+        (i, prompt + out.ids, scoring_position(len(prompt), end), surprise)
+        for i, (prompt, out) in enumerate(zip(served.prompts, solutions, strict=True))
+        for end in (0, *served.policy.stepper.step_ends(out.ids))
+        for surprise in (False, True)
+    ]
+    assert len(places) > 3 * len(solutions)
+    reads: list[Read] = run(served.engine, [
+        partial(served.engine.read, ids[: at + 1], surprise=surprise)
+        for _, ids, at, surprise in places
+    ])  # fmt: skip
+    head_gap = logprob_gap = 0.0
+    for (_, ids, at, surprise), read in zip(places, reads, strict=True):
+        heads, logprobs, _ = served.forward(ids)
+        head_gap = max(head_gap, np.abs(read.heads - heads[at]).max())
+        assert (read.logprobs is not None) == surprise
+        if read.logprobs is not None:
+            assert read.logprobs.shape == (at,)
+            logprob_gap = max(logprob_gap, np.abs(read.logprobs - logprobs[:at]).max(initial=0))
+    print(f"heads off by {head_gap:.1e}, log-probabilities by {logprob_gap:.1e}")
+    assert head_gap <= TOLERANCE
+    assert logprob_gap <= TOLERANCE
+
+
+def test_fused_scores_are_those_of_transformers_at_every_token(served: Served) -> None:
+    head_gap = logprob_gap = 0.0
+    for prompt, out in zip(served.prompts, served.sample(scores=True), strict=True):
+        assert out.heads is not None
+        assert out.logprobs is not None
+        assert out.heads.shape == (len(out.ids), len(HEADS))
+        heads, logprobs, _ = served.forward(prompt + out.ids)
+        head_gap = max(head_gap, np.abs(out.heads - heads[len(prompt) - 1 : -1]).max())
+        logprob_gap = max(logprob_gap, np.abs(out.logprobs - logprobs[len(prompt) - 1 :]).max())
+    print(f"heads off by {head_gap:.1e}, log-probabilities by {logprob_gap:.1e}")
+    assert head_gap <= TOLERANCE
+    assert logprob_gap <= TOLERANCE
