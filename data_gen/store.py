@@ -43,6 +43,7 @@ class Store:
         self.completions: dict[tuple[str, str, int], Completion] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(directory)
             self._lock = (directory / ".lock").open("w")
         except OSError as error:
             raise UserError(
@@ -51,11 +52,17 @@ class Store:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise UserError(
                 f"output {str(directory)!r} is being written by another process; wait for it or "
                 "choose another directory"
             ) from error
-        self._check(manifest)
+        try:
+            # As it reads on disk: tuples are lists there.
+            self._check(json.loads(json.dumps(manifest)))
+        except UserError:
+            self._lock.close()
+            raise
         for kind, record in self._replay():
             self._remember(kind, record)
         self._journal: IO[bytes] = (directory / JOURNAL).open("ab")
@@ -63,12 +70,6 @@ class Store:
     def _check(self, manifest: dict[str, Any]) -> None:
         path = self.directory / "manifest.json"
         if not path.exists():
-            others = [p.name for p in self.directory.iterdir() if p.name != ".lock"]
-            if others:
-                raise UserError(
-                    f"output {str(self.directory)!r} is not empty and no label run "
-                    f"(it holds {others[0]!r}); choose another directory"
-                )
             _replace(path, json.dumps(manifest, indent=1).encode())
             return
         found = json.loads(path.read_text())
@@ -161,6 +162,17 @@ class Store:
         os.fsync(self._journal.fileno())
         self._journal.close()
         self._lock.close()
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Raise where a directory without manifest holds more than a run that died at its start."""
+    names = {p.name for p in directory.iterdir()}
+    others = sorted(names - {".lock", ".manifest.json.tmp"})
+    if others and "manifest.json" not in names:
+        raise UserError(
+            f"output {str(directory)!r} is not empty and no label run (it holds {others[0]!r}); "
+            "choose another directory"
+        )
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

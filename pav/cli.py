@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +14,20 @@ from jsonargparse import ArgumentParser
 from pav.errors import UserError
 
 Config = TypeVar("Config")
+
+
+def _quiet() -> None:
+    """Keep other libraries' start-up chatter out of the way of one-line errors and progress."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for text in (".*treespec.*", ".*in eval mode at the start.*", ".*many workers.*"):
+        warnings.filterwarnings("ignore", text)
+    for name in ("torch._library.triton", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def run(
@@ -27,6 +43,7 @@ def run(
     # Stdlib default is block-buffered when output is a file: a night's log must be readable live.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
+    _quiet()
     parser = ArgumentParser(prog=prog, description=config_type.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(config_type, as_group=False)
@@ -44,10 +61,11 @@ def run(
     # A user's task module lies where the command is started.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    parsed = parser.instantiate_classes(parser.parse_args(args))
-    del parsed["config"]
+    parsed = parser.parse_args(args)
     try:
-        config = config_type(**vars(parsed))
+        values = parser.instantiate_classes(parsed)
+        del values["config"]
+        config = config_type(**vars(values))
         function(config)
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)

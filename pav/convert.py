@@ -69,8 +69,11 @@ def convert(config: ConvertConfig) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     print(f"reading {source.name} (half a minute)")
-    save(source, partial)
-    partial.replace(output)
+    try:
+        save(source, partial)
+        partial.replace(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     size = sum(f.stat().st_size for f in output.iterdir()) / 2**30
     print(f"model: {output} ({size:.2f} GiB, bfloat16)")
 
@@ -101,7 +104,7 @@ def save(source: Path, output: Path) -> None:
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"gguf {str(source)!r} cannot be read: {reason}; give another file"
         ) from error

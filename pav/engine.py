@@ -160,6 +160,7 @@ class Engine:
                     enforce_eager=self.config.enforce_eager or _ON_CPU,
                     seed=0,
                     disable_log_stats=True,
+                    use_tqdm_on_load=False,
                     **arguments,
                 )
             )

@@ -8,7 +8,6 @@ the tokens that AdamW alone needs (``benchmarks/sft_optimizer``).
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -206,7 +205,6 @@ def sft(config: SftConfig) -> None:
         start = torch.load(last, weights_only=True)["global_step"] // 2
         print(f"resuming at step {start}")
     module = SftModule(config, model)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
     trainer = L.Trainer(
         # Lightning counts a step per optimiser.
         max_steps=config.steps * 2,

@@ -8,8 +8,6 @@ of unbalanced validation and everything is reported on the other half.
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -272,8 +270,6 @@ def fit(
     working = Path(config.output).with_suffix(".training")
     best = ModelCheckpoint(working, filename="best", monitor=monitor, mode=mode, save_top_k=1,
                            enable_version_counter=False)  # fmt: skip
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
     trainer = L.Trainer(
         max_epochs=config.max_epochs,
         precision=config.precision,  # type: ignore[arg-type]

@@ -169,12 +169,16 @@ def refuse_unservable(config: Any) -> None:
 def load_trunk(path: str) -> nn.Module:
     """The causal LM at ``path`` in float32."""
     try:
-        return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+        trunk: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load the trunk {path!r}: {reason}") from error
+    if getattr(trunk.config, "attn_logit_softcapping", None):
+        # The default (SDPA) leaves out Gemma 2's soft cap on attention without a word; vLLM has it.
+        trunk.set_attn_implementation("eager")
+    return trunk  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ async def beam_search(
             engine, policy, sampler, prompt + ids,
             (seed, problem.id, "beam", round_number, *ids, index), cost, scorer.fused,
         )  # fmt: skip
-        if step.truncated:
+        # An empty solution has no step to score.
+        if step.truncated or (step.finished and not ids and len(step.ids) == 1):
             cut = replace(beam.candidate, ids=ids + step.ids, truncated=True, score=float("-inf"))
             return parent, cut
         return parent, await _score(problem, beam, step, settings, scorer, cost)

@@ -38,9 +38,9 @@ ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "qwen3-tied": (Qwen3Config, {"tie_word_embeddings": True, "head_dim": 32}),
     "gemma2": (
         Gemma2Config,
-        # A cap low enough to bend the logits of these models by a visible amount.
+        # Caps and a window small enough to change what these models say.
         {"tie_word_embeddings": True, "head_dim": 32, "query_pre_attn_scalar": 32,
-         "final_logit_softcapping": 3.0},
+         "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, "sliding_window": 24},
     ),
     "gemma2-untied": (
         Gemma2Config,

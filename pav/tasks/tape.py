@@ -61,8 +61,8 @@ def _question(rng: Random, n_ops: int) -> str:
     return text
 
 
-def _solution(rng: Random, question: str) -> str:
-    """A correct solution; one line in ten restates, 15 in a hundred take two operations at once."""
+def _solution(rng: Random, question: str, short_cuts: float) -> str:
+    """A correct solution; one line in ten restates, a share of them take two operations at once."""
     value, operations = parse(question)
     lines: list[str] = []
     i = 0
@@ -71,7 +71,7 @@ def _solution(rng: Random, question: str) -> str:
         if u < 0.10:
             lines.append(f"={value}")
             continue
-        take = 2 if u < 0.25 and i + 1 < len(operations) else 1
+        take = 2 if u < 0.10 + short_cuts and i + 1 < len(operations) else 1
         line = str(value)
         for op, operand in operations[i : i + take]:
             line += f"{op}{operand}"
@@ -89,10 +89,13 @@ class Tape(Task):
     Args:
         n_ops: operations in a problem, the difficulty knob.
         sft_ops: smallest and largest number of operations in the solutions ``pav.sft`` learns from.
+        sft_short_cuts: share of lines of those solutions that take two operations at once.
     """
 
     n_ops: int = 6
     sft_ops: tuple[int, int] = (2, 9)
+    sft_short_cuts: float = 0.15
+
     def problems(self, split: Split) -> Iterator[Problem]:
         """Distinct problems of ``split``; endless for ``n_ops`` of 3 and more."""
         rng = Random(f"{_STREAM_SEED[split]}/{self.n_ops}")
@@ -110,7 +113,7 @@ class Tape(Task):
         while True:
             question = _question(rng, rng.randint(*self.sft_ops))
             if split_of(problem_id(question)) == "train":
-                yield question, _solution(rng, question)
+                yield question, _solution(rng, question, self.sft_short_cuts)
 
     def grade(self, text: str, problem: Problem) -> Grade:
         """Right iff the last line is ``A<z>`` with the value of the tape."""

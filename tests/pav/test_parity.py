@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,6 +40,7 @@ class Served:
         trunk: directory of the trunk.
         export: directory of the export.
         prompts: ids of each prompt.
+        others: more engines, shut down with ``engine``: the first shutdown in a process ends them all.
     """
 
     model: HeadedTrunk
@@ -48,6 +49,7 @@ class Served:
     trunk: Path
     export: Path
     prompts: list[list[int]]
+    others: list[Engine] = field(default_factory=list)
 
     def sample(self, *, scores: bool, seed: int = 0, sampler: Sampler | None = None) -> list[Sampled]:
         """One solution of every prompt."""
@@ -113,7 +115,8 @@ def served(
     directory = tmp_path_factory.mktemp(f"served-{request.param}")
     made = serve(tiny_model(request.param), directory, make_verifier, "float32")
     yield made
-    made.engine.shutdown()
+    for engine in (made.engine, *made.others):
+        engine.shutdown()
 
 
 def test_separate_scores_are_those_of_transformers_at_every_step(served: Served) -> None:
@@ -155,3 +158,96 @@ def test_fused_scores_are_those_of_transformers_at_every_token(served: Served) -
     print(f"heads off by {head_gap:.1e}, log-probabilities by {logprob_gap:.1e}")
     assert head_gap <= TOLERANCE
     assert logprob_gap <= TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_bfloat16_scores_are_near_those_of_transformers(
+    architecture: str, tiny_model: Any, make_verifier: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    served = serve(tiny_model(architecture), tmp_path, make_verifier, "bfloat16")
+    greedy = served.sample(scores=True, sampler=Sampler(top_k=1, max_length=LENGTH))
+    sampled = served.sample(scores=True)
+    served.engine.shutdown()
+    head_gap = 0.0
+    agreed: list[bool] = []
+    for outs in (greedy, sampled):
+        for prompt, out in zip(served.prompts, outs, strict=True):
+            heads, _, best = served.forward(prompt + out.ids)
+            head_gap = max(head_gap, np.abs(out.heads - heads[len(prompt) - 1 : -1]).max())
+            if outs is greedy:
+                agreed += list(best[len(prompt) - 1 : -1] == out.ids)
+    with capsys.disabled():
+        print(f"\nbfloat16 {architecture}: head logits off by at most {head_gap:.3f}, greedy top-1 "
+              f"agreement {np.mean(agreed):.3f} of {len(agreed)} tokens")  # fmt: skip
+    assert head_gap < 0.5
+    assert np.mean(agreed) > 0.9
+
+
+def test_untied_gemma_2_is_refused(tiny_model: Any) -> None:
+    trunk = load_trunk(str(tiny_model("gemma2-untied")))
+    with pytest.raises(UserError, match="Gemma 2 with untied embeddings.*use a tied Gemma 2"):
+        HeadedTrunk(trunk, 1)
+
+
+@pytest.mark.parametrize("served", ["llama"], indirect=True)
+def test_sampled_ids_with_heads_are_those_of_the_plain_policy(served: Served) -> None:
+    plain = Engine(str(served.trunk), "float32", LENGTH, config=SMALL)
+    served.others.append(plain)
+    for seed in range(4):
+        with_heads, without, policy_alone = (
+            [out.ids for out in outs]
+            for outs in (
+                served.sample(scores=True, seed=seed),
+                served.sample(scores=False, seed=seed),
+                replace(served, engine=plain).sample(scores=False, seed=seed),
+            )
+        )
+        assert with_heads == without == policy_alone
+
+
+@pytest.mark.parametrize("served", ["llama"], indirect=True)
+def test_score_ids_are_never_sampled(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    first_score_id = len(served.policy.tokenizer)
+
+    def largest(seed: int) -> int:
+        hot = Sampler(temperature=3.0, max_length=LENGTH)
+        return max(t for out in served.sample(scores=True, seed=seed, sampler=hot) for t in out.ids)
+
+    assert max(map(largest, range(8))) == first_score_id - 1
+    # They would be, if requests did not carry the bias.
+    monkeypatch.setattr("pav.engine.SCORE_BIAS", 0.0)
+    assert max(map(largest, range(8))) >= first_score_id
+
+
+@pytest.mark.parametrize("served", ["llama"], indirect=True)
+def test_scored_and_unscored_requests_in_one_batch_do_not_influence_each_other(
+    served: Served,
+) -> None:
+    alone = served.sample(scores=True)
+    jobs = [
+        partial(_sample, served.engine, served.policy, p, scores, 0, None)
+        for p in served.prompts
+        for scores in (True, False)
+    ]
+    mixed = run(served.engine, jobs)
+    for before, scored, unscored in zip(alone, mixed[::2], mixed[1::2], strict=True):
+        assert scored.ids == unscored.ids == before.ids
+        assert unscored.heads is None and unscored.logprobs is None
+        np.testing.assert_allclose(scored.heads, before.heads, atol=TOLERANCE)
+        np.testing.assert_allclose(scored.logprobs, before.logprobs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("served", ["llama"], indirect=True)
+def test_transformers_never_samples_a_score_id_from_an_exported_directory(served: Served) -> None:
+    model = AutoModelForCausalLM.from_pretrained(served.export, dtype=torch.float32)
+    first_score_id = len(served.policy.tokenizer)
+    assert model.config.vocab_size == first_score_id + len(HEADS) + 1
+    torch.manual_seed(0)
+    ids = torch.tensor(served.prompts[:1] * 64)
+    out = model.generate(ids, do_sample=True, top_k=0, temperature=3.0, max_length=LENGTH)
+    assert out.max() < first_score_id
+    # It would, if the exported generation config did not say so.
+    model.generation_config.suppress_tokens = None
+    out = model.generate(ids, do_sample=True, top_k=0, temperature=3.0, max_length=LENGTH)
+    assert out.max() >= first_score_id
