@@ -64,7 +64,9 @@ class RolloutsConfig:
 
     def __post_init__(self) -> None:
         if self.n_seeds < 1 or self.n_mc < 1:
-            raise UserError(f"n_seeds is {self.n_seeds}, n_mc is {self.n_mc}; both must be positive")
+            raise UserError(
+                f"n_seeds is {self.n_seeds}, n_mc is {self.n_mc}; both must be positive"
+            )
         if not 0 <= self.prover_share <= 1:
             raise UserError(f"prover_share is {self.prover_share}; give a share from 0 to 1")
 
@@ -77,17 +79,28 @@ class Roller:
     engine: Engine
     sampler: Sampler
 
-    async def finish(self, problem: Problem, prefix: list[int], seed: int) -> tuple[list[int], bool]:
-        """Sample from ``prefix`` to the end; (new ids, whether the length cap cut it)."""
+    async def finish(
+        self, problem: Problem, prefix: list[int], seed: int
+    ) -> tuple[list[int], bool]:
+        """Sample from ``prefix`` to the end; (new ids, whether it was truncated).
+
+        Truncated: by the length cap, or by a cut step that is not scored, at which search stops.
+        """
         ids = self.policy.encode(problem) + prefix
         room = self.sampler.max_length - len(ids)
         if room <= 0:
             return [], True
         out = await self.engine.sample(
-            ids, self.sampler, stop_ids=sorted(self.policy.stepper.eos_ids),
-            max_tokens=room, seed=seed,
-        )  # fmt: skip
-        return out.ids, not out.stopped
+            ids,
+            self.sampler,
+            stop_ids=sorted(self.policy.stepper.eos_ids),
+            max_tokens=room,
+            seed=seed,
+        )
+        stepper = self.policy.stepper
+        whole = prefix + out.ids
+        is_cut = not stepper.rule.score_cut and stepper.step_ends(whole)[-1:] != [len(whole)]
+        return out.ids, is_cut or not out.stopped
 
 
 def rollouts(config: RolloutsConfig) -> None:
@@ -102,10 +115,13 @@ def rollouts(config: RolloutsConfig) -> None:
         owed = len(problems) - len(_finished(config, policies, problems, store))
         if owed:
             rollers = [
-                Roller(p, Engine(p.path, p.config.dtype, config.sampler.max_length,
-                                 config=config.engine), config.sampler)
+                Roller(
+                    p,
+                    Engine(p.path, p.config.dtype, config.sampler.max_length, config=config.engine),
+                    config.sampler,
+                )
                 for p in policies
-            ]  # fmt: skip
+            ]
             _work(config, rollers, problems, store)
             for roller in rollers:
                 roller.engine.shutdown()
@@ -121,9 +137,7 @@ def check_policies(base: Policy, prover: Policy) -> None:
             f"{base.config.model!r}; choose a prover of the same tokenizer"
         )
     if base.config.label == prover.config.label:
-        raise UserError(
-            f"policy and prover are both called {base.config.label!r}; set prover.name"
-        )
+        raise UserError(f"policy and prover are both called {base.config.label!r}; set prover.name")
 
 
 def _problems(config: RolloutsConfig) -> list[tuple[Split, Problem]]:
@@ -157,7 +171,14 @@ def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
         "seed": config.seed,
         **{
             key: getattr(config, key)
-            for key in ("problems", "skip", "validation_problems", "n_seeds", "prover_share", "n_mc")
+            for key in (
+                "problems",
+                "skip",
+                "validation_problems",
+                "n_seeds",
+                "prover_share",
+                "n_mc",
+            )
         },
     }
 
@@ -295,9 +316,18 @@ async def _rollout(
     grade = config.task.grade(roller.policy.text(prefix + ids), problem)
     # A truncated rollout is a failure, whatever its text says.
     store.add(
-        Completion(key, problem.id, name, index, prefix, ids, grade.answer,
-                   grade.correct and not truncated, truncated)
-    )  # fmt: skip
+        Completion(
+            key,
+            problem.id,
+            name,
+            index,
+            prefix,
+            ids,
+            grade.answer,
+            grade.correct and not truncated,
+            truncated,
+        )
+    )
 
 
 def _summary(config: RolloutsConfig, policies: list[Policy], store: Store) -> None:
@@ -309,8 +339,8 @@ def _summary(config: RolloutsConfig, policies: list[Policy], store: Store) -> No
         cut = sum(c.truncated for c in rolled) / max(1, len(rolled))
         print(
             f"  {name}: {sum(own) / max(1, len(own)):.3f} of {len(own)} seeds right, "
-            f"{sum(c.correct for c in rolled) / max(1, len(rolled)):.3f} of {len(rolled)} rollouts, "
-            f"{cut:.1%} truncated"
+            f"{sum(c.correct for c in rolled) / max(1, len(rolled)):.3f} of {len(rolled)} "
+            f"rollouts, {cut:.1%} truncated"
         )
         if cut > 0.05:
             print(

@@ -73,7 +73,9 @@ class Store:
             _replace(path, json.dumps(manifest, indent=1).encode())
             return
         found = json.loads(path.read_text())
-        changed = sorted(k for k in manifest.keys() | found.keys() if manifest.get(k) != found.get(k))
+        changed = sorted(
+            k for k in manifest.keys() | found.keys() if manifest.get(k) != found.get(k)
+        )
         if changed:
             first = changed[0]
             raise UserError(
@@ -131,10 +133,18 @@ class Store:
         for c in self.completions.values():
             row = counts.setdefault(
                 (c.prefix_key, c.policy),
-                {"prefix_key": c.prefix_key, "problem_id": c.problem_id, "policy": c.policy,
-                 "policy_fingerprint": fingerprints[c.policy], "first_index": c.index,
-                 "n": 0, "k": 0, "truncated": 0, "tokens": 0},
-            )  # fmt: skip
+                {
+                    "prefix_key": c.prefix_key,
+                    "problem_id": c.problem_id,
+                    "policy": c.policy,
+                    "policy_fingerprint": fingerprints[c.policy],
+                    "first_index": c.index,
+                    "n": 0,
+                    "k": 0,
+                    "truncated": 0,
+                    "tokens": 0,
+                },
+            )
             row["first_index"] = min(row["first_index"], c.index)
             row["n"] += 1
             row["k"] += int(c.correct)

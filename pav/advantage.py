@@ -20,7 +20,7 @@ def best_of_k(q: Real, k: int) -> Real:
     """Chance that at least one of ``k`` independent rollouts is right (Eq. 30), elementwise."""
     if k < 1:
         raise UserError(f"best-of-K needs K of at least 1, got {k}")
-    return 1.0 - (1.0 - q) ** k  # type: ignore[return-value]
+    return 1.0 - (1.0 - q) ** k
 
 
 def best_of_k_from_counts(k_right: ArrayLike, n: ArrayLike, k: int) -> NDArray[np.float64]:
@@ -48,5 +48,5 @@ def best_of_k_from_counts(k_right: ArrayLike, n: ArrayLike, k: int) -> NDArray[n
 def effective_score(
     q_base: Real, q_prover_before: Real, q_prover_after: Real, alpha: float
 ) -> Real:
-    """Score of a step: Q_base + alpha * A_prover (Section 4; A by Eq. 2 for deterministic steps)."""
+    """Score of a step: Q_base + alpha * A_prover (Section 4; A by Eq. 2)."""
     return q_base + alpha * (q_prover_after - q_prover_before)

@@ -145,14 +145,22 @@ def fit_calibrator(
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     plain: dict[str, Any] = {
-        "temperature": temperature.item(), "bias": bias.item(), "mean": [], "scale": [],
-        "inner": [], "inner_bias": [], "out": [],
-    }  # fmt: skip
+        "temperature": temperature.item(),
+        "bias": bias.item(),
+        "mean": [],
+        "scale": [],
+        "inner": [],
+        "inner_bias": [],
+        "out": [],
+    }
     if features is not None:
         plain |= {
-            "mean": mean.tolist(), "scale": scale.tolist(), "inner": inner.tolist(),
-            "inner_bias": inner_bias.tolist(), "out": out.tolist(),
-        }  # fmt: skip
+            "mean": mean.tolist(),
+            "scale": scale.tolist(),
+            "inner": inner.tolist(),
+            "inner_bias": inner_bias.tolist(),
+            "out": out.tolist(),
+        }
     return Calibrator(**plain)

@@ -44,7 +44,7 @@ def run(
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
     _quiet()
-    parser = ArgumentParser(prog=prog, description=config_type.__doc__)
+    parser = ArgumentParser(prog=prog, description=(config_type.__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(config_type, as_group=False)
     args = list(sys.argv[1:] if argv is None else argv)

@@ -87,9 +87,7 @@ def pav_examples(
     return examples
 
 
-def orm_examples(
-    labels: LabelSet, split: str, policy: Policy, max_length: int
-) -> list[Example]:
+def orm_examples(labels: LabelSet, split: str, policy: Policy, max_length: int) -> list[Example]:
     """Every graded completion that the label run paid for, labelled at its last position."""
     splits = {t.problem_id: (t.split, t.question) for t in labels.traces}
     solutions: dict[tuple[str, tuple[int, ...]], bool] = {}
@@ -117,16 +115,22 @@ def orm_examples(
     return examples
 
 
-def _prompt(cache: dict[str, list[int]], policy: Policy, problem_id: str, question: str) -> list[int]:
+def _prompt(
+    cache: dict[str, list[int]], policy: Policy, problem_id: str, question: str
+) -> list[int]:
     if problem_id not in cache:
         cache[problem_id] = policy.encode(Problem(problem_id, question))
     return cache[problem_id]
 
 
 def _example(
-    problem_id: str, prompt: list[int], ids: Sequence[int], ends: list[int],
-    k_PH: np.ndarray, n_PH: np.ndarray,
-) -> Example:  # fmt: skip
+    problem_id: str,
+    prompt: list[int],
+    ids: Sequence[int],
+    ends: list[int],
+    k_PH: np.ndarray,
+    n_PH: np.ndarray,
+) -> Example:
     positions = np.array([scoring_position(len(prompt), end) for end in (0, *ends)])
     return Example(problem_id, [*prompt, *ids], len(prompt), ends, positions, k_PH, n_PH)
 
@@ -176,9 +180,13 @@ class Scored:
 
 @torch.inference_mode()
 def score(
-    model: HeadedTrunk, examples: Sequence[Example], policy: Policy, what: str,
-    labelled_only: bool = False, with_surprise: bool = True,
-) -> Scored:  # fmt: skip
+    model: HeadedTrunk,
+    examples: Sequence[Example],
+    policy: Policy,
+    what: str,
+    labelled_only: bool = False,
+    with_surprise: bool = True,
+) -> Scored:
     """One forward pass over each example scores all its prefixes.
 
     Args:
@@ -206,26 +214,42 @@ def score(
             if logprobs is not None:
                 features = np.concatenate(
                     [
-                        surprise(lp[e.prompt_length - 1 : len(e.ids) - 1], e.ids[e.prompt_length :],
-                                 e.ends, policy.stepper)
+                        surprise(
+                            lp[e.prompt_length - 1 : len(e.ids) - 1],
+                            e.ids[e.prompt_length :],
+                            e.ends,
+                            policy.stepper,
+                        )
                         for lp, e in zip(logprobs, batch, strict=True)
                     ]
-                )  # fmt: skip
+                )
             owner = np.concatenate([np.full(len(e.positions_P), number[id(e)]) for e in batch])
             step = np.concatenate([np.arange(len(e.positions_P)) for e in batch])
             counts = np.concatenate([np.stack([e.k_PH, e.n_PH]) for e in batch], axis=1)
             keep = counts[1].sum(-1) > 0 if labelled_only else np.ones(len(rows), dtype=bool)
-            parts.append((at[torch.as_tensor(keep)], features[keep], counts[:, keep],
-                          owner[keep], step[keep]))  # fmt: skip
+            parts.append(
+                (
+                    at[torch.as_tensor(keep)],
+                    features[keep],
+                    counts[:, keep],
+                    owner[keep],
+                    step[keep],
+                )
+            )
             done += len(batch)
             reporter.update(done)
     hidden_ND = torch.cat([p[0] for p in parts])
     logits = model.head_logits(hidden_ND.to(device)).cpu().numpy()
     counts = np.concatenate([p[2] for p in parts], axis=1)
     return Scored(
-        hidden_ND, logits, np.concatenate([p[1] for p in parts]), counts[0], counts[1],
-        np.concatenate([p[3] for p in parts]), np.concatenate([p[4] for p in parts]),
-    )  # fmt: skip
+        hidden_ND,
+        logits,
+        np.concatenate([p[1] for p in parts]),
+        counts[0],
+        counts[1],
+        np.concatenate([p[3] for p in parts]),
+        np.concatenate([p[4] for p in parts]),
+    )
 
 
 def balance(examples: Sequence[Example]) -> np.ndarray:
@@ -248,9 +272,14 @@ class LabelData(L.LightningDataModule):
     """
 
     def __init__(
-        self, model: HeadedTrunk, train: list[Example], validation: list[Example], policy: Policy,
-        frozen: bool, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        model: HeadedTrunk,
+        train: list[Example],
+        validation: list[Example],
+        policy: Policy,
+        frozen: bool,
+        seed: int,
+    ) -> None:
         super().__init__()
         self.model, self.policy, self.frozen, self.seed = model, policy, frozen, seed
         self.examples = {"train": train, "validation": validation}
@@ -261,8 +290,14 @@ class LabelData(L.LightningDataModule):
         if not self.frozen or self.cached:
             return
         for split, examples in self.examples.items():
-            scored = score(self.model, examples, self.policy, f"encoding {split}",
-                           labelled_only=True, with_surprise=False)  # fmt: skip
+            scored = score(
+                self.model,
+                examples,
+                self.policy,
+                f"encoding {split}",
+                labelled_only=True,
+                with_surprise=False,
+            )
             self.cached[split] = TensorDataset(
                 scored.hidden_ND.clone(), torch.tensor(scored.k_NH), torch.tensor(scored.n_NH)
             )
@@ -291,5 +326,10 @@ def collate(batch: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     k = np.concatenate([e.k_PH for e in batch])
     n = np.concatenate([e.n_PH for e in batch])
     keep = n.sum(-1) > 0
-    return (pad(batch), torch.tensor(rows[keep]), torch.tensor(columns[keep]),
-            torch.tensor(k[keep]), torch.tensor(n[keep]))  # fmt: skip
+    return (
+        pad(batch),
+        torch.tensor(rows[keep]),
+        torch.tensor(columns[keep]),
+        torch.tensor(k[keep]),
+        torch.tensor(n[keep]),
+    )

@@ -1,8 +1,8 @@
 """The one adapter to vLLM: token ids in, token ids and scores out, no barriers.
 
 Search and rollout code is an async function of *one* problem that awaits :meth:`Engine.sample` and
-:meth:`Engine.read`; :func:`drive` turns vLLM's ``step()`` loop and resolves what each step finished,
-so continuous batching mixes all problems, beams and stages.
+:meth:`Engine.read`; :func:`drive` turns vLLM's ``step()`` loop and resolves what each step
+finished, so continuous batching mixes all problems, beams and stages.
 """
 
 from __future__ import annotations
@@ -137,6 +137,11 @@ class Engine:
         arguments: dict[str, Any] = {}
         if kv_gib is not None:
             arguments["kv_cache_memory_bytes"] = int(kv_gib * (1 << 30))
+            # vLLM checks this share against free memory even where the KV size is given, which
+            # would refuse a second engine on a device.
+            arguments["gpu_memory_utilization"] = 0.05
+        else:
+            arguments["gpu_memory_utilization"] = self.config.gpu_memory_utilization
         if self.config.block_size or _ON_CPU:
             arguments["block_size"] = self.config.block_size or 32
         if _ON_CPU:
@@ -156,7 +161,6 @@ class Engine:
                     enable_prefix_caching=True,
                     logprobs_mode="raw_logprobs",
                     tensor_parallel_size=self.config.tensor_parallel_size,
-                    gpu_memory_utilization=self.config.gpu_memory_utilization,
                     enforce_eager=self.config.enforce_eager or _ON_CPU,
                     seed=0,
                     disable_log_stats=True,
@@ -211,7 +215,7 @@ class Engine:
         return await self._submit(ids, parameters, self._sampled if scores else _plain)
 
     async def read(self, ids: Sequence[int], *, surprise: bool) -> Read:
-        """Heads at the last position of ``ids``; with ``surprise`` also every token's log-probability.
+        """Heads at the last position of ``ids``; with ``surprise`` all log-probabilities too.
 
         Surprise makes vLLM compute the whole sequence anew: it has no log-probabilities for cached
         positions. Without it the prefix cache serves all but the new tokens.

@@ -22,8 +22,15 @@ from pav.verifier import Verifier, refuse_unservable
 
 STAMP = "pav.json"
 INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-_CARRIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*",
-            "generation_config.json", "added_tokens.json")  # fmt: skip
+_CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "added_tokens.json",
+)
 
 
 def export_directory(verifier: Verifier) -> Path:
@@ -75,8 +82,13 @@ def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int
     settings = json.loads(generation.read_text()) if generation.exists() else {}
     settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or []), *score_ids]
     generation.write_text(json.dumps(settings, indent=1))
-    stamp = {"checkpoint": verifier.digest, "heads": verifier.card.heads, "score_ids": score_ids,
-             "scale": SCORE_SCALE, "bias": verifier.bias.tolist()}  # fmt: skip
+    stamp = {
+        "checkpoint": verifier.digest,
+        "heads": verifier.card.heads,
+        "score_ids": score_ids,
+        "scale": SCORE_SCALE,
+        "bias": verifier.bias.tolist(),
+    }
     (building / STAMP).write_text(json.dumps(stamp, indent=1))
     (building / "README.md").write_text(_readme(stamp))
     shutil.rmtree(directory, ignore_errors=True)
@@ -124,8 +136,9 @@ def _grow_and_save(
                 del shard[OUTPUT]
             else:
                 shard[OUTPUT] = _grown(shard[OUTPUT], rows)
-        save_file({k: v.contiguous() for k, v in shard.items()}, target / name,
-                  metadata={"format": "pt"})  # fmt: skip
+        save_file(
+            {k: v.contiguous() for k, v in shard.items()}, target / name, metadata={"format": "pt"}
+        )
 
 
 def _grown(matrix: Tensor, rows: Tensor) -> Tensor:

@@ -152,8 +152,10 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
     for directory in map(Path, directories):
         path = directory / "manifest.json"
         if not path.exists():
-            raise UserError(f"labels {str(directory)!r} has no manifest.json; run data_gen.rollouts "
-                            f"--output {directory} first")  # fmt: skip
+            raise UserError(
+                f"labels {str(directory)!r} has no manifest.json; run data_gen.rollouts "
+                f"--output {directory} first"
+            )
         found = json.loads(path.read_text())
         if manifest is None:
             manifest = found
@@ -172,9 +174,9 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
         raise UserError(f"labels {list(directories)} hold no traces; let data_gen.rollouts finish")
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for completion in completions.values():
-        key = (completion.prefix_key, completion.policy)
-        k, n = counts.get(key, (0, 0))
-        counts[key] = (k + completion.correct, n + 1)
+        where = (completion.prefix_key, completion.policy)
+        k, n = counts.get(where, (0, 0))
+        counts[where] = (k + completion.correct, n + 1)
     return LabelSet(manifest, list(traces.values()), counts, list(completions.values()))
 
 

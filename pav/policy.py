@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -68,10 +69,19 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise UserError(f"sampler.max_length is {self.max_length}; give at least 2 tokens")
-        if self.temperature <= 0:
+        # The upper limit is vLLM's.
+        if not 0 < self.temperature <= 2:
             raise UserError(
                 f"sampler.temperature is {self.temperature}; Monte-Carlo values need sampling: "
-                "give a temperature above 0"
+                "give a temperature above 0, at most 2"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampler.top_p is {self.top_p}; give a mass above 0, at most 1")
+        if self.top_k < 0:
+            raise UserError(f"sampler.top_k is {self.top_k}; give 0 (all tokens) or more")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(
+                f"sampler.repetition_penalty is {self.repetition_penalty}; give a number above 0"
             )
 
 

@@ -22,9 +22,12 @@ class Reporter:
         self.bar: Progress | None = None
         if Console().is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self.task = self.bar.add_task(what, total=total, note="")
 
     def __enter__(self) -> Reporter:

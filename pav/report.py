@@ -26,9 +26,14 @@ _MODES = (("plain", False), ("surprise", True))
 
 
 def fit_and_report(
-    card: Card, model: HeadedTrunk, examples: list[Example], labels: LabelSet, policy: Policy,
-    task: Task, base: str,
-) -> Card:  # fmt: skip
+    card: Card,
+    model: HeadedTrunk,
+    examples: list[Example],
+    labels: LabelSet,
+    policy: Policy,
+    task: Task,
+    base: str,
+) -> Card:
     """The card with calibrators, default pick and validation metrics filled in."""
     scored = score(model, examples, policy, "calibrating")
     fitted = np.array([_first_half(e.problem_id) for e in examples])[scored.example_N]
@@ -81,9 +86,15 @@ def _metrics(q: np.ndarray, k: np.ndarray, n: np.ndarray) -> dict[str, float]:
 
 
 def _slip_table(
-    card: Card, examples: list[Example], scored: Scored, q: dict[tuple[str, str], np.ndarray],
-    held: np.ndarray, policy: Policy, labels: LabelSet, task: Task,
-) -> dict[str, Any]:  # fmt: skip
+    card: Card,
+    examples: list[Example],
+    scored: Scored,
+    q: dict[tuple[str, str], np.ndarray],
+    held: np.ndarray,
+    policy: Policy,
+    labels: LabelSet,
+    task: Task,
+) -> dict[str, Any]:
     """AUC of "no slip so far", by step and by kind of first slip, where the task knows the truth.
 
     By kind: steps that hold a first slip of that kind against clean steps (the last step, which
@@ -102,8 +113,9 @@ def _slip_table(
             start = end
         found = [None, *slips(texts, problems[example.problem_id])]
         kinds += found
-        first += [kind is not None and (j == 0 or found[j - 1] is None)
-                  for j, kind in enumerate(found)]  # fmt: skip
+        first += [
+            kind is not None and (j == 0 or found[j - 1] is None) for j, kind in enumerate(found)
+        ]
     # score() sorts examples by length; go by (example, step) instead of by order.
     offset = np.concatenate([[0], np.cumsum([len(e.positions_P) for e in examples])])
     row = offset[scored.example_N] + scored.step_N
@@ -136,9 +148,15 @@ def _auc(values: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> floa
 
 
 def _picks(
-    card: Card, examples: list[Example], scored: Scored, q: dict[tuple[str, str], np.ndarray],
-    held: np.ndarray, policy: Policy, labels: LabelSet, task: Task,
-) -> dict[str, float]:  # fmt: skip
+    card: Card,
+    examples: list[Example],
+    scored: Scored,
+    q: dict[tuple[str, str], np.ndarray],
+    held: np.ndarray,
+    policy: Policy,
+    labels: LabelSet,
+    task: Task,
+) -> dict[str, float]:
     """Accuracy of every pick rule among the seed traces of held-out validation problems."""
     outcome = {(t.problem_id, tuple(t.ids)): t for t in labels.traces if not t.truncated}
     q_base, q_orm = q[card.base_head, "surprise"], q[ORM, "surprise"]
@@ -154,9 +172,14 @@ def _picks(
         ordered = sorted(own, key=lambda r: int(scored.step_N[r]))
         steps = q_base[ordered]
         groups[example.problem_id].append(
-            (float(steps[-1]), float(steps[1:].min()), float(q_orm[ordered[-1]]),
-             trace.answer, trace.correct)
-        )  # fmt: skip
+            (
+                float(steps[-1]),
+                float(steps[1:].min()),
+                float(q_orm[ordered[-1]]),
+                trace.answer,
+                trace.correct,
+            )
+        )
     right: dict[str, list[bool]] = defaultdict(list)
     for group in groups.values():
         right["last"].append(max(group, key=lambda g: g[0])[4])
@@ -179,8 +202,14 @@ def print_report(card: Card) -> None:
         table.add_column(column)
     for name, m in card.validation.items():
         if isinstance(m, dict) and "auc" in m:
-            table.add_row(name, str(m["rows"]), *(f"{m[k]:.3f}" for k in
-                          ("auc", "correlation", "brier", "brier_constant", "calibration_error")))  # fmt: skip
+            table.add_row(
+                name,
+                str(m["rows"]),
+                *(
+                    f"{m[k]:.3f}"
+                    for k in ("auc", "correlation", "brier", "brier_constant", "calibration_error")
+                ),
+            )
     console.print(table)
     slips = card.validation.get("slips") or {}
     if slips:
@@ -190,8 +219,9 @@ def print_report(card: Card) -> None:
         for column in slips:
             table.add_column(column)
         for name in names:
-            table.add_row(name, *(f"{by[name]:.3f}" if by[name] == by[name] else "-"
-                                  for by in slips.values()))  # fmt: skip
+            table.add_row(
+                name, *(f"{by[name]:.3f}" if by[name] == by[name] else "-" for by in slips.values())
+            )
         console.print(table)
     if "picks" in card.validation:
         picks = ", ".join(f"{k} {v:.3f}" for k, v in card.validation["picks"].items())

@@ -20,7 +20,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from pav.cli import run
 from pav.errors import UserError
@@ -159,9 +164,7 @@ class SftModule(L.LightningModule):
         )
         optimizers: Any = self.optimizers()
         scale = schedule(self.global_step // len(optimizers), self.config)
-        for optimizer, peak in zip(
-            optimizers, (self.config.lr, self.config.lr_rest), strict=True
-        ):
+        for optimizer, peak in zip(optimizers, (self.config.lr, self.config.lr_rest), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
             optimizer.zero_grad()
@@ -181,8 +184,10 @@ def schedule(step: int, config: SftConfig) -> float:
 def sft(config: SftConfig) -> None:
     """Train, save and measure a policy (see :class:`SftConfig`)."""
     if not hasattr(config.task, "solutions"):
-        raise UserError(f"task {config.task.name!r} has no solutions to learn from; give it a method "
-                        "solutions(seed) that yields (question, solution)")  # fmt: skip
+        raise UserError(
+            f"task {config.task.name!r} has no solutions to learn from; give it a method "
+            "solutions(seed) that yields (question, solution)"
+        )
     output = Path(config.output)
     if (output / "config.json").exists():
         raise UserError(f"output {config.output!r} already holds a model; choose another directory")
@@ -197,7 +202,9 @@ def sft(config: SftConfig) -> None:
     # Measured on CPU at these lengths under bf16 autocast: 1.7 times as fast as fused attention.
     model.set_attn_implementation("eager")
     count = sum(p.numel() for p in model.parameters())
-    print(f"policy of {count / 1e6:.2f}M parameters, {config.steps} steps of {config.batch} solutions")
+    print(
+        f"policy of {count / 1e6:.2f}M parameters, {config.steps} steps of {config.batch} solutions"
+    )
     output.mkdir(parents=True, exist_ok=True)
     last = output / "last.ckpt"
     start = 0
@@ -213,10 +220,15 @@ def sft(config: SftConfig) -> None:
         devices=1,
         logger=False,
         callbacks=[
-            ModelCheckpoint(output, filename="last", every_n_train_steps=1000, save_top_k=1,
-                            enable_version_counter=False),
+            ModelCheckpoint(
+                output,
+                filename="last",
+                every_n_train_steps=1000,
+                save_top_k=1,
+                enable_version_counter=False,
+            ),
             LightningProgress(config.steps),
-        ],  # fmt: skip
+        ],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -232,7 +244,9 @@ def sft(config: SftConfig) -> None:
     last.unlink(missing_ok=True)
     if config.eval_problems:
         right = accuracy(model, tokenizer, config)
-        print(f"right in a single sample: {right:.3f} of {config.eval_problems} validation problems")
+        print(
+            f"right in a single sample: {right:.3f} of {config.eval_problems} validation problems"
+        )
     print(f"policy: {output}\nnext: data_gen.rollouts --policy {output} --output runs/labels")
 
 

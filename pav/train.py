@@ -16,12 +16,13 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAUROC
 
 from pav.cli import run
-from pav.data import Example, LabelData, balance, orm_examples, pav_examples, score
+from pav.data import Example, LabelData, balance, orm_examples, pav_examples
 from pav.errors import UserError
 from pav.export import ensure_export
 from pav.labels import LabelSet, read_labels
@@ -106,7 +107,7 @@ class VerifierModule(L.LightningModule):
         self.register_buffer("class_weight_2H", class_weight_2H, persistent=False)
         self.aucs = torch.nn.ModuleList(BinaryAUROC() for _ in card.heads)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -191,8 +192,10 @@ def train(config: TrainConfig) -> Card:
             f"labels {config.labels} hold {len(train_set)} training and {len(validation)} "
             "validation traces; both are needed: raise problems or validation_problems"
         )
-    print(f"{len(train_set)} training and {len(validation)} validation solutions, heads "
-          f"{', '.join(card.heads)} on {config.trunk} ({config.trunk_mode})")  # fmt: skip
+    print(
+        f"{len(train_set)} training and {len(validation)} validation solutions, heads "
+        f"{', '.join(card.heads)} on {config.trunk} ({config.trunk_mode})"
+    )
     fit(config, card, model, train_set, validation, policy)
     # Calibration and report need whole base traces: an ORM is judged on them too.
     judged = pav_examples(labels, "validation", card.heads, policy, cap)
@@ -203,8 +206,12 @@ def train(config: TrainConfig) -> Card:
     verifier = load_verifier(str(output))
     directory, _ = ensure_export(verifier, path)
     output.with_suffix(".json").write_text(json.dumps(card.validation, indent=1))
-    print(f"verifier: {output} ({output.stat().st_size / 1e6:.1f} MB), export for vLLM: {directory}")
-    following = "search.compare --help" if config.recipe == "orm" else f"search.beam --verifier {output}"
+    print(
+        f"verifier: {output} ({output.stat().st_size / 1e6:.1f} MB), export for vLLM: {directory}"
+    )
+    following = (
+        "search.compare --help" if config.recipe == "orm" else f"search.beam --verifier {output}"
+    )
     print(f"next: {following}")
     return card
 
@@ -254,9 +261,13 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
 
 
 def fit(
-    config: TrainConfig, card: Card, model: HeadedTrunk,
-    train_set: list[Example], validation: list[Example], policy: Any,
-) -> None:  # fmt: skip
+    config: TrainConfig,
+    card: Card,
+    model: HeadedTrunk,
+    train_set: list[Example],
+    validation: list[Example],
+    policy: Any,
+) -> None:
     """Train heads (and trunk); the best epoch on validation is kept in ``model``."""
     for parameter in model.trunk.parameters():
         parameter.requires_grad_(not card.frozen)
@@ -268,8 +279,14 @@ def fit(
     # Heads of a PAV are wanted calibrated, an ORM has to rank.
     monitor, mode = ("val_loss", "min") if card.recipe == "pav" else ("val_auc", "max")
     working = Path(config.output).with_suffix(".training")
-    best = ModelCheckpoint(working, filename="best", monitor=monitor, mode=mode, save_top_k=1,
-                           enable_version_counter=False)  # fmt: skip
+    best = ModelCheckpoint(
+        working,
+        filename="best",
+        monitor=monitor,
+        mode=mode,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
     trainer = L.Trainer(
         max_epochs=config.max_epochs,
         precision=config.precision,  # type: ignore[arg-type]
@@ -302,8 +319,11 @@ def save(card: Card, model: HeadedTrunk, output: Path) -> None:
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     if card.frozen:
         state = {k: v for k, v in state.items() if not k.startswith("model.trunk.")}
-    checkpoint = {"state_dict": state, "verifier": card_json(card),
-                  "pytorch-lightning_version": L.__version__}  # fmt: skip
+    checkpoint = {
+        "state_dict": state,
+        "verifier": card_json(card),
+        "pytorch-lightning_version": L.__version__,
+    }
     temporary = output.with_suffix(".tmp")
     torch.save(checkpoint, temporary)
     temporary.replace(output)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pav.calibrate import Calibrator
 from pav.engine import SCORE_SCALE
@@ -113,7 +113,7 @@ def prompt_from(plain: dict[str, Any]) -> Prompt:
 class HeadedTrunk(nn.Module):
     """Trunk and heads. Shapes: B sequences, T tokens, D hidden size, H heads."""
 
-    def __init__(self, trunk: nn.Module, heads: int) -> None:
+    def __init__(self, trunk: PreTrainedModel, heads: int) -> None:
         super().__init__()
         self.trunk = trunk
         config = trunk.config
@@ -166,7 +166,7 @@ def refuse_unservable(config: Any) -> None:
             )
 
 
-def load_trunk(path: str) -> nn.Module:
+def load_trunk(path: str) -> PreTrainedModel:
     """The causal LM at ``path`` in float32."""
     try:
         trunk: Any = AutoModelForCausalLM.from_pretrained(
@@ -178,7 +178,7 @@ def load_trunk(path: str) -> nn.Module:
     if getattr(trunk.config, "attn_logit_softcapping", None):
         # The default (SDPA) leaves out Gemma 2's soft cap on attention without a word; vLLM has it.
         trunk.set_attn_implementation("eager")
-    return trunk  # type: ignore[no-any-return]
+    return trunk
 
 
 @dataclass(frozen=True)

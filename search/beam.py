@@ -87,44 +87,55 @@ async def beam_search(
     root_values: Values = {}
     if not scorer.fused:
         root_values = await scorer.read(problem, [], [], cost)
-    root = Candidate(ids=[], ends=[], q={h: [v] for h, v in root_values.items()}, score=0.0,
-                     finished=False, truncated=False)  # fmt: skip
+    root = Candidate(
+        ids=[],
+        ends=[],
+        q={h: [v] for h, v in root_values.items()},
+        score=0.0,
+        finished=False,
+        truncated=False,
+    )
     places = [Beam(root, root_values, np.zeros(0, dtype=np.float32))]
     truncated: list[Candidate] = []
     merged = 0
     steps: list[list[tuple[int, bool, float, str]]] = []
     round_number = 0
 
-    async def grow(parent: int, index: int) -> tuple[int, Beam | Candidate]:
-        """One child of a place, scored; a bare candidate where it was truncated."""
+    async def grow(parent: int, index: int) -> tuple[int, Beam | Candidate | None]:
+        """One child of a place, scored; a bare candidate if truncated, None if a duplicate."""
         beam = places[parent]
         ids = beam.candidate.ids
         step = await sample_step(
-            engine, policy, sampler, prompt + ids,
-            (seed, problem.id, "beam", round_number, *ids, index), cost, scorer.fused,
-        )  # fmt: skip
+            engine,
+            policy,
+            sampler,
+            prompt + ids,
+            (seed, problem.id, "beam", round_number, *ids, index),
+            cost,
+            scorer.fused,
+        )
         # An empty solution has no step to score.
         if step.truncated or (step.finished and not ids and len(step.ids) == 1):
             cut = replace(beam.candidate, ids=ids + step.ids, truncated=True, score=float("-inf"))
             return parent, cut
+        if (key := tuple(ids + step.ids)) in claimed:
+            return parent, None
+        # Claimed before it is scored: a duplicate costs the verifier nothing.
+        claimed.add(key)
         return parent, await _score(problem, beam, step, settings, scorer, cost)
 
     while any(not b.candidate.finished for b in places):
         active = [i for i, b in enumerate(places) if not b.candidate.finished]
         draws = settings.samples * (settings.n - (len(places) - len(active)))
         shares = [draws // len(active) + (j < draws % len(active)) for j in range(len(active))]
+        claimed: set[tuple[int, ...]] = set()
         grown = await asyncio.gather(
             *(grow(i, c) for i, share in zip(active, shares, strict=True) for c in range(share))
         )
-        children: dict[tuple[int, ...], tuple[int, Beam]] = {}
-        for parent, child in grown:
-            if isinstance(child, Candidate):
-                truncated.append(child)
-            elif tuple(child.candidate.ids) in children:
-                merged += 1
-            else:
-                children[tuple(child.candidate.ids)] = (parent, child)
-        contenders = [(-1, b) for b in places if b.candidate.finished] + list(children.values())
+        truncated += [c for _, c in grown if isinstance(c, Candidate)]
+        merged += sum(c is None for _, c in grown)
+        children = [(parent, c) for parent, c in grown if isinstance(c, Beam)]
+        contenders = [(-1, b) for b in places if b.candidate.finished] + children
         # Sorting is stable: ties go to the earlier contender.
         contenders.sort(key=lambda c: -c[1].candidate.score)
         steps.append(

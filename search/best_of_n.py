@@ -42,10 +42,13 @@ async def sample_traces(
     async def one(index: int) -> Candidate:
         fused = scorer is not None and scorer.fused
         out = await engine.sample(
-            prompt, sampler, stop_ids=sorted(policy.stepper.eos_ids),
+            prompt,
+            sampler,
+            stop_ids=sorted(policy.stepper.eos_ids),
             max_tokens=sampler.max_length - len(prompt),
-            seed=seed_of(seed, problem.id, "trace", index), scores=fused,
-        )  # fmt: skip
+            seed=seed_of(seed, problem.id, "trace", index),
+            scores=fused,
+        )
         cost.policy_tokens += len(out.ids)
         ends = policy.stepper.step_ends(out.ids)
         finished = out.stopped and bool(ends) and ends[-1] == len(out.ids)
@@ -61,9 +64,14 @@ async def sample_traces(
                     rows.append(await scorer.read(problem, out.ids[:end], upto, cost))
             q = {h: [r[h] for r in rows] for h in rows[0]}
         return Candidate(
-            ids=out.ids, ends=ends, q=q, score=0.0, finished=finished,
-            truncated=not finished, tokens=len(out.ids),
-        )  # fmt: skip
+            ids=out.ids,
+            ends=ends,
+            q=q,
+            score=0.0,
+            finished=finished,
+            truncated=not finished,
+            tokens=len(out.ids),
+        )
 
     return list(await asyncio.gather(*(one(i) for i in range(n))))
 

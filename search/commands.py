@@ -128,60 +128,128 @@ def graded(session: Session, problem: Problem, candidates: Sequence[Candidate]) 
 
 
 def make_record(
-    problem: Problem, method: str, n: int, seed: int, settings: dict[str, Any],
-    candidates: list[Candidate], rule: Pick, head: str, cost: Cost, **extra: Any,
-) -> Record:  # fmt: skip
+    problem: Problem,
+    method: str,
+    n: int,
+    seed: int,
+    settings: dict[str, Any],
+    candidates: list[Candidate],
+    rule: Pick,
+    head: str,
+    cost: Cost,
+    **extra: Any,
+) -> Record:
     """The record of a finished search."""
     chosen = pick(candidates, rule, head)
     return Record(
-        problem_id=problem.id, question=problem.question, gold=problem.gold,
-        method=method, n=n, seed=seed, settings=settings,
+        problem_id=problem.id,
+        question=problem.question,
+        gold=problem.gold,
+        method=method,
+        n=n,
+        seed=seed,
+        settings=settings,
         answer=None if chosen is None else candidates[chosen].answer,
         correct=chosen is not None and candidates[chosen].correct,
-        picked=chosen, candidates=candidates,
-        policy_tokens=cost.policy_tokens, verifier_tokens=cost.verifier_tokens,
-        verifier_cached=cost.verifier_cached, **extra,
-    )  # fmt: skip
+        picked=chosen,
+        candidates=candidates,
+        policy_tokens=cost.policy_tokens,
+        verifier_tokens=cost.verifier_tokens,
+        verifier_cached=cost.verifier_cached,
+        **extra,
+    )
 
 
 async def beam_record(
-    session: Session, scorer: Scorer, settings: BeamSettings, rule: Pick, method: str, seed: int,
+    session: Session,
+    scorer: Scorer,
+    settings: BeamSettings,
+    rule: Pick,
+    method: str,
+    seed: int,
     problem: Problem,
-) -> Record:  # fmt: skip
+) -> Record:
     """Beam search of one problem, graded."""
     cost = Cost()
-    result = await beam_search(problem, settings, session.sampling_engine(scorer), session.policy,
-                               session.sampler, scorer, seed, cost)  # fmt: skip
+    result = await beam_search(
+        problem,
+        settings,
+        session.sampling_engine(scorer),
+        session.policy,
+        session.sampler,
+        scorer,
+        seed,
+        cost,
+    )
     described = {
-        "samples": settings.samples, "alpha": settings.alpha, "prover": settings.prover,
-        "pick": rule, "scoring": "fused" if scorer.fused else "separate",
-        "surprise": scorer.reads_surprise, "trunk": scorer.verifier.card.trunk,
-    }  # fmt: skip
+        "samples": settings.samples,
+        "alpha": settings.alpha,
+        "prover": settings.prover,
+        "pick": rule,
+        "scoring": "fused" if scorer.fused else "separate",
+        "surprise": scorer.reads_surprise,
+        "trunk": scorer.verifier.card.trunk,
+    }
     return make_record(
-        problem, method, settings.n, seed, described,
-        graded(session, problem, result.candidates), rule, settings.base_head, cost,
-        truncated=result.truncated, merged=result.merged, steps=result.steps,
-    )  # fmt: skip
+        problem,
+        method,
+        settings.n,
+        seed,
+        described,
+        graded(session, problem, result.candidates),
+        rule,
+        settings.base_head,
+        cost,
+        truncated=result.truncated,
+        merged=result.merged,
+        steps=result.steps,
+    )
 
 
 async def traces_record(
-    session: Session, scorer: Scorer | None, n: int, rule: Pick, method: str, seed: int,
-    problem: Problem, policy: Policy | None = None,
-) -> Record:  # fmt: skip
+    session: Session,
+    scorer: Scorer | None,
+    n: int,
+    rule: Pick,
+    method: str,
+    seed: int,
+    problem: Problem,
+    policy: Policy | None = None,
+) -> Record:
     """``n`` independent solutions of one problem, graded, one of them picked."""
     cost = Cost()
     found = await sample_traces(
-        problem, n, session.sampling_engine(scorer, policy), policy or session.policy,
-        session.sampler, scorer, seed, cost, rule == "min",
-    )  # fmt: skip
+        problem,
+        n,
+        session.sampling_engine(scorer, policy),
+        policy or session.policy,
+        session.sampler,
+        scorer,
+        seed,
+        cost,
+        rule == "min",
+    )
     head = scorer.verifier.card.base_head if scorer is not None else ""
     described: dict[str, Any] = {"pick": rule}
     if scorer is not None:
-        described |= {"scoring": "fused" if scorer.fused else "separate",
-                      "surprise": scorer.reads_surprise, "trunk": scorer.verifier.card.trunk}  # fmt: skip
+        described |= {
+            "scoring": "fused" if scorer.fused else "separate",
+            "surprise": scorer.reads_surprise,
+            "trunk": scorer.verifier.card.trunk,
+        }
     candidates = graded(session, problem, found)
-    return make_record(problem, method, n, seed, described, candidates, rule, head, cost,
-                       truncated=sum(c.truncated for c in candidates))  # fmt: skip
+    return make_record(
+        problem,
+        method,
+        n,
+        seed,
+        described,
+        candidates,
+        rule,
+        head,
+        cost,
+        truncated=sum(c.truncated for c in candidates),
+    )
 
 
 @dataclass(frozen=True)
@@ -198,9 +266,7 @@ def beam(config: BeamConfig) -> None:
     """Run beam search, and its baselines if asked for (see :class:`BeamConfig`)."""
     verifier = load_checked(config.verifier, "pav")
     session = open_session(verifier, config.task, config.policy, config.sampler, config.engine)
-    settings = beam_settings(
-        verifier.card, config.n, config.samples, config.alpha, config.prover
-    )
+    settings = beam_settings(verifier.card, config.n, config.samples, config.alpha, config.prover)
     rule: Pick = config.pick or verifier.card.pick  # type: ignore[assignment]
     directory = _run_directory(config, f"beam-n{config.n}", verifier.path)
     open_run(directory, _manifest(config, verifier.digest))
@@ -215,8 +281,9 @@ def beam(config: BeamConfig) -> None:
     async def search(problem: Problem) -> Record:
         return await beam_record(session, scorer, settings, rule, "beam", config.seed, problem)
 
-    records, seconds = session.run(directory / "beam.jsonl", problems, search,
-                                   config.concurrency, f"beam N={config.n}")  # fmt: skip
+    records, seconds = session.run(
+        directory / "beam.jsonl", problems, search, config.concurrency, f"beam N={config.n}"
+    )
     rows = [Row(f"PAV beam ({rule})", config.n, records, seconds)]
     if orm is not None:
         rows += _baselines(config, session, orm, problems, records, directory)
@@ -225,10 +292,14 @@ def beam(config: BeamConfig) -> None:
 
 
 def _baselines(
-    config: BeamConfig, session: Session, orm: Scorer, problems: list[Problem],
-    beam_records: list[Record], directory: Path,
-) -> list[Row]:  # fmt: skip
-    """Best-of-N at the same N and at beam's tokens (trace count rounded up), from one sample set."""
+    config: BeamConfig,
+    session: Session,
+    orm: Scorer,
+    problems: list[Problem],
+    beam_records: list[Record],
+    directory: Path,
+) -> list[Row]:
+    """Best-of-N at the same N and at beam's tokens (trace count rounded up)."""
     spent = float(np.mean([r.policy_tokens for r in beam_records]))
 
     async def sample(n: int, problem: Problem) -> Record:
@@ -237,20 +308,29 @@ def _baselines(
     def first(problem: Problem) -> Any:
         return sample(config.n, problem)
 
-    same, seconds = session.run(directory / "best_of_n.jsonl", problems, first,
-                                config.concurrency, f"best-of-{config.n}")  # fmt: skip
+    same, seconds = session.run(
+        directory / "best_of_n.jsonl", problems, first, config.concurrency, f"best-of-{config.n}"
+    )
     per_trace = float(np.mean([c.tokens for r in same for c in r.candidates]))
     matched = max(config.n, math.ceil(spent / per_trace))
 
     def second(problem: Problem) -> Any:
         return sample(matched, problem)
 
-    equal, more = session.run(directory / "best_of_n_equal_tokens.jsonl", problems, second,
-                              config.concurrency, f"best-of-{matched}")  # fmt: skip
+    equal, more = session.run(
+        directory / "best_of_n_equal_tokens.jsonl",
+        problems,
+        second,
+        config.concurrency,
+        f"best-of-{matched}",
+    )
     rows = []
     for n, records, took in ((config.n, same, seconds), (matched, equal, more)):
-        for label, rule in (("best-of-N, ORM", "orm"), ("ORM-weighted vote", "orm_vote"),
-                            ("majority vote", "majority")):  # fmt: skip
+        for label, rule in (
+            ("best-of-N, ORM", "orm"),
+            ("ORM-weighted vote", "orm_vote"),
+            ("majority vote", "majority"),
+        ):
             rows.append(Row(label, n, [repick(r, rule) for r in records], took))  # type: ignore[arg-type]
     return rows
 
@@ -284,10 +364,13 @@ def best_of_n(config: BestOfNConfig) -> None:
     problems = session.problems(config.split, config.problems)
 
     async def search(problem: Problem) -> Record:
-        return await traces_record(session, scorer, config.n, rule, "best-of-N", config.seed, problem)
+        return await traces_record(
+            session, scorer, config.n, rule, "best-of-N", config.seed, problem
+        )
 
-    records, seconds = session.run(directory / "best_of_n.jsonl", problems, search,
-                                   config.concurrency, f"best-of-{config.n}")  # fmt: skip
+    records, seconds = session.run(
+        directory / "best_of_n.jsonl", problems, search, config.concurrency, f"best-of-{config.n}"
+    )
     session.shutdown()
     rows = [Row(f"best-of-N ({rule})", config.n, records, seconds)]
     rows.append(Row("majority vote", config.n, [repick(r, "majority") for r in records], seconds))
@@ -321,18 +404,28 @@ def _manifest(config: SearchConfig, digest: str) -> dict[str, Any]:
 
 def _print(rows: list[Row], directory: Path, split: str) -> None:
     table = Table(title=f"{len(rows[0].records)} {split} problems")
-    for column in ("method", "N", "accuracy [95%]", "in final set", "policy tokens",
-                   "verifier tokens", "seconds"):  # fmt: skip
+    for column in (
+        "method",
+        "N",
+        "accuracy [95%]",
+        "in final set",
+        "policy tokens",
+        "verifier tokens",
+        "seconds",
+    ):
         table.add_column(column)
     for row in rows:
         right = bootstrap(np.array([[r.correct] for r in row.records], dtype=float))
         oracle = np.mean([any(c.correct for c in r.candidates) for r in row.records])
         table.add_row(
-            row.method, str(row.n), str(right), f"{oracle:.3f}",
+            row.method,
+            str(row.n),
+            str(right),
+            f"{oracle:.3f}",
             f"{np.mean([r.policy_tokens for r in row.records]):.0f}",
             f"{np.mean([r.verifier_tokens for r in row.records]):.0f}",
             f"{row.seconds:.1f}",
-        )  # fmt: skip
+        )
     Console(width=120).print(table)
     print("tokens are means per problem; a resumed run shows only this start's seconds")
     print(f"records: {directory}\nnext: search.compare --help")

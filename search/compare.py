@@ -1,7 +1,7 @@
 """``search.compare``: methods x N x seeds in one engine load; table, CSV and plot.
 
-Best-of-N rows of all N, pick rules and verifiers come from one sample set per seed, and are shown at
-every N and at the tokens that the reference beam really spent (trace count rounded up).
+Best-of-N rows of all N, pick rules and verifiers come from one sample set per seed, and are shown
+at every N and at the tokens that the reference beam really spent (trace count rounded up).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.tasks.base import Problem, Split, Task
-from pav.verifier import ORM, Verifier, load_verifier
+from pav.verifier import Verifier, load_verifier
 from search.commands import beam_record, beam_settings, repick, traces_record
 from search.pick import Pick
 from search.plot import plot_accuracy
@@ -66,8 +66,10 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.verifier is None and (self.kind == "beam" or self.pick != "majority"):
-            raise UserError(f"method {self.name!r} has no verifier; give one, or kind best_of_n "
-                            "with pick majority")  # fmt: skip
+            raise UserError(
+                f"method {self.name!r} has no verifier; give one, or kind best_of_n "
+                "with pick majority"
+            )
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,10 @@ def compare(config: CompareConfig) -> None:
     session = open_session(first, config.task, None, config.sampler, config.engine)
     for verifier in verifiers.values():
         if verifier.card.policy_fingerprint != first.card.policy_fingerprint:
-            raise UserError(f"verifiers {str(first.path)!r} and {str(verifier.path)!r} were made "
-                            "for different policies; compare them in two runs")  # fmt: skip
+            raise UserError(
+                f"verifiers {str(first.path)!r} and {str(verifier.path)!r} were made "
+                "for different policies; compare them in two runs"
+            )
     output = Path(config.output)
     open_run(output, manifest(config, verifiers))
     problems = session.problems(config.split, config.problems)
@@ -168,9 +172,11 @@ def compare(config: CompareConfig) -> None:
     oracle = oracle_line(points)
     plot_accuracy(points, oracle, output / "compare.png", config.title)
     print_points(config, points, differences)
-    print(f"results: {output}/compare.csv, compare.png, compare.json, one .jsonl per run\n"
-          f"next: search.beam --verifier {config.methods[0].verifier or 'pav:reference'} "
-          "--baseline orm --n 8")  # fmt: skip
+    print(
+        f"results: {output}/compare.csv, compare.png, compare.json, one .jsonl per run\n"
+        f"next: search.beam --verifier {config.methods[0].verifier or 'pav:reference'} "
+        "--baseline orm --n 8"
+    )
 
 
 def manifest(config: CompareConfig, verifiers: dict[str, Verifier]) -> dict[str, Any]:
@@ -178,10 +184,13 @@ def manifest(config: CompareConfig, verifiers: dict[str, Verifier]) -> dict[str,
     return {
         "methods": [asdict(m) for m in config.methods],
         "verifiers": {name: v.digest for name, v in verifiers.items()},
-        "n": config.n, "seeds": config.seeds, "problems": config.problems, "split": config.split,
+        "n": config.n,
+        "seeds": config.seeds,
+        "problems": config.problems,
+        "split": config.split,
         "sampler": None if config.sampler is None else asdict(config.sampler),
         "max_traces": config.max_traces,
-    }  # fmt: skip
+    }
 
 
 def _file(output: Path, *parts: object) -> Path:
@@ -194,21 +203,30 @@ def _point(
 ) -> Point:
     flat = [r for records in by_seed for r in records]
     return Point(
-        method, n, matched,
+        method,
+        n,
+        matched,
         np.array([[r.correct for r in records] for records in by_seed], dtype=float).T,
-        np.array([[any(c.correct for c in r.candidates) for r in records]
-                  for records in by_seed], dtype=float).T,
+        np.array(
+            [[any(c.correct for c in r.candidates) for r in records] for records in by_seed],
+            dtype=float,
+        ).T,
         float(np.mean([r.policy_tokens for r in flat])),
         float(np.mean([r.verifier_tokens for r in flat])),
         float(np.mean([r.verifier_cached for r in flat])),
-        seconds / len(flat), flat[0].settings,
-    )  # fmt: skip
+        seconds / len(flat),
+        flat[0].settings,
+    )
 
 
 def _beams(
-    config: CompareConfig, method: Method, verifiers: dict[str, Verifier], session: Session,
-    problems: list[Problem], output: Path,
-) -> list[Point]:  # fmt: skip
+    config: CompareConfig,
+    method: Method,
+    verifiers: dict[str, Verifier],
+    session: Session,
+    problems: list[Problem],
+    output: Path,
+) -> list[Point]:
     verifier = verifiers[str(method.verifier)]
     scorer = session.scorer(verifier, method.scoring, method.surprise, None)
     session.sampling_engine(scorer)
@@ -219,13 +237,20 @@ def _beams(
         by_seed, seconds = [], 0.0
         for seed in config.seeds:
 
-            async def search(problem: Problem, seed: int = seed, settings: Any = settings) -> Record:
-                return await beam_record(session, scorer, settings, rule, method.name, seed, problem)
+            async def search(
+                problem: Problem, seed: int = seed, settings: Any = settings
+            ) -> Record:
+                return await beam_record(
+                    session, scorer, settings, rule, method.name, seed, problem
+                )
 
             records, took = session.run(
-                _file(output, method.name, f"n{n}", f"s{seed}"), problems, search,
-                config.concurrency, f"{method.name} N={n} seed {seed}",
-            )  # fmt: skip
+                _file(output, method.name, f"n{n}", f"s{seed}"),
+                problems,
+                search,
+                config.concurrency,
+                f"{method.name} N={n} seed {seed}",
+            )
             by_seed.append(records)
             seconds += took
         points.append(_point(method.name, n, None, by_seed, seconds))
@@ -233,9 +258,13 @@ def _beams(
 
 
 def _samples(
-    config: CompareConfig, verifiers: dict[str, Verifier], session: Session,
-    problems: list[Problem], output: Path, beams: list[Point],
-) -> list[Point]:  # fmt: skip
+    config: CompareConfig,
+    verifiers: dict[str, Verifier],
+    session: Session,
+    problems: list[Problem],
+    output: Path,
+    beams: list[Point],
+) -> list[Point]:
     """All best-of-N points: one sample set per policy and seed, one scoring pass per verifier."""
     methods = [m for m in config.methods if m.kind == "best_of_n"]
     reference = [p for p in beams if p.method == beams[0].method]
@@ -246,26 +275,33 @@ def _samples(
         label = session.policy.config.label if policy is None else policy.label
         # A small first set tells how long a trace is; its traces are the first of the full set.
         few = min(4, max(config.n))
-        pilot, _ = _sample_set(config, session, other, label, problems, config.seeds[0], few, output)
+        pilot, _ = _sample_set(
+            config, session, other, label, problems, config.seeds[0], few, output
+        )
         per_trace = float(np.mean([c.tokens for r in pilot for c in r.candidates]))
         counts = sorted({*config.n, *(_matched(beam, per_trace) for beam in reference)})
         total = min(counts[-1], config.max_traces)
         sets, seconds = [], 0.0
         for seed in config.seeds:
-            records, took = _sample_set(config, session, other, label, problems, seed, total, output)
+            records, took = _sample_set(
+                config, session, other, label, problems, seed, total, output
+            )
             sets.append(records)
             seconds += took
         for method in own:
             scored, extra = sets, 0.0
             if method.verifier:
-                scored, extra = _scored_sets(config, method, verifiers, session, problems, label,
-                                             sets, output)  # fmt: skip
+                scored, extra = _scored_sets(
+                    config, method, verifiers, session, problems, label, sets, output
+                )
             head = verifiers[method.verifier].card.base_head if method.verifier else ""
             default = verifiers[method.verifier].card.pick if method.verifier else "majority"
             rule: Pick = method.pick or default  # type: ignore[assignment]
             for n in (c for c in counts if c <= total):
-                picked = [[_first(repick(r, rule, n, head), r, n, total) for r in records]
-                          for records in scored]  # fmt: skip
+                picked = [
+                    [_first(repick(r, rule, n, head), r, n, total) for r in records]
+                    for records in scored
+                ]
                 took = (seconds + extra) * n / total
                 matched = [b.n for b in reference if _matched(b, per_trace) == n]
                 points.append(_point(method.name, n, matched[0] if matched else None, picked, took))
@@ -284,28 +320,47 @@ def _first(record: Record, whole: Record, n: int, total: int) -> Record:
     """Costs of the first ``n`` of ``total`` traces; scoring reads each trace once."""
     share = n / total
     return replace(
-        record, n=n, settings={**whole.settings, "pick": record.settings.get("pick")},
+        record,
+        n=n,
+        settings={**whole.settings, "pick": record.settings.get("pick")},
         verifier_tokens=round(whole.verifier_tokens * share),
         verifier_cached=round(whole.verifier_cached * share),
-    )  # fmt: skip
+    )
 
 
 def _sample_set(
-    config: CompareConfig, session: Session, policy: Policy | None, label: str,
-    problems: list[Problem], seed: int, n: int, output: Path,
-) -> tuple[list[Record], float]:  # fmt: skip
+    config: CompareConfig,
+    session: Session,
+    policy: Policy | None,
+    label: str,
+    problems: list[Problem],
+    seed: int,
+    n: int,
+    output: Path,
+) -> tuple[list[Record], float]:
     async def sample(problem: Problem) -> Record:
         return await traces_record(session, None, n, "majority", "samples", seed, problem, policy)
 
     session.sampling_engine(None, policy)
-    return session.run(_file(output, "samples", label, f"n{n}", f"s{seed}"), problems, sample,
-                       config.concurrency, f"{n} samples of {label}, seed {seed}")  # fmt: skip
+    return session.run(
+        _file(output, "samples", label, f"n{n}", f"s{seed}"),
+        problems,
+        sample,
+        config.concurrency,
+        f"{n} samples of {label}, seed {seed}",
+    )
 
 
 def _scored_sets(
-    config: CompareConfig, method: Method, verifiers: dict[str, Verifier], session: Session,
-    problems: list[Problem], label: str, sets: list[list[Record]], output: Path,
-) -> tuple[list[list[Record]], float]:  # fmt: skip
+    config: CompareConfig,
+    method: Method,
+    verifiers: dict[str, Verifier],
+    session: Session,
+    problems: list[Problem],
+    label: str,
+    sets: list[list[Record]],
+    output: Path,
+) -> tuple[list[list[Record]], float]:
     verifier = verifiers[str(method.verifier)]
     # Sampled ids do not depend on the verifier, so scoring is always a pass of its own.
     scorer = session.scorer(verifier, "separate", method.surprise, None)
@@ -317,11 +372,24 @@ def _scored_sets(
         async def judge(problem: Problem, by_problem: dict[str, Record] = by_problem) -> Record:
             return await score_record(scorer, problem, by_problem[problem.id], every_step)
 
-        path = _file(output, "scored", verifier.path.stem, verifier.digest,
-                     "surprise" if method.surprise else "plain", "steps" if every_step else "last",
-                     label, f"n{records[0].n}", f"s{seed}")  # fmt: skip
-        scored, took = session.run(path, problems, judge, config.concurrency,
-                                   f"scoring by {verifier.path.stem}, seed {seed}")  # fmt: skip
+        path = _file(
+            output,
+            "scored",
+            verifier.path.stem,
+            verifier.digest,
+            "surprise" if method.surprise else "plain",
+            "steps" if every_step else "last",
+            label,
+            f"n{records[0].n}",
+            f"s{seed}",
+        )
+        scored, took = session.run(
+            path,
+            problems,
+            judge,
+            config.concurrency,
+            f"scoring by {verifier.path.stem}, seed {seed}",
+        )
         out.append(scored)
         seconds += took
     return out, seconds
@@ -342,25 +410,61 @@ async def score_record(
             ids = c.ids[: c.ends[j - 1]] if j else []
             rows.append(await scorer.read(problem, ids, c.ends[:j], cost))
         candidates.append(replace(c, q={h: [r[h] for r in rows] for h in rows[0]}))
-    settings = {"scoring": "separate", "surprise": scorer.reads_surprise,
-                "trunk": scorer.verifier.card.trunk}  # fmt: skip
-    return replace(record, candidates=candidates, settings=settings,
-                   verifier_tokens=cost.verifier_tokens, verifier_cached=cost.verifier_cached)  # fmt: skip
+    settings = {
+        "scoring": "separate",
+        "surprise": scorer.reads_surprise,
+        "trunk": scorer.verifier.card.trunk,
+    }
+    return replace(
+        record,
+        candidates=candidates,
+        settings=settings,
+        verifier_tokens=cost.verifier_tokens,
+        verifier_cached=cost.verifier_cached,
+    )
 
 
 def write_csv(points: list[Point], path: Path) -> None:
     """One tidy row per point."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["method", "n", "matched_to_beam_n", "accuracy", "low", "high", "oracle",
-                         "policy_tokens", "verifier_tokens", "verifier_cached", "seconds",
-                         "problems", "seeds", "settings"])  # fmt: skip
+        writer.writerow(
+            [
+                "method",
+                "n",
+                "matched_to_beam_n",
+                "accuracy",
+                "low",
+                "high",
+                "oracle",
+                "policy_tokens",
+                "verifier_tokens",
+                "verifier_cached",
+                "seconds",
+                "problems",
+                "seeds",
+                "settings",
+            ]
+        )
         for p in points:
             a = p.accuracy
-            writer.writerow([p.method, p.n, p.matched or "", f"{a.mean:.4f}", f"{a.low:.4f}",
-                             f"{a.high:.4f}", f"{p.oracle_PS.mean():.4f}", f"{p.policy_tokens:.1f}",
-                             f"{p.verifier_tokens:.1f}", f"{p.verifier_cached:.1f}",
-                             f"{p.seconds:.4f}", *p.correct_PS.shape, json.dumps(p.settings)])  # fmt: skip
+            writer.writerow(
+                [
+                    p.method,
+                    p.n,
+                    p.matched or "",
+                    f"{a.mean:.4f}",
+                    f"{a.low:.4f}",
+                    f"{a.high:.4f}",
+                    f"{p.oracle_PS.mean():.4f}",
+                    f"{p.policy_tokens:.1f}",
+                    f"{p.verifier_tokens:.1f}",
+                    f"{p.verifier_cached:.1f}",
+                    f"{p.seconds:.4f}",
+                    *p.correct_PS.shape,
+                    json.dumps(p.settings),
+                ]
+            )
 
 
 def paired(config: CompareConfig, points: list[Point]) -> list[dict[str, Any]]:
@@ -369,8 +473,17 @@ def paired(config: CompareConfig, points: list[Point]) -> list[dict[str, Any]]:
 
     def add(kind: str, a: Point, b: Point) -> None:
         d = bootstrap(a.correct_PS - b.correct_PS)
-        out.append({"kind": kind, "a": a.method, "a_n": a.n, "b": b.method, "b_n": b.n,
-                    "difference": d.mean, "ci95": [d.low, d.high]})  # fmt: skip
+        out.append(
+            {
+                "kind": kind,
+                "a": a.method,
+                "a_n": a.n,
+                "b": b.method,
+                "b_n": b.n,
+                "difference": d.mean,
+                "ci95": [d.low, d.high],
+            }
+        )
 
     beams = [p for p in points if _kind(config, p) == "beam"]
     for a in beams:
@@ -402,13 +515,27 @@ def print_points(
     console = Console(width=130)
     count, seeds = points[0].correct_PS.shape
     table = Table(title=f"{count} {config.split} problems, {seeds} seed(s); tokens per problem")
-    for column in ("method", "N", "accuracy [95%]", "in final set", "policy tokens",
-                   "verifier tokens", "seconds"):  # fmt: skip
+    for column in (
+        "method",
+        "N",
+        "accuracy [95%]",
+        "in final set",
+        "policy tokens",
+        "verifier tokens",
+        "seconds",
+    ):
         table.add_column(column)
     for p in points:
         n = f"{p.n} (tokens of beam {p.matched})" if p.matched else str(p.n)
-        table.add_row(p.method, n, str(p.accuracy), f"{p.oracle_PS.mean():.3f}",
-                      f"{p.policy_tokens:.0f}", f"{p.verifier_tokens:.0f}", f"{p.seconds:.3f}")  # fmt: skip
+        table.add_row(
+            p.method,
+            n,
+            str(p.accuracy),
+            f"{p.oracle_PS.mean():.3f}",
+            f"{p.policy_tokens:.0f}",
+            f"{p.verifier_tokens:.0f}",
+            f"{p.seconds:.3f}",
+        )
     console.print(table)
     table = Table(title="paired differences [95%]")
     for column in ("", "this", "minus", "difference"):

@@ -29,7 +29,7 @@ def plot_accuracy(
 
     figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     methods = list(dict.fromkeys(p.method for p in points))
-    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    colours = plt.get_cmap("tab10").colors
     for i, method in enumerate(methods):
         own = sorted((p for p in points if p.method == method), key=lambda p: p.policy_tokens)
         x = [p.policy_tokens for p in own]
@@ -38,12 +38,26 @@ def plot_accuracy(
         errors = [[a.mean - a.low for a in intervals], [a.high - a.mean for a in intervals]]
         is_beam = "samples" in own[0].settings
         axes.errorbar(
-            x, y, yerr=errors, label=method, color=colours[i % len(colours)], capsize=2, lw=1.6,
-            marker="o" if is_beam else "s", ms=4, ls="-" if is_beam else "--", elinewidth=0.8,
-        )  # fmt: skip
+            x,
+            y,
+            yerr=errors,
+            label=method,
+            color=colours[i % len(colours)],
+            capsize=2,
+            lw=1.6,
+            marker="o" if is_beam else "s",
+            ms=4,
+            ls="-" if is_beam else "--",
+            elinewidth=0.8,
+        )
     if oracle:
-        axes.plot([t for t, _ in oracle], [a.mean for _, a in oracle], color="0.6", ls=":",
-                  label="oracle pass@N (independent samples)")  # fmt: skip
+        axes.plot(
+            [t for t, _ in oracle],
+            [a.mean for _, a in oracle],
+            color="0.6",
+            ls=":",
+            label="oracle pass@N (independent samples)",
+        )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f}"))
     axes.set_xlabel("policy tokens per problem")

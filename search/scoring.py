@@ -1,4 +1,4 @@
-"""Scoring steps with a verifier: fused with the policy's own sampling, or in an engine of its own."""
+"""Scoring steps with a verifier: fused with the policy's sampling, or in an engine of its own."""
 
 from __future__ import annotations
 

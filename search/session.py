@@ -150,9 +150,11 @@ def open_session(
             f"policy it was made for ({remembered.model!r}) or train a verifier for this one"
         )
     if chosen.fingerprint != card.policy_fingerprint:
-        warn(f"{source} was made for policy {remembered.model!r}, searching with "
-             f"{chosen.config.model!r} (fingerprints {card.policy_fingerprint} and "
-             f"{chosen.fingerprint})")  # fmt: skip
+        warn(
+            f"{source} was made for policy {remembered.model!r}, searching with "
+            f"{chosen.config.model!r} (fingerprints {card.policy_fingerprint} and "
+            f"{chosen.fingerprint})"
+        )
     used = sampler or card.sampler_config()
     if asdict(used) != card.sampler:
         warn(f"{source} was made for sampler {card.sampler}, searching with {asdict(used)}")
@@ -174,8 +176,9 @@ def load_checked(name: str, recipe: str) -> Verifier:
     """Load a verifier of a recipe."""
     verifier = load_verifier(name)
     if verifier.card.recipe != recipe:
-        raise UserError(f"{name!r} is a verifier of recipe {verifier.card.recipe!r}; "
-                        f"this needs {recipe!r}")  # fmt: skip
+        raise UserError(
+            f"{name!r} is a verifier of recipe {verifier.card.recipe!r}; this needs {recipe!r}"
+        )
     return verifier
 
 

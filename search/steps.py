@@ -68,9 +68,13 @@ async def sample_step(
             break
         limit = room if rule.max_tokens is None else min(room, rule.max_tokens - len(step))
         out = await engine.sample(
-            before + step, sampler, stop_ids=policy.stepper.stop_ids, max_tokens=limit,
-            seed=seed_of(*key, resumes), scores=fused,
-        )  # fmt: skip
+            before + step,
+            sampler,
+            stop_ids=policy.stepper.stop_ids,
+            max_tokens=limit,
+            seed=seed_of(*key, resumes),
+            scores=fused,
+        )
         cost.policy_tokens += len(out.ids)
         step += out.ids
         if out.heads is not None and out.logprobs is not None:
@@ -82,5 +86,6 @@ async def sample_step(
             break
         resumes += 1
     finished = not truncated and step[-1] in policy.stepper.eos_ids
-    return Step(step, finished, truncated, np.concatenate(logprobs) if logprobs else None,
-                first, last)  # fmt: skip
+    return Step(
+        step, finished, truncated, np.concatenate(logprobs) if logprobs else None, first, last
+    )

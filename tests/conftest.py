@@ -24,7 +24,14 @@ from transformers import (
 )
 
 from pav.calibrate import Calibrator
-from pav.policy import PolicyConfig, Prompt, Sampler, load_policy, tokenizer_fingerprint, weights_digest
+from pav.policy import (
+    PolicyConfig,
+    Prompt,
+    Sampler,
+    load_policy,
+    tokenizer_fingerprint,
+    weights_digest,
+)
 from pav.tasks.base import Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
 from pav.verifier import Card, HeadedTrunk, load_trunk
@@ -54,7 +61,7 @@ CHATML = (
 
 
 def build_chat_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose tokens carry newlines with other text: ``.\\n``, ``\\n\\n``, ``\\n  ``."""
+    """Byte-level BPE; tokens carry newlines with other text: ``.\\n``, ``\\n\\n``, ``\\n  ``."""
     merges = [(".", "Ċ"), ("Ċ", "Ċ"), ("Ċ", "Ġ"), ("ĊĠ", "Ġ"), ("Ġ", "Ġ")]
     tokens = ["<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [a + b for a, b in merges]
@@ -163,7 +170,9 @@ def _make_verifier(
     base = PolicyConfig(str(trunk), name="base", prompt=prompt, dtype=dtype)
     policy = load_policy(base, task.step_rule)
     plain = Calibrator(1.0, 0.0, [], [], [], [], [])
-    surprised = Calibrator(1.0, 0.0, [0.0] * 5, [1.0] * 5, [[0.0, 0.1, 0.1, 0.05, 0.05]], [0.5], [1.0])
+    surprised = Calibrator(
+        1.0, 0.0, [0.0] * 5, [1.0] * 5, [[0.0, 0.1, 0.1, 0.05, 0.05]], [0.5], [1.0]
+    )
     model = HeadedTrunk(load_trunk(str(trunk)), len(heads)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

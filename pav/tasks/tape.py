@@ -108,7 +108,7 @@ class Tape(Task):
                 yield Problem(id=pid, question=question, gold=str(value_of(question)))
 
     def solutions(self, seed: int) -> Iterator[tuple[str, str]]:
-        """Endless (question, correct solution) pairs of the train split; ``seed`` picks a stream."""
+        """Endless (question, correct solution) pairs of the train split, one stream per seed."""
         rng = Random(f"{_STREAM_SEED['solutions']}/{seed}")
         while True:
             question = _question(rng, rng.randint(*self.sft_ops))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from data_gen.rollouts import RolloutsConfig, prefixes, rollouts
 from data_gen.store import Store
@@ -25,12 +27,25 @@ TABLES = ("traces", "labels", "completions")
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> RolloutsConfig:
+def prover(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sibling of the random Llama: same tokenizer, other output rows."""
+    path = tmp_path_factory.mktemp("models") / "prover"
+    shutil.copytree(tiny_model("llama"), path)
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].flip(1).contiguous()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(
+    tiny_model: Callable[..., Path], prover: Path, tmp_path_factory: pytest.TempPathFactory
+) -> RolloutsConfig:
     """Two random policies; a third of their solutions are cut by the cap."""
     return RolloutsConfig(
         output=str(tmp_path_factory.mktemp("labels") / "run"),
         policy=PolicyConfig(str(tiny_model("llama")), name="base"),
-        prover=PolicyConfig(str(tiny_model("qwen2")), name="prover"),
+        prover=PolicyConfig(str(prover), name="prover"),
         sampler=Sampler(max_length=48),
         problems=5,
         validation_problems=2,
@@ -97,7 +112,9 @@ def test_rollouts_are_recorded_as_they_were_sampled(
     for c in labels.completions:
         assert c.prefix_key == prefix_key(c.problem_id, c.prefix_ids)
         ended = c.ids[-1:] == [eos]
-        whole = len(policy.tokenizer.encode(questions[c.problem_id] + "\n")) + len(c.prefix_ids + c.ids)
+        whole = len(policy.tokenizer.encode(questions[c.problem_id] + "\n")) + len(
+            c.prefix_ids + c.ids
+        )
         assert eos not in c.ids[:-1]
         # The cap is on prompt, prefix and completion together.
         assert ended or whole == cap
@@ -113,6 +130,7 @@ def test_truncated_rollout_counts_as_truncated_and_as_a_failure(
     rows = tables(config.output)["labels"]
     cut = [c for c in labels.completions if c.truncated]
     assert sum(r["truncated"] for r in rows) == len(cut) > 0
+
     # With a grader that finds everything right, only what was cut is wrong.
     class AllRight(Tape):
         def grade(self, text: str, problem: Any) -> Any:
@@ -205,18 +223,16 @@ def test_prefixes_are_step_zero_and_all_boundaries_but_the_end_of_the_solution()
     assert prefixes(complete) == [[], [4, 5, 18]]
     # Cut after a boundary: that boundary is one to go on from.
     assert prefixes(solution([4, 5, 18, 6], [3], truncated=True)) == [[], [4, 5, 18]]
-    # A complete solution whose tail is no step (an unscored cut): its boundary is not its end.
-    assert prefixes(solution([4, 5, 18, 6, 7, 6, 7, 2], [3])) == [[], [4, 5, 18]]
     assert prefixes(solution([2], [])) == [[]]
 
 
 def test_provers_that_do_not_fit_the_policy_are_refused(
-    config: RolloutsConfig, tiny_model: Callable[..., Path]
+    config: RolloutsConfig, prover: Path, tiny_model: Callable[..., Path]
 ) -> None:
     stranger = PolicyConfig(str(tiny_model("llama", "chat")), name="chat")
     with pytest.raises(UserError, match="has another tokenizer than policy"):
         rollouts(replace(config, prover=stranger))
-    twin = PolicyConfig(str(tiny_model("qwen2")), name="base")
+    twin = PolicyConfig(str(prover), name="base")
     with pytest.raises(UserError, match="both called 'base'; set prover.name"):
         rollouts(replace(config, prover=twin))
 

@@ -111,7 +111,9 @@ def test_kill_minus_nine_loses_no_finished_rollout(tmp_path: Path) -> None:
     assert set(labels.counts.values()) <= {(0, 1), (1, 1)}
 
 
-def test_death_during_sealing_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_death_during_sealing_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Death(BaseException):
         pass
 
@@ -204,7 +206,9 @@ def test_second_writer_is_refused(tmp_path: Path) -> None:
 def test_changed_configuration_is_refused_naming_the_keys(tmp_path: Path) -> None:
     fill(tmp_path, [completion(0)], seal=False)
     changed = {**MANIFEST, "n_mc": 3, "sampler": {"temperature": 0.5}}
-    with pytest.raises(UserError, match=r"made with another n_mc, sampler \(n_mc: 2 there, 3 now\)"):
+    with pytest.raises(
+        UserError, match=r"made with another n_mc, sampler \(n_mc: 2 there, 3 now\)"
+    ):
         Store(tmp_path, changed)
     with pytest.raises(UserError, match=r"made with another skip \(skip: None there, 1 now\)"):
         Store(tmp_path, {**MANIFEST, "skip": 1})

@@ -40,7 +40,7 @@ class Served:
         trunk: directory of the trunk.
         export: directory of the export.
         prompts: ids of each prompt.
-        others: more engines, shut down with ``engine``: the first shutdown in a process ends them all.
+        others: more engines, shut down with ``engine``: the first shutdown in a process ends all.
     """
 
     model: HeadedTrunk
@@ -51,11 +51,12 @@ class Served:
     prompts: list[list[int]]
     others: list[Engine] = field(default_factory=list)
 
-    def sample(self, *, scores: bool, seed: int = 0, sampler: Sampler | None = None) -> list[Sampled]:
+    def sample(
+        self, *, scores: bool, seed: int = 0, sampler: Sampler | None = None
+    ) -> list[Sampled]:
         """One solution of every prompt."""
-        return run(self.engine, [
-            partial(_sample, self.engine, self.policy, p, scores, seed, sampler) for p in self.prompts
-        ])  # fmt: skip
+        sample = partial(_sample, self.engine, self.policy, scores, seed, sampler)
+        return run(self.engine, [partial(sample, ids) for ids in self.prompts])
 
     @torch.inference_mode()
     def forward(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -69,7 +70,7 @@ class Served:
 
 
 async def _sample(
-    engine: Engine, policy: Policy, ids: list[int], scores: bool, seed: int, sampler: Sampler | None
+    engine: Engine, policy: Policy, scores: bool, seed: int, sampler: Sampler | None, ids: list[int]
 ) -> Sampled:
     return await engine.sample(
         ids,
@@ -123,18 +124,21 @@ def test_separate_scores_are_those_of_transformers_at_every_step(served: Served)
     solutions = served.sample(scores=False)
     # Step ends and both kinds of request: with surprise a sequence is computed anew.
     places = [
-        (i, prompt + out.ids, scoring_position(len(prompt), end), surprise)
-        for i, (prompt, out) in enumerate(zip(served.prompts, solutions, strict=True))
+        (prompt + out.ids, scoring_position(len(prompt), end), surprise)
+        for prompt, out in zip(served.prompts, solutions, strict=True)
         for end in (0, *served.policy.stepper.step_ends(out.ids))
         for surprise in (False, True)
     ]
     assert len(places) > 3 * len(solutions)
-    reads: list[Read] = run(served.engine, [
-        partial(served.engine.read, ids[: at + 1], surprise=surprise)
-        for _, ids, at, surprise in places
-    ])  # fmt: skip
+    reads: list[Read] = run(
+        served.engine,
+        [
+            partial(served.engine.read, ids[: at + 1], surprise=surprise)
+            for ids, at, surprise in places
+        ],
+    )
     head_gap = logprob_gap = 0.0
-    for (_, ids, at, surprise), read in zip(places, reads, strict=True):
+    for (ids, at, surprise), read in zip(places, reads, strict=True):
         heads, logprobs, _ = served.forward(ids)
         head_gap = max(head_gap, np.abs(read.heads - heads[at]).max())
         assert (read.logprobs is not None) == surprise
@@ -186,7 +190,7 @@ def test_bfloat16_scores_are_near_those_of_transformers(
 
 def test_untied_gemma_2_is_refused(tiny_model: Any) -> None:
     trunk = load_trunk(str(tiny_model("gemma2-untied")))
-    with pytest.raises(UserError, match="Gemma 2 with untied embeddings.*use a tied Gemma 2"):
+    with pytest.raises(UserError, match=r"Gemma 2 with untied embeddings.*use a tied Gemma 2"):
         HeadedTrunk(trunk, 1)
 
 
@@ -211,7 +215,7 @@ def test_score_ids_are_never_sampled(served: Served, monkeypatch: pytest.MonkeyP
     first_score_id = len(served.policy.tokenizer)
 
     def largest(seed: int) -> int:
-        hot = Sampler(temperature=3.0, max_length=LENGTH)
+        hot = Sampler(temperature=2.0, max_length=LENGTH)
         return max(t for out in served.sample(scores=True, seed=seed, sampler=hot) for t in out.ids)
 
     assert max(map(largest, range(8))) == first_score_id - 1
@@ -226,7 +230,7 @@ def test_scored_and_unscored_requests_in_one_batch_do_not_influence_each_other(
 ) -> None:
     alone = served.sample(scores=True)
     jobs = [
-        partial(_sample, served.engine, served.policy, p, scores, 0, None)
+        partial(_sample, served.engine, served.policy, scores, 0, None, p)
         for p in served.prompts
         for scores in (True, False)
     ]
@@ -245,9 +249,9 @@ def test_transformers_never_samples_a_score_id_from_an_exported_directory(served
     assert model.config.vocab_size == first_score_id + len(HEADS) + 1
     torch.manual_seed(0)
     ids = torch.tensor(served.prompts[:1] * 64)
-    out = model.generate(ids, do_sample=True, top_k=0, temperature=3.0, max_length=LENGTH)
+    out = model.generate(ids, do_sample=True, top_k=0, temperature=2.0, max_length=LENGTH)
     assert out.max() < first_score_id
     # It would, if the exported generation config did not say so.
     model.generation_config.suppress_tokens = None
-    out = model.generate(ids, do_sample=True, top_k=0, temperature=3.0, max_length=LENGTH)
+    out = model.generate(ids, do_sample=True, top_k=0, temperature=2.0, max_length=LENGTH)
     assert out.max() >= first_score_id
