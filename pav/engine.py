@@ -35,6 +35,8 @@ if _ON_CPU:
     # The only compiled function left on the CPU path counts ranks, which we do not read; eager
     # spares the user a C++ compiler and half a minute.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    # The variable is for vLLM: torch has read it when transformers was imported.
+    torch._dynamo.config.disable = os.environ["TORCH_COMPILE_DISABLE"] == "1"
     # vLLM would bind its threads to cores of its own choice; the user's OMP_NUM_THREADS rules.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
@@ -283,7 +285,7 @@ class Engine:
         self._engine.reset_prefix_cache()
 
     def shutdown(self) -> None:
-        """Free the device."""
+        """Free the device. vLLM's state is the process's: its other engines end with this one."""
         core = getattr(self._engine, "engine_core", None)
         if core is not None:
             core.shutdown()

@@ -103,7 +103,12 @@ class Stepper:
         """
         ends: list[int] = []
         start = 0
-        for i in range(len(ids)):
+        stops = self.delimiter_ids | self.eos_ids
+        longest = self.rule.max_tokens or len(ids) + 1
+        for i, token in enumerate(ids):
+            # Most tokens end nothing; slicing at each would be quadratic in the step's length.
+            if token not in stops and i + 1 - start < longest:
+                continue
             step = ids[start : i + 1]
             if self.ends_step(step):
                 if i == 0 or (self.is_cut(step) and not self.rule.score_cut):

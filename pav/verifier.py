@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -290,12 +290,27 @@ def resolve_task(spec: dict[str, Any], given: Task | None, source: str) -> Task:
             f"{source} names the task {class_path!r}, which is not built in and is not imported "
             f"on a file's word; if you trust it, add --task {class_path} and its settings"
         )
-    from jsonargparse import ArgumentParser
+    try:
+        cls = getattr(importlib.import_module(module), name)
+        if not (isinstance(cls, type) and issubclass(cls, Task)):
+            raise TypeError(f"{name} is no task")
+        return _task_from(cls, spec["init_args"])
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{source} names the task {class_path!r} with settings that this version does not know "
+            f"({error}); use the version that wrote it, or name a task with --task"
+        ) from error
 
-    cls = getattr(importlib.import_module(module), name, None)
-    if not (isinstance(cls, type) and issubclass(cls, Task)):
-        raise UserError(f"{source} names {class_path!r}, which is no task of this version")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "task")
-    built: Task = parser.instantiate_classes(parser.parse_object({"task": spec["init_args"]})).task
-    return built
+
+def _task_from(cls: type[Task], settings: dict[str, Any]) -> Task:
+    """A task from a file's settings, by hand: jsonargparse imports any class that a value names."""
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        kind = hints[name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            value = kind(**value)
+        elif get_origin(kind) is tuple:
+            value = tuple(value)
+        values[name] = value
+    return cls(**values)

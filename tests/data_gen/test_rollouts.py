@@ -233,7 +233,7 @@ def test_provers_that_do_not_fit_the_policy_are_refused(
     with pytest.raises(UserError, match="has another tokenizer than policy"):
         rollouts(replace(config, prover=stranger))
     twin = PolicyConfig(str(prover), name="base")
-    with pytest.raises(UserError, match="both called 'base'; set prover.name"):
+    with pytest.raises(UserError, match=r"both called 'base'; set prover.name"):
         rollouts(replace(config, prover=twin))
 
 

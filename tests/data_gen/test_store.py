@@ -335,15 +335,17 @@ def test_runs_of_two_settings_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_labels_that_are_missing_or_unfinished_are_one_line_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no manifest.json; run data_gen.rollouts --output"):
+    with pytest.raises(UserError, match=r"has no manifest.json; run data_gen.rollouts --output"):
         read_labels([str(tmp_path)])
     unsealed = fill(tmp_path / "run", [trace(0), completion(0)], seal=False)
-    with pytest.raises(UserError, match="hold no traces; let data_gen.rollouts finish"):
+    with pytest.raises(UserError, match=r"hold no traces; let data_gen.rollouts finish"):
         read_labels([str(unsealed)])
 
 
 def test_records_survive_the_journal_exactly(tmp_path: Path) -> None:
-    odd = replace(trace(0), question="naïve ‘quotes’ \u2028 \n\t", gold=None, answer="1\x00")
+    odd = replace(
+        trace(0), question="naïve \u2018quotes\u2019 \u2028 \n\t", gold=None, answer="1\x00"
+    )
     fill(tmp_path, [odd], seal=False)
     assert len((tmp_path / JOURNAL).read_bytes().splitlines()) == 1
     with Store(tmp_path, json.loads(json.dumps(MANIFEST))) as store:

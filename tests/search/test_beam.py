@@ -1,0 +1,518 @@
+"""Beam search: on real vLLM its invariants, on a scripted engine its exact semantics."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pav.engine import EngineConfig, Sampled, drive
+from pav.errors import UserError
+from pav.policy import Policy, PolicyConfig, Sampler, load_policy
+from pav.steps import StepRule
+from pav.tasks.base import Problem
+from pav.verifier import load_verifier
+from search import beam as beam_module
+from search.beam import BeamResult, BeamSettings, beam_search
+from search.commands import BeamConfig, BestOfNConfig, beam, beam_record, best_of_n
+from search.records import Candidate, Record, read
+from search.scoring import Cost, Values
+from search.session import Session, open_session
+from search.steps import Step
+
+REPOSITORY = Path(__file__).parents[2]
+ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)
+SAMPLER = Sampler(max_length=56)
+EOS = 2
+N, C = 3, 3
+
+
+@pytest.fixture(scope="module")
+def verifier(
+    tiny_model: Callable[..., Path], make_verifier: Any, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A verifier with random heads on a random policy; the policy's only prover is its sibling."""
+    path = tmp_path_factory.mktemp("verifier") / "pav.ckpt"
+    make_verifier(tiny_model("llama"), path, heads=("q/base", "q/prover", "orm"), sampler=SAMPLER)
+    make_verifier(tiny_model("llama"), path.with_name("orm.ckpt"), heads=("orm",), sampler=SAMPLER)
+    return str(path)
+
+
+def config(verifier: str, output: Path, **changes: Any) -> BeamConfig:
+    plain = BeamConfig(verifier, n=N, samples=C, problems=8, output=str(output), engine=ENGINE)
+    return replace(plain, **changes)
+
+
+# -- real vLLM, random weights ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A call of sample_step: (problem, round) is in the seed's key."""
+
+    problem_id: str
+    round: int
+    parent: tuple[int, ...]
+    index: int
+    step: Step
+
+
+@pytest.fixture(scope="module")
+def searched(
+    verifier: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Record], list[Draw]]:
+    """A fused search: its directory, its records and every step that was drawn for it."""
+    directory = tmp_path_factory.mktemp("searched") / "run"
+    draws: list[Draw] = []
+    sample_step = beam_module.sample_step
+
+    async def spy(*args: Any) -> Step:
+        step = await sample_step(*args)
+        _, problem, _, number, *prefix, index = args[4]
+        draws.append(Draw(problem, number, tuple(prefix), index, step))
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beam_module, "sample_step", spy)
+        beam(config(verifier, directory))
+    return directory, read(directory / "beam.jsonl"), draws
+
+
+def test_repeated_search_is_identical(
+    verifier: str, searched: tuple[Path, list[Record], list[Draw]], tmp_path: Path
+) -> None:
+    beam(config(verifier, tmp_path / "again"))
+    again = (tmp_path / "again" / "beam.jsonl").read_bytes()
+    assert again == (searched[0] / "beam.jsonl").read_bytes()
+    beam(config(verifier, tmp_path / "other", seed=1))
+    assert (tmp_path / "other" / "beam.jsonl").read_bytes() != again
+
+
+def test_first_round_draws_all_children_and_later_rounds_the_share_of_unfinished_places(
+    searched: tuple[Path, list[Record], list[Draw]],
+) -> None:
+    _, records, draws = searched
+    rounds: dict[tuple[str, int], Counter[tuple[int, ...]]] = defaultdict(Counter)
+    for d in draws:
+        rounds[d.problem_id, d.round][d.parent] += 1
+    assert {p for p, _ in rounds} == {r.problem_id for r in records}
+    assert len(records) == 8
+    for (_, number), shares in rounds.items():
+        total = sum(shares.values())
+        if number == 0:
+            assert dict(shares) == {(): N * C}
+        assert total % C == 0 and total <= N * C
+        assert len(shares) <= total // C <= N
+        # Shares are even, and a finished place draws no more.
+        assert max(shares.values()) - min(shares.values()) <= 1
+        assert all(parent[-1:] != (EOS,) for parent in shares)
+    assert any(number > 1 for _, number in rounds)
+    assert any(len(shares) < N for (_, number), shares in rounds.items() if number > 0)
+
+
+def test_children_are_kept_merged_or_truncated_and_never_lost(
+    searched: tuple[Path, list[Record], list[Draw]],
+) -> None:
+    _, records, draws = searched
+    for record in records:
+        own = [d for d in draws if d.problem_id == record.problem_id]
+        assert len(own) == sum(map(len, record.steps)) + record.merged + record.truncated
+        # A solution that is nothing but its end has no step to score, either.
+        cut = [d for d in own if d.step.truncated or (not d.parent and d.step.ids == [EOS])]
+        assert record.truncated == len(cut)
+        assert all(sum(kept for _, kept, _, _ in children) <= N for children in record.steps)
+        # What is kept scores no less than what is not.
+        for children in record.steps:
+            scores = [score for _, _, score, _ in children]
+            assert scores == sorted(scores, reverse=True)
+        assert len({tuple(c.ids) for c in record.candidates}) == len(record.candidates) <= N
+    assert sum(r.truncated for r in records) > 0
+
+
+def test_policy_tokens_are_all_sampled_tokens(
+    searched: tuple[Path, list[Record], list[Draw]],
+) -> None:
+    _, records, draws = searched
+    for record in records:
+        own = [d for d in draws if d.problem_id == record.problem_id]
+        assert record.policy_tokens == sum(len(d.step.ids) for d in own)
+        assert record.verifier_tokens == record.verifier_cached == 0
+
+
+def test_pick_is_a_finished_candidate_and_an_unfinished_one_is_never_right(
+    searched: tuple[Path, list[Record], list[Draw]],
+) -> None:
+    for record in searched[1]:
+        assert all(c.finished and c.ids[-1] == EOS for c in record.candidates)
+        if record.picked is None:
+            assert record.candidates == [] and record.answer is None and not record.correct
+        else:
+            assert record.answer == record.candidates[record.picked].answer
+    assert any(record.picked is not None for record in searched[1])
+
+
+@pytest.mark.parametrize("surprise", [True, False])
+def test_fused_and_separate_scores_agree_where_the_trunk_is_the_policy(
+    verifier: str,
+    searched: tuple[Path, list[Record], list[Draw]],
+    tmp_path: Path,
+    surprise: bool,
+) -> None:
+    loaded = load_verifier(verifier)
+    session = open_session(loaded, None, None, None, ENGINE)
+    records = searched[1]
+    if not surprise:
+        beam(config(verifier, tmp_path / "plain", surprise=False, problems=4))
+        records = read(tmp_path / "plain" / "beam.jsonl")
+    scorer = session.scorer(loaded, "separate", surprise, None)
+    assert not scorer.fused
+    compared = 0
+
+    async def judge(record: Record, c: Candidate) -> float:
+        problem = Problem(record.problem_id, record.question)
+        cost, worst = Cost(), 0.0
+        for j, end in enumerate((0, *c.ends)):
+            values = await scorer.read(problem, c.ids[:end], c.ends[:j], cost)
+            assert values.keys() == c.q.keys() == {"q/base", "q/prover", "orm"}
+            worst = max(worst, *(abs(c.q[head][j] - values[head]) for head in values))
+        assert cost.verifier_tokens + cost.verifier_cached > 0
+        return worst
+
+    def keep(worst: float) -> None:
+        nonlocal compared
+        compared += 1
+        assert worst <= 1e-4
+
+    jobs = [lambda r=r, c=c: judge(r, c) for r in records for c in r.candidates]  # type: ignore[misc]
+    drive([scorer.engine], jobs, keep, 16)
+    session.shutdown()
+    assert compared >= 6
+
+
+def test_separate_search_pays_for_reading_and_keeps_the_same_rules(
+    verifier: str, searched: tuple[Path, list[Record], list[Draw]], tmp_path: Path
+) -> None:
+    beam(config(verifier, tmp_path / "run", scoring="separate", problems=3))
+    records = read(tmp_path / "run" / "beam.jsonl")
+    fused = {r.problem_id: r for r in searched[1]}
+    for record in records:
+        assert record.settings["scoring"] == "separate"
+        assert record.verifier_tokens > 0
+        # The same problems under the same seed: step 0 is worth the same.
+        for c in record.candidates:
+            for other in fused[record.problem_id].candidates[:1]:
+                assert {h: q[0] for h, q in c.q.items()} == pytest.approx(
+                    {h: q[0] for h, q in other.q.items()}, abs=1e-4
+                )
+
+
+def test_baseline_orm_runs_beside_a_fused_beam_at_its_tokens(
+    verifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beam(config(verifier, tmp_path / "run", baseline="orm", problems=3))
+    same, equal = (read(tmp_path / "run" / f"best_of_n{x}.jsonl") for x in ("", "_equal_tokens"))
+    beams = read(tmp_path / "run" / "beam.jsonl")
+    assert [r.n for r in same] == [N] * 3
+    per_trace = np.mean([c.tokens for r in same for c in r.candidates])
+    wanted = int(np.ceil(np.mean([r.policy_tokens for r in beams]) / per_trace))
+    assert [r.n for r in equal] == [max(N, wanted)] * 3
+    # The smaller sample set is the beginning of the larger one.
+    for few, many in zip(
+        sorted(same, key=lambda r: r.problem_id), sorted(equal, key=lambda r: r.problem_id),
+        strict=True,
+    ):  # fmt: skip
+        assert [c.ids for c in few.candidates] == [c.ids for c in many.candidates[:N]]
+    printed = capsys.readouterr().out
+    for method in ("PAV beam", "best-of-N, ORM", "ORM-weighted vote", "majority vote"):
+        assert method in printed
+
+
+@pytest.mark.parametrize("scoring", ["fused", "separate"])
+def test_problem_whose_prompt_leaves_no_room_counts_as_wrong(
+    verifier: str, tmp_path: Path, scoring: Any
+) -> None:
+    short = Sampler(max_length=14)
+    beam(config(verifier, tmp_path / "beam", sampler=short, scoring=scoring, problems=3))
+    best_of_n(BestOfNConfig(verifier, n=2, problems=3, sampler=short, scoring=scoring,
+                            output=str(tmp_path / "best"), engine=ENGINE))  # fmt: skip
+    for records in (read(tmp_path / "beam/beam.jsonl"), read(tmp_path / "best/best_of_n.jsonl")):
+        assert len(records) == 3
+        assert all(r.picked is None and not r.correct and r.truncated > 0 for r in records)
+
+
+def test_command_prints_a_table_and_the_same_command_searches_nothing_again(
+    verifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-m", "search.beam", "--verifier", verifier, "--n", "2",
+               "--problems", "2", "--output", str(tmp_path / "run"),
+               "--engine.kv_gib", "0.02"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "PAV beam (last)" in done.stdout and "accuracy [95%]" in done.stdout
+    records = (tmp_path / "run" / "beam.jsonl").read_bytes()
+    assert records.count(b"\n") == 2
+
+    async def never(*_: Any) -> Record:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr("search.commands.beam_record", never)
+    same = BeamConfig(verifier, n=2, problems=2, output=str(tmp_path / "run"),
+                      engine=EngineConfig(kv_gib=0.02))  # fmt: skip
+    beam(same)
+    assert (tmp_path / "run" / "beam.jsonl").read_bytes() == records
+    with pytest.raises(UserError, match="holds a run with another n, problems"):
+        beam(replace(same, n=3, problems=3))
+
+
+def test_interrupted_search_owes_only_what_is_missing(
+    verifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config(verifier, tmp_path / "run", problems=4)
+    searched: list[str] = []
+
+    async def counting(*args: Any) -> Record:
+        searched.append(args[-1].id)
+        if len(searched) == 4:
+            raise KeyboardInterrupt
+        return await beam_record(*args)
+
+    monkeypatch.setattr("search.commands.beam_record", counting)
+    with pytest.raises(KeyboardInterrupt):
+        beam(replace(whole, concurrency=1))
+    assert len(read(tmp_path / "run" / "beam.jsonl")) == 3
+    beam(whole)
+    assert len(searched) == 5 and searched[3] == searched[4]
+    assert len(read(tmp_path / "run" / "beam.jsonl")) == 4
+
+
+def test_fused_scoring_is_refused_where_the_trunk_is_asked_in_another_way(
+    verifier: str, tiny_model: Callable[..., Path], make_verifier: Any, tmp_path: Path
+) -> None:
+    """Scores that ride along are those of the policy's prompt, not of the trunk's."""
+    make_verifier(tiny_model("llama"), tmp_path / "pav.ckpt", sampler=SAMPLER)
+    loaded = load_verifier(str(tmp_path / "pav.ckpt"))
+    prompt = {**loaded.card.prompt, "template": "={question}\n"}
+    asked = replace(loaded, card=replace(loaded.card, prompt=prompt))
+    session = open_session(asked, None, None, None, ENGINE)
+    with pytest.raises(UserError, match=r"prompt.*use --scoring separate"):
+        session.scorer(asked, "fused", True, None)
+    assert not session.scorer(asked, "auto", True, None).fused
+    session.shutdown()
+
+
+# -- a scripted engine -----------------------------------------------------------------------------
+
+
+@dataclass
+class Scripted:
+    """Stands in for engine and verifier: continuations and values by the text of the solution.
+
+    Attributes:
+        policy: tokenizer and step rule.
+        script: text so far -> continuations, drawn in turn; "$" ends a solution, and what ends
+            neither so nor with a newline ran into the length cap.
+        q: text -> Q of both heads; 0.5 where it is not named.
+    """
+
+    policy: Policy
+    script: dict[str, list[str]]
+    q: dict[str, tuple[float, float]] = field(default_factory=dict)
+    drawn: list[tuple[str, str]] = field(default_factory=list)
+    fused: bool = False
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.policy.tokenizer.encode(text, add_special_tokens=False))
+
+    async def sample(
+        self, ids: Sequence[int], sampler: Sampler, *, stop_ids: Sequence[int], max_tokens: int,
+        seed: int, scores: bool,
+    ) -> Sampled:  # fmt: skip
+        before = self.policy.text(ids).removeprefix("1+1\n")
+        text = self.script[before][sum(b == before for b, _ in self.drawn)]
+        self.drawn.append((before, text))
+        whole = self._ids(text.removesuffix("$")) + ([EOS] if text.endswith("$") else [])
+        assert len(whole) <= max_tokens
+        return Sampled(whole, whole[-1] in stop_ids)
+
+    async def read(
+        self, problem: Problem, ids: Sequence[int], ends: Sequence[int], cost: Cost
+    ) -> Values:
+        text = self.policy.text(ids) + ("$" if ids and ids[-1] == EOS else "")
+        base, prover = self.q.get(text, (0.5, 0.5))
+        cost.verifier_tokens += 1
+        return {"q/base": base, "q/prover": prover}
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Callable[..., Path]) -> Policy:
+    return load_policy(PolicyConfig(str(tiny_model("llama"))), StepRule())
+
+
+PROBLEM = Problem("p", "1+1", "2")
+
+
+def search(
+    scripted: Scripted, n: int, samples: int, alpha: float = 0.0, prover: str = "q/prover",
+    max_length: int = 64,
+) -> tuple[BeamResult, Cost]:  # fmt: skip
+    cost = Cost()
+    engine: Any = scripted
+    result = asyncio.run(
+        beam_search(PROBLEM, BeamSettings(n, samples, alpha, prover, "q/base"), engine,
+                    scripted.policy, Sampler(max_length=max_length), engine, 0, cost)
+    )  # fmt: skip
+    return result, cost
+
+
+def texts(scripted: Scripted, result: BeamResult) -> list[str]:
+    return [scripted.policy.text(c.ids) for c in result.candidates]
+
+
+def test_duplicates_are_merged_and_their_width_goes_to_the_distinct_ones(policy: Policy) -> None:
+    scripted = Scripted(policy, {
+        "": ["1\n", "1\n", "1\n", "1\n"],
+        "1\n": ["A1$", "A2$", "A2$", "A3$"],
+    }, {"1\nA3$": (0.9, 0.9), "1\nA2$": (0.8, 0.8)})  # fmt: skip
+    result, cost = search(scripted, n=2, samples=2)
+    # Four draws gave one beam; the next four all go to it.
+    assert [before for before, _ in scripted.drawn] == [""] * 4 + ["1\n"] * 4
+    assert texts(scripted, result) == ["1\nA3", "1\nA2"]
+    assert result.merged == 3 + 1
+    # Merged ones were paid for, newlines and ends included.
+    assert cost.policy_tokens == 4 * 2 + 4 * 3
+
+
+def test_draws_are_shared_evenly_and_a_finished_place_draws_no_more(policy: Policy) -> None:
+    scripted = Scripted(policy, {
+        "": ["A7$", "1\n", "2\n", "3\n", "4\n", "5\n"],
+        "1\n": ["A1$", "A2$"],
+        "2\n": ["A1$", "A2$"],
+    }, {"A7$": (0.9, 0), "1\n": (0.8, 0), "2\n": (0.7, 0), "1\nA1$": (0.6, 0),
+        "2\nA2$": (0.55, 0)})  # fmt: skip
+    result, _ = search(scripted, n=3, samples=2)
+    # Two places are left, each with its C draws.
+    assert [before for before, _ in scripted.drawn[6:]] == ["1\n", "1\n", "2\n", "2\n"]
+    assert texts(scripted, result) == ["A7", "1\nA1", "2\nA2"]
+    assert [len(children) for children in result.steps] == [6, 4]
+    assert [(parent, kept) for parent, kept, _, _ in result.steps[1]] == [
+        (1, True), (2, True), (1, False), (2, False),
+    ]  # fmt: skip
+
+
+def test_odd_draws_go_to_the_earlier_places(policy: Policy) -> None:
+    scripted = Scripted(policy, {
+        "": ["1\n", "2\n", "1\n", "2\n", "1\n", "2\n", "1\n", "2\n", "1\n"],
+        "1\n": ["A1$"] * 5,
+        "2\n": ["A1$"] * 4,
+    })  # fmt: skip
+    result, _ = search(scripted, n=3, samples=3)
+    assert len(scripted.drawn) == 18
+    assert sorted(texts(scripted, result)) == ["1\nA1", "2\nA1"]
+
+
+def test_finished_candidate_loses_its_place_to_better_unfinished_ones(policy: Policy) -> None:
+    scripted = Scripted(policy, {
+        "": ["A7$", "1\n", "2\n", "3\n"],
+        "1\n": ["A1$", "A1$"],
+        "2\n": ["A2$", "A2$"],
+    }, {"A7$": (0.1, 0), "1\n": (0.8, 0), "2\n": (0.7, 0)})  # fmt: skip
+    result, _ = search(scripted, n=2, samples=2)
+    assert texts(scripted, result) == ["1\nA1", "2\nA2"]
+
+
+def test_finished_candidate_outlives_worse_children_of_a_better_parent(policy: Policy) -> None:
+    scripted = Scripted(policy, {
+        "": ["1\n", "A7$", "1\n", "A7$"],
+        "1\n": ["A1$", "A2$"],
+    }, {"1\n": (0.9, 0), "A7$": (0.4, 0), "1\nA1$": (0.3, 0), "1\nA2$": (0.2, 0)})  # fmt: skip
+    result, _ = search(scripted, n=2, samples=2)
+    assert texts(scripted, result) == ["A7", "1\nA1"]
+
+
+def test_truncated_children_are_kept_apart_and_counted(policy: Policy) -> None:
+    cap = len(policy.encode(PROBLEM)) + 6
+    scripted = Scripted(policy, {
+        "": ["1\n", "123456", "123456", "A1$"],
+        "1\n": ["2345", "A3$"],
+    }, {"1\n": (0.9, 0), "A1$": (0.8, 0)})  # fmt: skip
+    result, cost = search(scripted, n=2, samples=2, max_length=cap)
+    assert result.truncated == 3
+    assert texts(scripted, result) == ["A1", "1\nA3"]
+    assert all(c.finished and not c.truncated for c in result.candidates)
+    assert cost.policy_tokens == 2 + 6 + 6 + 3 + 4 + 3
+
+
+def test_none_finished_counts_as_wrong(policy: Policy) -> None:
+    cap = len(policy.encode(PROBLEM)) + 4
+    scripted = Scripted(policy, {"": ["1\n", "1\n"], "1\n": ["A2", "A2"]})
+    task = SimpleNamespace(grade=lambda *_: SimpleNamespace(answer="2", correct=True))
+    scripted_any: Any = scripted
+    session = Session(task, policy, Sampler(max_length=cap), ENGINE)  # type: ignore[arg-type]
+    session.sampling_engine = lambda *_: scripted_any  # type: ignore[method-assign]
+    scripted_any.verifier = SimpleNamespace(card=SimpleNamespace(trunk="t"))
+    scripted_any.reads_surprise = False
+    settings = BeamSettings(2, 1, 0.0, "q/prover", "q/base")
+    record = asyncio.run(beam_record(session, scripted_any, settings, "last", "beam", 0, PROBLEM))
+    assert record.candidates == [] and record.picked is None
+    assert record.answer is None and not record.correct
+    assert (record.truncated, record.merged) == (2, 1)
+
+
+def test_blank_lines_are_sampled_through_in_the_same_step(policy: Policy) -> None:
+    scripted = Scripted(policy, {"": ["\n"], "\n": ["\n"], "\n\n": ["1\n"], "\n\n1\n": ["A1$"]})
+    result, cost = search(scripted, n=1, samples=1)
+    assert texts(scripted, result) == ["\n\n1\nA1"]
+    assert result.candidates[0].ends == [4, 7]
+    assert cost.policy_tokens == 7
+
+
+def test_endless_blank_lines_are_given_up(policy: Policy) -> None:
+    scripted = Scripted(policy, {"\n" * i: ["\n"] for i in range(40)})
+    result, cost = search(scripted, n=1, samples=1)
+    assert result.candidates == [] and result.truncated == 1
+    assert cost.policy_tokens == 9
+
+
+def test_children_rank_by_base_value_plus_weighted_advantage(policy: Policy) -> None:
+    q = {"": (0.5, 0.4), "1\n": (0.6, 0.4), "2\n": (0.5, 0.9), "1\nA1$": (0.7, 0.7)}
+    script = {"": ["1\n", "2\n"], "1\n": ["A1$", "A1$"], "2\n": ["A2$", "A2$"]}
+
+    def best(alpha: float, prover: str = "q/prover") -> tuple[str, float]:
+        scripted = Scripted(policy, script, q)
+        result, _ = search(scripted, n=1, samples=2, alpha=alpha, prover=prover)
+        return texts(scripted, result)[0], result.steps[0][0][2]
+
+    assert best(0.0) == ("1\nA1", 0.6)
+    assert best(1.0) == ("2\nA2", pytest.approx(0.5 + (0.9 - 0.4)))
+    assert best(0.1) == ("1\nA1", 0.6)
+    # Best-of-4 of the base policy: 1 - (1 - Q)^4 on both sides of the step.
+    assert best(1.0, "bo4") == ("1\nA1", pytest.approx(0.6 + 0.5**4 - 0.4**4))
+
+
+def test_advantage_of_a_later_step_is_against_the_state_before_it(policy: Policy) -> None:
+    scripted = Scripted(policy, {"": ["1\n"], "1\n": ["A1$"]},
+                        {"": (0, 0.2), "1\n": (0, 0.5), "1\nA1$": (0.25, 0.9)})  # fmt: skip
+    result, _ = search(scripted, n=1, samples=1, alpha=2.0)
+    assert result.candidates[0].score == pytest.approx(0.25 + 2 * (0.9 - 0.5))
+    assert result.candidates[0].q["q/prover"] == [0.2, 0.5, 0.9]
+
+
+def test_ties_go_to_the_earlier_child(policy: Policy) -> None:
+    scripted = Scripted(policy, {"": ["3\n", "1\n", "2\n", "4\n"], "3\n": ["A1$"] * 2,
+                                 "1\n": ["A1$"] * 2})  # fmt: skip
+    result, _ = search(scripted, n=2, samples=2)
+    assert texts(scripted, result) == ["3\nA1", "1\nA1"]
+
+
+def test_prover_that_is_no_head_is_refused(verifier: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prover is 'bo0'; give bo<K> .* q/base, q/prover"):
+        beam(config(verifier, tmp_path / "run", prover="bo0"))
