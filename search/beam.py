@@ -84,6 +84,9 @@ async def beam_search(
 ) -> BeamResult:
     """Search one problem; ``cost`` is charged as it goes."""
     prompt = policy.encode(problem)
+    if len(prompt) >= sampler.max_length:
+        # Every draw is cut before its first token.
+        return BeamResult([], settings.n * settings.samples, 0, [])
     root_values: Values = {}
     if not scorer.fused:
         root_values = await scorer.read(problem, [], [], cost)

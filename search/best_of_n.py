@@ -38,6 +38,9 @@ async def sample_traces(
         every_step: value all steps and not only the last (for the minimum over steps).
     """
     prompt = policy.encode(problem)
+    room = sampler.max_length - len(prompt)
+    if room <= 0:
+        return [Candidate([], [], {}, 0.0, finished=False, truncated=True) for _ in range(n)]
 
     async def one(index: int) -> Candidate:
         fused = scorer is not None and scorer.fused
@@ -45,7 +48,7 @@ async def sample_traces(
             prompt,
             sampler,
             stop_ids=sorted(policy.stepper.eos_ids),
-            max_tokens=sampler.max_length - len(prompt),
+            max_tokens=room,
             seed=seed_of(seed, problem.id, "trace", index),
             scores=fused,
         )

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.ticker import FuncFormatter
 
+from search.points import Point
 from search.stats import Interval
 
 matplotlib.use("Agg")
 
 
 def plot_accuracy(
-    points: Sequence[Any], oracle: Sequence[tuple[float, Interval]], path: Path, title: str
+    points: Sequence[Point], oracle: Sequence[tuple[float, Interval]], path: Path, title: str
 ) -> None:
     """Write a PNG: accuracy with 95% intervals over mean policy tokens, one line per method.
 
     Args:
-        points: ``search.compare.Point`` s.
+        points: all methods at all N.
         oracle: (policy tokens, pass@N) of independent samples.
         path: file to write.
         title: above the plot.
@@ -36,7 +36,7 @@ def plot_accuracy(
         intervals = [p.accuracy for p in own]
         y = [a.mean for a in intervals]
         errors = [[a.mean - a.low for a in intervals], [a.high - a.mean for a in intervals]]
-        is_beam = "samples" in own[0].settings
+        is_beam = own[0].is_beam
         axes.errorbar(
             x,
             y,

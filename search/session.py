@@ -24,7 +24,7 @@ from pav.policy import (
 )
 from pav.progress import Reporter
 from pav.tasks.base import Problem, Split, Task
-from pav.verifier import Verifier, load_verifier, prompt_from, resolve_task, trunk_path
+from pav.verifier import Card, Verifier, load_verifier, prompt_from, resolve_task, trunk_path
 from search.records import Record, append, read
 from search.scoring import Scorer
 
@@ -80,14 +80,13 @@ class Session:
         """
         card = verifier.card
         path = trunk_path(verifier, trunk)
-        same = card.frozen and weights_digest(self.policy.path) == card.trunk_digest
-        if scoring == "fused" and not same:
-            why = "its trunk was trained" if not card.frozen else f"its trunk is {card.trunk!r}"
+        why_not = self._why_not_fused(card)
+        if scoring == "fused" and why_not:
             raise UserError(
                 f"scoring fused needs the policy itself as frozen trunk, but for "
-                f"{str(verifier.path)!r} {why}; use --scoring separate"
+                f"{str(verifier.path)!r} {why_not}; use --scoring separate"
             )
-        fused = same and scoring != "separate"
+        fused = not why_not and scoring != "separate"
         directory, score_ids = ensure_export(verifier, path)
         policy = load_policy(
             PolicyConfig(path, prompt=prompt_from(card.prompt), dtype=card.dtype),  # type: ignore[arg-type]
@@ -95,6 +94,19 @@ class Session:
         )
         engine = self._engine(str(directory), card.dtype, score_ids)
         return Scorer(verifier, engine, fused, with_surprise, policy)
+
+    def _why_not_fused(self, card: Card) -> str:
+        """Why the policy's own forward pass does not give this verifier's scores; empty if it does."""
+        if not card.frozen:
+            return "its trunk was trained"
+        if weights_digest(self.policy.path) != card.trunk_digest:
+            return f"its trunk is {card.trunk!r}"
+        config = self.policy.config
+        if prompt_from(card.prompt) != prompt_from(asdict(config.prompt)):
+            return "its trunk has another prompt than the policy"
+        if card.dtype != config.dtype:
+            return f"its trunk is served in {card.dtype} and the policy in {config.dtype}"
+        return ""
 
     def run(
         self,
