@@ -1,8 +1,7 @@
 """``pav.sft``: train a small policy on a task's own solutions.
 
 Llama architecture from scratch, or on from another policy (``--init``). Matrices are trained with
-Muon, the rest with AdamW: on the calculator tape this reaches the same loss in about a quarter of
-the tokens that AdamW alone needs (``benchmarks/sft_optimizer``).
+Muon, the rest with AdamW.
 """
 
 from __future__ import annotations

@@ -307,6 +307,8 @@ def _task_from(cls: type[Task], settings: dict[str, Any]) -> Task:
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, value in settings.items():
+        if name not in hints:
+            raise TypeError(f"no setting {name!r}")
         kind = hints[name]
         if isinstance(kind, type) and is_dataclass(kind):
             value = kind(**value)
