@@ -96,7 +96,7 @@ class Session:
         return Scorer(verifier, engine, fused, with_surprise, policy)
 
     def _why_not_fused(self, card: Card) -> str:
-        """Why the policy's own forward pass does not give this verifier's scores; empty if it does."""
+        """Why the policy's own pass does not give this verifier's scores; empty if it does."""
         if not card.frozen:
             return "its trunk was trained"
         if weights_digest(self.policy.path) != card.trunk_digest:

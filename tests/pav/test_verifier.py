@@ -1,4 +1,4 @@
-"""Checkpoints and exports: nothing foreign runs, what moved or changed is named, shards are linked."""
+"""Checkpoints and exports: nothing foreign runs, what moved is named, shards are linked."""
 
 from __future__ import annotations
 

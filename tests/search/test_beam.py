@@ -23,10 +23,11 @@ from pav.tasks.base import Problem
 from pav.verifier import load_verifier
 from search import beam as beam_module
 from search.beam import BeamResult, BeamSettings, beam_search
-from search.commands import BeamConfig, BestOfNConfig, beam, beam_record, best_of_n
+from search.commands import BeamConfig, BestOfNConfig, beam, best_of_n
 from search.records import Candidate, Record, read
 from search.scoring import Cost, Values
 from search.session import Session, open_session
+from search.solve import beam_record
 from search.steps import Step
 
 REPOSITORY = Path(__file__).parents[2]
