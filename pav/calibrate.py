@@ -2,7 +2,7 @@
 
 A head's logit is a poor judge of rare slips that the trunk's own log-probabilities see. The better
 calibrator therefore reads, beside the logit, how probable the trunk found the last step and the
-worst step so far (whole step, and its result part).
+worst step so far.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pav.steps import Stepper
 
-SURPRISE = ("step", "result", "worst_step", "worst_result")
+# Of the last step, and of the worst step so far: log-probability of the whole step, of its result
+# part, and of its least probable token (a choice that could not be one, such as a skipped key).
+SURPRISE = ("step", "result", "token", "worst_step", "worst_result", "worst_token")
 # Log-probabilities below this all mean "never".
 _FLOOR = -25.0
 _HIDDEN = 16
@@ -42,18 +44,16 @@ def surprise(
         stepper: finds the result part.
 
     Returns:
-        (steps + 1, 4) in the order of :data:`SURPRISE`; zeros for step 0.
+        (steps + 1, F) in the order of :data:`SURPRISE`; zeros for step 0.
     """
     rows = np.zeros((len(ends) + 1, len(SURPRISE)), dtype=np.float32)
     start = 0
     for row, end in enumerate(ends, 1):
         content = logprobs[start : end - 1]
         result = stepper.result_start(ids[start : end - 1])
-        whole = max(float(content.sum()), _FLOOR)
-        part = max(float(content[result:].sum()), _FLOOR)
-        rows[row, 0], rows[row, 1] = whole, part
-        rows[row, 2] = min(whole, rows[row - 1, 2])
-        rows[row, 3] = min(part, rows[row - 1, 3])
+        own = (content.sum(), content[result:].sum(), content.min(initial=0.0))
+        rows[row, :3] = np.maximum(own, _FLOOR)
+        rows[row, 3:] = np.minimum(rows[row, :3], rows[row - 1, 3:])
         start = end
     return rows
 
@@ -80,7 +80,7 @@ class Calibrator:
         return bool(self.out)
 
     def __call__(self, logit: Array, features: Array | None) -> NDArray[np.float64]:
-        """Q of shape (...) from logits (...) and surprise (..., 4)."""
+        """Q of shape (...) from logits (...) and surprise (..., F)."""
         z = self.temperature * np.asarray(logit, dtype=np.float64) + self.bias
         if self.out:
             if features is None:
@@ -104,7 +104,7 @@ def fit_calibrator(
 
     Args:
         logit: (rows,) head logits.
-        features: (rows, 4) surprise, or None for temperature and bias alone.
+        features: (rows, F) surprise, or None for temperature and bias alone.
         k: (rows,) right rollouts.
         n: (rows,) rollouts, positive.
         seed: initial weights.

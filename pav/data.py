@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pav.calibrate import surprise
+from pav.calibrate import SURPRISE, surprise
 from pav.labels import LabelSet, prefix_key
 from pav.policy import Policy
 from pav.progress import Reporter
@@ -210,7 +210,7 @@ def score(
             rows = np.concatenate([np.full(len(e.positions_P), i) for i, e in enumerate(batch)])
             columns = np.concatenate([e.positions_P for e in batch])
             at = hidden[torch.as_tensor(rows), torch.as_tensor(columns)].float().cpu()
-            features = np.zeros((len(rows), 4), dtype=np.float32)
+            features = np.zeros((len(rows), len(SURPRISE)), dtype=np.float32)
             if logprobs is not None:
                 features = np.concatenate(
                     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,8 @@ def read(path: Path) -> list[Record]:
             break
         good += len(line)
         candidates = [Candidate(**c) for c in plain.pop("candidates")]
-        records.append(Record(**plain, candidates=candidates))
+        steps = [[tuple(step) for step in children] for children in plain.pop("steps")]
+        records.append(Record(**plain, candidates=candidates, steps=steps))
     if good < path.stat().st_size:
         with path.open("r+b") as stream:
             stream.truncate(good)
@@ -127,13 +127,15 @@ def open_run(directory: Path, manifest: dict[str, Any]) -> None:
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        others: Sequence[Path] = list(directory.iterdir())
+        temporary = directory / ".manifest.json.tmp"
+        others = sorted(p.name for p in directory.iterdir() if p != temporary)
         if others:
             raise UserError(
                 f"output {str(directory)!r} is not empty and no run of this command "
-                f"(it holds {others[0].name!r}); choose another output"
+                f"(it holds {others[0]!r}); choose another output"
             )
-        path.write_text(json.dumps(plain, indent=1))
+        temporary.write_text(json.dumps(plain, indent=1))
+        temporary.replace(path)
     except OSError as error:
         raise UserError(
             f"output {str(directory)!r} is not writable ({error.strerror}); choose another"

@@ -1,0 +1,119 @@
+"""Search records: written as problems finish, read back exactly, one run to a directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pav.errors import UserError
+from search.records import Candidate, Record, append, open_run, read
+
+numbers = st.floats(allow_nan=False)
+ids = st.lists(st.integers(0, 200_000), max_size=5)
+candidates = st.builds(
+    Candidate,
+    ids=ids,
+    ends=ids,
+    q=st.dictionaries(st.sampled_from(["q/base", "orm"]), st.lists(numbers, max_size=3)),
+    score=numbers,
+    finished=st.booleans(),
+    truncated=st.booleans(),
+    text=st.text(max_size=20),
+    answer=st.none() | st.text(max_size=5),
+    correct=st.booleans(),
+    tokens=st.integers(0, 10**6),
+)
+records = st.builds(
+    Record,
+    problem_id=st.text(min_size=1, max_size=8),
+    question=st.text(max_size=20),
+    gold=st.none() | st.text(max_size=5),
+    method=st.just("beam"),
+    n=st.integers(1, 64),
+    seed=st.integers(0, 2**32),
+    settings=st.dictionaries(st.text(max_size=3), st.none() | numbers | st.text(max_size=3)),
+    answer=st.none() | st.text(max_size=5),
+    correct=st.booleans(),
+    picked=st.none() | st.integers(0, 5),
+    candidates=st.lists(candidates, max_size=3),
+    steps=st.lists(
+        st.lists(st.tuples(st.integers(0, 9), st.booleans(), numbers, st.text(max_size=9)))
+    ),
+    error=st.none() | st.text(max_size=9),
+)
+
+
+def record(problem_id: str) -> Record:
+    one = Candidate([4, 18, 17, 4, 2], [2, 5], {"orm": [0.1, 0.2]}, 0.3, True, False, "1\nA1", "1")
+    return Record(problem_id, "1+1", "2", "beam", 2, 0, {"alpha": 0.5}, candidates=[one],
+                  steps=[[(0, True, 0.25, "1"), (0, False, 0.125, "2")]])  # fmt: skip
+
+
+@given(st.lists(records, max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_records_are_read_back_exactly(
+    tmp_path_factory: pytest.TempPathFactory, written: list[Record]
+) -> None:
+    path = tmp_path_factory.mktemp("records") / "beam.jsonl"
+    for one in written:
+        append(path, one)
+    assert read(path) == written
+
+
+def test_last_line_torn_at_any_byte_is_searched_again(tmp_path: Path) -> None:
+    path = tmp_path / "beam.jsonl"
+    assert read(path) == []
+    written = [record("a"), record("b"), record("c")]
+    for one in written:
+        append(path, one)
+    whole = path.read_bytes()
+    last = whole[:-1].rindex(b"\n") + 1
+    for cut in range(last, len(whole)):
+        path.write_bytes(whole[:cut])
+        assert read(path) == written[:2]
+        append(path, written[2])
+        assert path.read_bytes() == whole
+
+
+def test_run_directory_is_reopened_by_the_same_configuration_only(tmp_path: Path) -> None:
+    run = {"n": 4, "verifier_digest": "abc", "policy": {"few_shot": [("q", "a")]}, "pick": None}
+    open_run(tmp_path / "new" / "run", run)
+    open_run(tmp_path / "new" / "run", dict(run))
+    other = {**run, "n": 8, "verifier_digest": "abd"}
+    with pytest.raises(UserError) as error:
+        open_run(tmp_path / "new" / "run", other)
+    assert str(error.value) == (
+        f"output {str(tmp_path / 'new' / 'run')!r} holds a run with another n, verifier_digest "
+        "(n: 4 there, 8 now); choose another output"
+    )
+    with pytest.raises(UserError, match=r"another alpha \(alpha: None there, 0.5 now\)"):
+        open_run(tmp_path / "new" / "run", {**run, "alpha": 0.5})
+
+
+def test_run_that_died_before_its_manifest_was_whole_is_started_again(tmp_path: Path) -> None:
+    (tmp_path / ".manifest.json.tmp").write_text('{"n": ')
+    open_run(tmp_path, {"n": 4})
+    open_run(tmp_path, {"n": 4})
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_directory_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"not empty and no run of this command \(it holds 'thesis"):
+        open_run(tmp_path, {"n": 4})
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("output", ["file", "file/run", "closed/run"])
+def test_unwritable_output_is_refused(tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    if output.startswith("closed") and os.geteuid() == 0:
+        pytest.skip("root may write into any directory")
+    with pytest.raises(UserError, match=r"is not writable \(.+\); choose another") as error:
+        open_run(tmp_path / output, {"n": 4})
+    assert "\n" not in str(error.value)
