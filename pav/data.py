@@ -206,7 +206,11 @@ def score(
         for batch in batches(examples, None):
             ids = pad(batch).to(device)
             hidden = model.hidden(ids)
-            logprobs = model.token_logprobs(hidden, ids).cpu().numpy() if with_surprise else None
+            # A real vocabulary makes the softmax dear: only solutions need it, not prompts.
+            skip = min(e.prompt_length for e in batch) - 1
+            logprobs = None
+            if with_surprise:
+                logprobs = model.token_logprobs(hidden[:, skip:], ids[:, skip:]).cpu().numpy()
             rows = np.concatenate([np.full(len(e.positions_P), i) for i, e in enumerate(batch)])
             columns = np.concatenate([e.positions_P for e in batch])
             at = hidden[torch.as_tensor(rows), torch.as_tensor(columns)].float().cpu()
@@ -215,7 +219,7 @@ def score(
                 features = np.concatenate(
                     [
                         surprise(
-                            lp[e.prompt_length - 1 : len(e.ids) - 1],
+                            lp[e.prompt_length - 1 - skip : len(e.ids) - 1 - skip],
                             e.ids[e.prompt_length :],
                             e.ends,
                             policy.stepper,

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pav.calibrate import Calibrator
+from pav.calibrate import SURPRISE, Calibrator
 from pav.policy import (
     PolicyConfig,
     Prompt,
@@ -170,8 +170,9 @@ def _make_verifier(
     base = PolicyConfig(str(trunk), name="base", prompt=prompt, dtype=dtype)
     policy = load_policy(base, task.step_rule)
     plain = Calibrator(1.0, 0.0, [], [], [], [], [])
+    width = 1 + len(SURPRISE)
     surprised = Calibrator(
-        1.0, 0.0, [0.0] * 5, [1.0] * 5, [[0.0, 0.1, 0.1, 0.05, 0.05]], [0.5], [1.0]
+        1.0, 0.0, [0.0] * width, [1.0] * width, [[0.0] + [0.05] * (width - 1)], [0.5], [1.0]
     )
     model = HeadedTrunk(load_trunk(str(trunk)), len(heads)).eval()
     generator = torch.Generator().manual_seed(1)

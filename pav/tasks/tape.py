@@ -20,10 +20,10 @@ from pav.tasks.base import Grade, Problem, Split, Task, problem_id, split_of
 
 # Endless streams of problems and solutions differ by split and use, never by time.
 _STREAM_SEED = {"train": 1, "validation": 2, "test": 3, "solutions": 4}
-_OPERATION = re.compile(r"([+*-])(\d{1,2})")
-_LINE = re.compile(r"(\d{1,2})((?:[+*-]\d{1,2}){1,2})=(\d{1,2})")
-_RESTATEMENT = re.compile(r"=(\d{1,2})")
-_ANSWER = re.compile(r"A(\d{1,2})")
+_OPERATION = re.compile(r"([+*-])(\d{1,2})", re.ASCII)
+_LINE = re.compile(r"(\d{1,2})((?:[+*-]\d{1,2}){1,2})=(\d{1,2})", re.ASCII)
+_RESTATEMENT = re.compile(r"=(\d{1,2})", re.ASCII)
+_ANSWER = re.compile(r"A(\d{1,2})", re.ASCII)
 
 Operation = tuple[str, int]
 

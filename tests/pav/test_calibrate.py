@@ -34,24 +34,23 @@ def cross_entropy(q: np.ndarray, truth: np.ndarray) -> float:
     return float(-(truth * np.log(q) + (1 - truth) * np.log(1 - q)).mean())
 
 
-# --- surprise --------------------------------------------------------------------------------------
-
-
-def test_surprise_of_each_step_is_the_sum_of_its_content_and_of_its_result() -> None:
+def test_surprise_of_a_step_is_that_of_its_content_its_result_and_its_least_probable_token() -> (
+    None
+):
     ids = [*encoded("3+4=7\n=7\nA8"), EOS]
     logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32) / 10
     rows = surprise(logprobs, ids, [6, 9, 12], stepper())
-    assert SURPRISE == ("step", "result", "worst_step", "worst_result")
+    assert SURPRISE == ("step", "result", "token", "worst_step", "worst_result", "worst_token")
     np.testing.assert_allclose(
         rows,
         [
-            [0, 0, 0, 0],
+            [0, 0, 0, 0, 0, 0],
             # 3 + 4 = 7: tokens 1 to 5, the result is the fifth; the newline is not seen yet.
-            [-(0.1 + 0.2 + 0.3 + 0.4 + 0.5), -0.5, -1.5, -0.5],
+            [-(0.1 + 0.2 + 0.3 + 0.4 + 0.5), -0.5, -0.5, -1.5, -0.5, -0.5],
             # = 7: tokens 7 and 8.
-            [-(0.7 + 0.8), -0.8, -1.5, -0.8],
+            [-(0.7 + 0.8), -0.8, -0.8, -1.5, -0.8, -0.8],
             # A 8: no token opens a result, so the whole of it is.
-            [-(1.0 + 1.1), -2.1, -2.1, -2.1],
+            [-(1.0 + 1.1), -2.1, -1.1, -2.1, -2.1, -1.1],
         ],
         rtol=1e-6,
     )
@@ -62,9 +61,9 @@ def test_worst_step_so_far_stays_after_better_ones() -> None:
     logprobs = np.zeros(len(ids), np.float32)
     logprobs[4] = -3.0
     rows = surprise(logprobs, ids, [3, 6, 9, 12], stepper())
-    np.testing.assert_array_equal(rows[:, 0], [0, 0, -3, 0, 0])
-    np.testing.assert_array_equal(rows[:, 2], [0, 0, -3, -3, -3])
-    np.testing.assert_array_equal(rows[:, 3], [0, 0, -3, -3, -3])
+    for feature in range(3):
+        np.testing.assert_array_equal(rows[:, feature], [0, 0, -3, 0, 0])
+        np.testing.assert_array_equal(rows[:, 3 + feature], [0, 0, -3, -3, -3])
 
 
 def test_cut_step_is_scored_before_its_last_token_like_any_other() -> None:
@@ -75,16 +74,17 @@ def test_cut_step_is_scored_before_its_last_token_like_any_other() -> None:
     logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32)
     rows = surprise(logprobs, ids, ends, rule)
     # "37+8" without "="; the token that was cut off is in no step's surprise.
-    np.testing.assert_array_equal(rows[1], [-10, -10, -10, -10])
+    np.testing.assert_array_equal(rows[1], [-10, -10, -4, -10, -10, -4])
     # "45", then the newline is left out.
-    np.testing.assert_array_equal(rows[2], [-13, -13, -13, -13])
-    np.testing.assert_array_equal(rows[3], [-19, -19, -19, -19])
+    np.testing.assert_array_equal(rows[2], [-13, -13, -7, -13, -13, -7])
+    np.testing.assert_array_equal(rows[3], [-19, -19, -10, -19, -19, -10])
 
 
 def test_step_of_eos_alone_brings_no_surprise_of_its_own() -> None:
     ids = [*encoded("=7\n"), EOS]
     rows = surprise(np.array([-1, -2, -4, -8], np.float32), ids, [3, 4], stepper())
-    np.testing.assert_array_equal(rows, [[0, 0, 0, 0], [-3, -2, -3, -2], [0, 0, -3, -2]])
+    np.testing.assert_array_equal(rows[1], [-3, -2, -2, -3, -2, -2])
+    np.testing.assert_array_equal(rows[2], [0, 0, 0, -3, -2, -2])
 
 
 def test_impossible_tokens_are_floored_not_infinite() -> None:
@@ -117,13 +117,10 @@ def test_surprise_of_a_prefix_is_a_prefix_of_the_surprise(
     rows = surprise(logprobs, ids, ends, rule)
     assert rows.shape == (len(ends) + 1, len(SURPRISE))
     assert (rows <= 0).all()
-    assert (np.diff(rows[:, 2:], axis=0) <= 0).all()
+    assert (np.diff(rows[:, 3:], axis=0) <= 0).all()
     for j, end in enumerate(ends, 1):
         part = surprise(logprobs[: end - 1], ids[:end], ends[:j], rule)
         np.testing.assert_array_equal(part, rows[: j + 1])
-
-
-# --- calibrators -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=15, deadline=None)
@@ -145,7 +142,7 @@ def planted(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, ...]:
     slipped = rng.random(rows) < 0.2
     step = np.where(slipped, rng.uniform(-9, -5, rows), rng.uniform(-3, 0, rows))
     worst = np.minimum(step, rng.uniform(-3, 0, rows))
-    features = np.stack([step, step, worst, worst], axis=1).astype(np.float32)
+    features = np.stack([step, step, step, worst, worst, worst], axis=1).astype(np.float32)
     q = np.where(slipped, 0.03, sigmoid(logit + 0.5))
     n = np.full(rows, 2.0, np.float32)
     return logit, features, rng.binomial(2, q).astype(np.float32), n, q
@@ -168,15 +165,18 @@ def test_surprise_recovers_what_the_head_does_not_see() -> None:
     assert abs(q_plain.mean() - truth.mean()) < 0.02
 
 
-def test_surprise_that_says_nothing_does_no_harm() -> None:
+@pytest.mark.parametrize("rows", [200, 1000, 4000])
+def test_surprise_that_says_nothing_does_no_harm_however_few_rows_there_are(rows: int) -> None:
     rng = np.random.default_rng(1)
-    logit = rng.normal(size=8000).astype(np.float32)
-    features = rng.uniform(-5, 0, size=(8000, 4)).astype(np.float32)
+    logit = rng.normal(size=rows + 5000).astype(np.float32)
+    features = rng.uniform(-5, 0, size=(len(logit), len(SURPRISE))).astype(np.float32)
     truth = sigmoid(0.7 * logit - 0.5)
-    n = np.ones(8000, np.float32)
-    k = rng.binomial(1, truth).astype(np.float32)
-    fitted = fit_calibrator(logit[:4000], features[:4000], k[:4000], n[:4000])
-    assert np.abs(fitted(logit[4000:], features[4000:]) - truth[4000:]).mean() < 0.05
+    n = np.ones(rows, np.float32)
+    k = rng.binomial(1, truth[:rows]).astype(np.float32)
+    fitted = fit_calibrator(logit[:rows], features[:rows], k, n)
+    q, held = fitted(logit[rows:], features[rows:]), truth[rows:]
+    constant = np.full_like(held, held.mean())
+    assert cross_entropy(q, held) < cross_entropy(constant, held)
 
 
 def test_rows_weigh_by_their_number_of_rollouts() -> None:
@@ -196,7 +196,7 @@ def test_rows_weigh_by_their_number_of_rollouts() -> None:
 
 def test_constant_features_and_one_sided_labels_fit_without_trouble() -> None:
     logit = np.linspace(-1, 1, 50, dtype=np.float32)
-    features = np.zeros((50, 4), np.float32)
+    features = np.zeros((50, len(SURPRISE)), np.float32)
     n = np.ones(50, np.float32)
     for k in (np.zeros(50, np.float32), np.ones(50, np.float32)):
         for read in (None, features):
