@@ -147,6 +147,8 @@ def _problems(config: RolloutsConfig) -> list[tuple[Split, Problem]]:
     ]
     found: list[tuple[Split, Problem]] = []
     for split, count in wanted:
+        if not count:
+            continue
         part = islice(config.task.problems(split), config.skip, config.skip + count)
         found += [(split, problem) for problem in part]
     if not any(split == "train" for split, _ in found):

@@ -103,7 +103,7 @@ class Calibrator:
 def fit_calibrator(
     logit: Array, features: Array | None, k: Array, n: Array, seed: int = 0
 ) -> Calibrator:
-    """Fit on counts by maximum likelihood.
+    """Fit on counts by maximum likelihood; the identity where there are no rows.
 
     Args:
         logit: (rows,) head logits.
@@ -112,6 +112,8 @@ def fit_calibrator(
         n: (rows,) rollouts, positive.
         seed: initial weights.
     """
+    if not len(n):
+        return Calibrator(1.0, 0.0, [], [], [], [], [])
     x_logit = torch.as_tensor(logit, dtype=torch.float64)
     target = torch.as_tensor(np.asarray(k / n), dtype=torch.float64)
     weight = torch.as_tensor(n, dtype=torch.float64)

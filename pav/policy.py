@@ -64,7 +64,7 @@ class Sampler:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    max_length: int = 128
+    max_length: int = 160
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -43,7 +44,12 @@ def fit_and_report(
     q: dict[tuple[str, str], np.ndarray] = {}
     for h, head in enumerate(card.heads):
         there = scored.n_NH[:, h] > 0
-        rows = there & fitted
+        rows, held = there & fitted, there & ~fitted
+        if not there.any():
+            _warn(f"no validation label for head {head}: it stays uncalibrated")
+        elif not rows.any() or not held.any():
+            _warn(f"too few validation problems for head {head}: none is left to report on")
+            rows, held = there, np.zeros_like(there)
         logit, k, n = scored.logits_NH[:, h], scored.k_NH[:, h], scored.n_NH[:, h]
         for mode, with_surprise in _MODES:
             features = scored.surprise_NF if with_surprise else None
@@ -53,7 +59,6 @@ def fit_and_report(
             (surprised if with_surprise else calibrators)[head] = asdict(calibrator)
             values = calibrator(logit, features)
             q[head, mode] = values
-            held = there & ~fitted
             metrics[f"{head}/{mode}"] = _metrics(values[held], k[held], n[held])
     metrics["slips"] = _slip_table(card, examples, scored, q, ~fitted, policy, labels, task)
     card = replace(card, calibrators=calibrators, surprise_calibrators=surprised)
@@ -68,17 +73,30 @@ def _first_half(problem_id: str) -> bool:
     return zlib.crc32(problem_id.encode()) % 2 == 0
 
 
+def _warn(message: str) -> None:
+    print(f"WARNING: {message}; raise validation_problems", file=sys.stderr)
+
+
 def _metrics(q: np.ndarray, k: np.ndarray, n: np.ndarray) -> dict[str, float]:
-    """AUC at 0.5, correlation, Brier against the constant predictor, calibration error."""
+    """AUC at 0.5, correlation, Brier against the constant predictor, calibration error.
+
+    What is not defined (one class, constant values, no rows) is NaN.
+    """
+    names = ("auc", "correlation", "brier", "brier_constant", "calibration_error")
+    if not len(q):
+        return {"rows": 0} | dict.fromkeys(names, float("nan"))
     target = k / n
     high = (target >= 0.5).astype(int)
     weights = n / n.sum()
     constant = float((weights * target).sum())
     values, labels = torch.tensor(q), torch.tensor(high)
+    correlation = float("nan")
+    if np.ptp(q) > 0 and np.ptp(target) > 0:
+        correlation = float(pearson_corrcoef(values, torch.tensor(target, dtype=values.dtype)))
     return {
         "rows": len(q),
         "auc": float(binary_auroc(values, labels)) if 0 < high.sum() < len(high) else float("nan"),
-        "correlation": float(pearson_corrcoef(values, torch.tensor(target, dtype=values.dtype))),
+        "correlation": correlation,
         "brier": float((weights * (q - target) ** 2).sum()),
         "brier_constant": float((weights * (constant - target) ** 2).sum()),
         "calibration_error": float(binary_calibration_error(values, labels, n_bins=10)),
@@ -187,8 +205,9 @@ def _picks(
         right[ORM].append(max(group, key=lambda g: g[2])[4])
         votes: dict[str | None, float] = defaultdict(float)
         for last, _, _, answer, _ in group:
-            votes[answer] += last
-        winner = max(votes, key=lambda a: votes[a])
+            if answer is not None:  # unparsable solutions do not vote together
+                votes[answer] += last
+        winner = max(votes, key=lambda a: votes[a]) if votes else None
         right["vote"].append(any(g[4] for g in group if g[3] == winner))
     return {pick: float(np.mean(right[pick])) if right[pick] else 0.0 for pick in PICKS}
 

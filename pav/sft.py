@@ -90,7 +90,7 @@ class SftConfig:
     seed: int = 0
     precision: str = "32-true"
     eval_problems: int = 500
-    max_length: int = 128
+    max_length: int = 160
 
 
 class Solutions(IterableDataset[tuple[Tensor, Tensor]]):

@@ -8,6 +8,7 @@ of unbalanced validation and everything is reported on the other half.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,10 +137,12 @@ class VerifierModule(L.LightningModule):
         self.log("val_loss", _bce(logits, k, n, n), batch_size=int(n.count_nonzero()))
         for h, auc in enumerate(self.aucs):
             there = n[:, h] > 0
-            auc.update(logits[there, h], (k[there, h] >= 0.5 * n[there, h]).int())  # type: ignore[operator]
+            # A head may have no label at all: no outcome where the length cap cut every trace.
+            if there.any():
+                auc.update(logits[there, h], (k[there, h] >= 0.5 * n[there, h]).int())  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
-        values = [auc.compute() for auc in self.aucs]  # type: ignore[operator]
+        values = [auc.compute() for auc in self.aucs if auc.update_called]  # type: ignore[operator]
         for auc in self.aucs:
             auc.reset()  # type: ignore[operator]
         self.log("val_auc", torch.stack(values).mean())
@@ -164,6 +167,13 @@ def train(config: TrainConfig) -> Card:
     output = Path(config.output)
     if output.exists():
         raise UserError(f"output {config.output!r} exists; choose another name or remove it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(output.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(f"output {config.output!r} cannot be written there; choose another place")
     labels = read_labels(config.labels)
     task = resolve_task(labels.manifest["task_spec"], config.task, f"labels {config.labels[0]!r}")
     check_task(task, labels, config.labels[0])

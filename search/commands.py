@@ -185,6 +185,11 @@ def best_of_n(config: BestOfNConfig) -> None:
     verifier = load_verifier(config.verifier)
     session = open_session(verifier, config.task, config.policy, config.sampler, config.engine)
     rule: Pick = config.pick or verifier.card.pick  # type: ignore[assignment]
+    if rule in ("last", "min", "vote") and not verifier.card.base_head:
+        raise UserError(
+            f"pick {rule} reads a Q head, which {config.verifier!r} does not have; choose orm, "
+            "orm_vote or majority"
+        )
     directory = _run_directory(config, f"best-of-{config.n}", verifier.path)
     open_run(directory, _manifest(config, verifier.digest))
     scorer = session.scorer(verifier, config.scoring, config.surprise, config.trunk)

@@ -19,6 +19,7 @@ from pav.policy import (
     PolicyConfig,
     Sampler,
     load_policy,
+    model_path,
     tokenizer_fingerprint,
     weights_digest,
 )
@@ -154,6 +155,14 @@ def open_session(
     if found.fingerprint != card.task_fingerprint:
         warn(f"{source} was made for task {card.task_fingerprint}, searching {found.fingerprint}")
     remembered = card.policy_config()
+    if policy is None:
+        try:
+            model_path(remembered.model)
+        except UserError as error:
+            raise UserError(
+                f"the policy of {source} is not at {remembered.model!r} any more; name its new "
+                "place with --policy, its prompt as before"
+            ) from error
     chosen = load_policy(policy or remembered, found.step_rule)
     if tokenizer_fingerprint(chosen.tokenizer) != card.tokenizer:
         raise UserError(

@@ -92,7 +92,7 @@ class Tape(Task):
         sft_short_cuts: share of lines of those solutions that take two operations at once.
     """
 
-    n_ops: int = 6
+    n_ops: int = 8
     sft_ops: tuple[int, int] = (2, 9)
     sft_short_cuts: float = 0.15
 

@@ -21,9 +21,17 @@ from pav.errors import UserError
 from pav.labels import Completion, LabelSet, Trace, prefix_key, read_labels
 from pav.policy import PolicyConfig, Sampler, load_policy
 from pav.steps import StepRule
+from pav.tasks.base import Grade, Problem
 from pav.tasks.tape import Tape
 
 TABLES = ("traces", "labels", "completions")
+
+
+class AllRight(Tape):
+    """The tape with a grader that finds everything right: only what was cut is wrong."""
+
+    def grade(self, text: str, problem: Problem) -> Grade:
+        return replace(super().grade(text, problem), correct=True)
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +139,6 @@ def test_truncated_rollout_counts_as_truncated_and_as_a_failure(
     cut = [c for c in labels.completions if c.truncated]
     assert sum(r["truncated"] for r in rows) == len(cut) > 0
 
-    # With a grader that finds everything right, only what was cut is wrong.
-    class AllRight(Tape):
-        def grade(self, text: str, problem: Any) -> Any:
-            return replace(super().grade(text, problem), correct=True)
-
     generous = replace(config, task=AllRight(), output=str(tmp_path / "run"), n_seeds=2, problems=2)
     rollouts(generous)
     right = read_labels([generous.output])
@@ -240,10 +243,6 @@ def test_provers_that_do_not_fit_the_policy_are_refused(
 def test_steps_over_an_unscored_cut_are_failures_as_they_are_in_search(
     config: RolloutsConfig, tmp_path: Path
 ) -> None:
-    class AllRight(Tape):
-        def grade(self, text: str, problem: Any) -> Any:
-            return replace(super().grade(text, problem), correct=True)
-
     rule = StepRule(max_tokens=6, score_cut=False)
     cut = replace(config, task=AllRight(step_rule=rule), output=str(tmp_path / "run"), problems=2,
                   validation_problems=0)  # fmt: skip

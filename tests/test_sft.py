@@ -1,0 +1,182 @@
+"""Supervised fine-tuning: it learns, it resumes where it was, it overwrites nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from pav import sft as sft_module
+from pav.errors import UserError
+from pav.policy import load_tokenizer
+from pav.sft import IGNORE, SftConfig, SftModule, Shape, Solutions, schedule, sft
+from pav.tasks.tape import Tape, tape_tokenizer
+
+TINY = SftConfig(
+    output="",
+    task=Tape(sft_ops=(1, 3)),
+    shape=Shape(hidden=32, layers=1, heads=1, mlp=32),
+    steps=40,
+    batch=16,
+    warmup=4,
+    eval_problems=0,
+)
+
+
+class Recorder(L.Callback):
+    """Loss of every step, in order."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["loss"]))
+
+
+def run(config: SftConfig, monkeypatch: pytest.MonkeyPatch, save_every: int = 1000,
+        stop_after: int | None = None) -> list[float]:  # fmt: skip
+    """Train and return the losses; ``stop_after`` presses Ctrl-C after so many steps."""
+    recorder = Recorder()
+    original = sft_module.LightningProgress
+
+    class Interrupting(original):  # type: ignore[misc, valid-type]
+        def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+            recorder.on_train_batch_end(trainer)
+            if len(recorder.losses) == stop_after:
+                raise SystemExit("died")
+            super().on_train_batch_end(trainer, *rest)
+
+    checkpoint = sft_module.ModelCheckpoint
+
+    def often(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(*args, **{**kwargs, "every_n_train_steps": save_every})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_module, "LightningProgress", Interrupting)
+        patch.setattr(sft_module, "ModelCheckpoint", often)
+        if stop_after is None:
+            sft(config)
+        else:
+            with pytest.raises(SystemExit):
+                sft(config)
+    return recorder.losses
+
+
+def weights(directory: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def test_a_few_steps_lower_the_loss_and_a_policy_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, output=str(tmp_path / "policy"), eval_problems=20, max_length=40)
+    losses = run(config, monkeypatch)
+    assert len(losses) == 40
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.3
+    tokenizer = load_tokenizer(config.output)
+    assert tokenizer.encode("1+2\n=3") == tape_tokenizer().encode("1+2\n=3")
+    assert not list(Path(config.output).glob("*.ckpt"))
+    # A policy is a place to go on from: the second starts where the first ended.
+    on = replace(config, output=str(tmp_path / "on"), init=config.output, steps=4, warmup=0)
+    assert run(on, monkeypatch)[0] < 1.2 * losses[-1]
+
+
+def test_resumed_training_equals_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = replace(TINY, output=str(tmp_path / "unbroken"))
+    losses = run(unbroken, monkeypatch)
+    # A repeat is the same, bit by bit.
+    again = replace(TINY, output=str(tmp_path / "again"))
+    assert run(again, monkeypatch) == losses
+    broken = replace(TINY, output=str(tmp_path / "broken"))
+    # Saved every 9 steps, so not at the edge of a bucket of batches.
+    first = run(broken, monkeypatch, save_every=18, stop_after=30)
+    assert first == losses[:30]
+    assert not (tmp_path / "broken" / "config.json").exists()
+    assert run(broken, monkeypatch, save_every=18) == losses[27:]
+    for one, other in ((unbroken, broken), (unbroken, again)):
+        a, b = weights(one.output), weights(other.output)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_output_that_holds_a_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"already holds a model; choose another directory"):
+        sft(replace(TINY, output=str(tmp_path)))
+
+
+def test_task_without_solutions_is_refused(tmp_path: Path) -> None:
+    class Silent(Tape):
+        solutions = property()  # type: ignore[assignment]
+
+    with pytest.raises(UserError, match=r"task 'silent' has no solutions to learn from; give it"):
+        sft(replace(TINY, output=str(tmp_path), task=Silent()))
+
+
+def test_only_solution_and_end_carry_loss() -> None:
+    tokenizer, task = tape_tokenizer(), Tape(sft_ops=(1, 3))
+    data = Solutions(task, tokenizer, replace(TINY, batch=4, steps=16), 0)
+    pairs = {s: q for q, s in islice(task.solutions(0), 64)}
+    rows = 0
+    for ids, labels in data:
+        for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
+            target = [t for t in label if t != IGNORE]
+            assert target[-1] == tokenizer.eos_token_id
+            solution = tokenizer.decode(target[:-1])
+            prompt = tokenizer.encode(pairs[solution] + "\n")
+            assert row[: len(prompt)] == prompt and set(label[: len(prompt)]) == {IGNORE}
+            end = len(prompt) + len(target)
+            assert row[len(prompt) : end] == label[len(prompt) : end] == target
+            assert set(row[end:]) <= {tokenizer.pad_token_id}
+            assert set(label[end:]) <= {IGNORE}
+            rows += 1
+    assert rows == 64
+
+
+@given(st.integers(0, 47))
+def test_batches_depend_on_seed_and_step_alone(start: int) -> None:
+    config = replace(TINY, steps=48, batch=2)
+    tokenizer = tape_tokenizer()
+    whole = list(islice(Solutions(config.task, tokenizer, config, 0), 48))
+    rest = list(Solutions(config.task, tokenizer, config, start))
+    for (a, b), (c, d) in zip(whole[start:], rest, strict=False):
+        assert torch.equal(a, c) and torch.equal(b, d)
+    assert len(rest) >= 48 - start
+
+
+@given(st.integers(1, 500), st.integers(0, 60), st.floats(0.01, 1.0))
+def test_rate_warms_up_stays_and_falls_to_zero(steps: int, warmup: int, decay: float) -> None:
+    config = replace(TINY, steps=steps, warmup=warmup, decay=decay)
+    rates = [schedule(step, config) for step in range(steps + 1)]
+    assert all(0.0 <= rate <= 1.0 for rate in rates)
+    assert rates[-1] == 0.0
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    falling = rates[peak:]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_matrices_inside_layers_are_muons_and_the_rest_adamws() -> None:
+    from transformers import LlamaForCausalLM
+
+    config = replace(TINY, shape=Shape(32, 2, 1, 32))
+    model = LlamaForCausalLM(sft_module.llama_config(config, 19))
+    muon, adamw = SftModule(config, model).configure_optimizers()
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [
+        {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (muon, adamw)
+    ]
+    assert groups[0] | groups[1] == set(names.values()) and not groups[0] & groups[1]
+    assert all("layers." in name and "norm" not in name for name in groups[0])
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= groups[1]
