@@ -43,6 +43,8 @@ setup: .venv/.installed
 	$(BIN)/python -c 'import torch, vllm, vllm._C; print("torch", torch.__version__, "vllm", vllm.__version__)'
 	@touch $@
 
+# Models of a million parameters gain nothing from a second thread and lose much when it has to wait.
+demo: export OMP_NUM_THREADS ?= 1
 demo: setup
 	@if [ -e runs/demo ]; then echo "removing the last demo in runs/demo"; rm -rf runs/demo; fi
 	$(BIN)/data_gen.rollouts --config configs/tape/demo/rollouts.yaml

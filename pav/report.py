@@ -65,7 +65,7 @@ def fit_and_report(
     if card.recipe == "pav":
         picks = _picks(card, examples, scored, q, ~fitted, policy, labels, task)
         metrics["picks"] = picks
-        card = replace(card, pick=max(PICKS, key=lambda p: picks[p]))
+        card = replace(card, pick=default_pick(picks))
     return replace(card, validation=metrics)
 
 
@@ -209,7 +209,19 @@ def _picks(
                 votes[answer] += last
         winner = max(votes, key=lambda a: votes[a]) if votes else None
         right["vote"].append(any(g[4] for g in group if g[3] == winner))
-    return {pick: float(np.mean(right[pick])) if right[pick] else 0.0 for pick in PICKS}
+    accuracies = {pick: float(np.mean(right[pick])) if right[pick] else 0.0 for pick in PICKS}
+    return {**accuracies, "problems": float(len(groups))}
+
+
+def default_pick(picks: dict[str, float]) -> str:
+    """The best rule on validation; ``last`` stays unless another wins by over a standard error.
+
+    Args:
+        picks: accuracy of every rule, and the number of ``problems`` behind it.
+    """
+    best = max(PICKS, key=lambda p: picks[p])
+    noise = (picks["last"] * (1 - picks["last"]) / max(1.0, picks["problems"])) ** 0.5
+    return best if picks[best] > picks["last"] + noise else "last"
 
 
 def print_report(card: Card) -> None:
@@ -243,5 +255,5 @@ def print_report(card: Card) -> None:
             )
         console.print(table)
     if "picks" in card.validation:
-        picks = ", ".join(f"{k} {v:.3f}" for k, v in card.validation["picks"].items())
+        picks = ", ".join(f"{k} {card.validation['picks'][k]:.3f}" for k in PICKS)
         console.print(f"final pick among seed traces: {picks}; default: {card.pick}")

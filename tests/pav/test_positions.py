@@ -238,33 +238,45 @@ def test_values_in_search_are_those_of_the_training_forward_at_the_training_posi
 
         problems = islice(task.problems("validation"), 10)
         drive([engine], [lambda p=p, one=one: one(p) for p in problems], found.append, 10)
-        for problem, result in found:
-            for candidate in result.candidates:
-                trained = training_values(model, verifier, policy, problem, candidate.ids)
-                assert [*candidate.q] == verifier.card.heads
-                for head, values in candidate.q.items():
-                    np.testing.assert_allclose(values, trained[head], atol=1e-4)
-                compared += len(candidate.ends)
+        searched = [(problem, c) for problem, result in found for c in result.candidates]
+        trained = training_values(model, verifier, policy, [(p, c.ids) for p, c in searched])
+        for (_, candidate), values in zip(searched, trained, strict=True):
+            assert candidate.q.keys() == values.keys()
+            for head, q in candidate.q.items():
+                np.testing.assert_allclose(q, values[head], atol=1e-4)
+            compared += len(candidate.ends)
     engine.shutdown()
     print(f"{compared} steps compared")
     assert compared > 50
 
 
 def training_values(
-    model: Any, verifier: Verifier, policy: Policy, problem: Problem, ids: list[int]
-) -> dict[str, list[float]]:
-    """Q of every head after step 0, 1, ... by the forward pass that training calibrates on."""
-    prompt = policy.encode(problem)
-    ends = policy.stepper.step_ends(ids)
-    trace = Trace("t", problem.id, problem.question, None, "train", "base", 0, ids, ends, None,
-                  False, False)  # fmt: skip
-    labels = LabelSet({}, [trace], {}, [])
+    model: Any, verifier: Verifier, policy: Policy, solutions: list[tuple[Problem, list[int]]]
+) -> list[dict[str, list[float]]]:
+    """Q of every head after step 0, 1, ... by the forward pass that training calibrates on.
+
+    All solutions go through it together, prompts and solutions of many lengths in a batch.
+    """
+    traces = [
+        Trace(str(i), problem.id, problem.question, None, "train", "base", 0, ids,
+              policy.stepper.step_ends(ids), None, False, False)
+        for i, (problem, ids) in enumerate(solutions)
+    ]  # fmt: skip
+    heads = verifier.card.heads
     examples: list[Example] = pav_examples(
-        labels, "train", verifier.card.heads, policy, len(prompt) + len(ids)
+        LabelSet({}, traces, {}, []), "train", heads, policy, 160
     )
+    assert len({e.prompt_length for e in examples}) > 1
     scored = score(model, examples, policy, "scoring")
-    assert scored.step_N.tolist() == list(range(len(examples[0].positions_P)))
-    return {
-        head: list(verifier.card.calibrator(head, True)(scored.logits_NH[:, h], scored.surprise_NF))
-        for h, head in enumerate(verifier.card.heads)
-    }
+    values = []
+    for i, example in enumerate(examples):
+        rows = scored.example_N == i
+        assert scored.step_N[rows].tolist() == list(range(len(example.positions_P)))
+        logits, features = scored.logits_NH[rows], scored.surprise_NF[rows]
+        values.append(
+            {
+                head: list(verifier.card.calibrator(head, True)(logits[:, h], features))
+                for h, head in enumerate(heads)
+            }
+        )
+    return values

@@ -91,11 +91,14 @@ def searched(
 def test_repeated_search_is_identical(
     verifier: str, searched: tuple[Path, list[Record], list[Draw]], tmp_path: Path
 ) -> None:
+    def lines(directory: Path) -> list[str]:
+        # Of problems that finish in the same step of the engine, any may be written first.
+        return sorted((directory / "beam.jsonl").read_text().splitlines())
+
     beam(config(verifier, tmp_path / "again"))
-    again = (tmp_path / "again" / "beam.jsonl").read_bytes()
-    assert again == (searched[0] / "beam.jsonl").read_bytes()
+    assert lines(tmp_path / "again") == lines(searched[0])
     beam(config(verifier, tmp_path / "other", seed=1))
-    assert (tmp_path / "other" / "beam.jsonl").read_bytes() != again
+    assert lines(tmp_path / "other") != lines(searched[0])
 
 
 def test_first_round_draws_all_children_and_later_rounds_the_share_of_unfinished_places(
