@@ -51,9 +51,9 @@ class Reporter:
             return
         self.last = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = (self.total - done) / rate if rate > 0 else float("nan")
+        left = f"{(self.total - done) / rate / 60:.1f}" if rate > 0 else "?"
         print(
-            f"{self.what}: {done}/{self.total} {self.unit}, {rate:.2f}/s, {left / 60:.1f} min left"
+            f"{self.what}: {done}/{self.total} {self.unit}, {rate:.2f}/s, {left} min left"
             + (f", {note}" if note else ""),
             flush=True,
         )

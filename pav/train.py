@@ -215,7 +215,9 @@ def train(config: TrainConfig) -> Card:
     print_report(card)
     verifier = load_verifier(str(output))
     directory, _ = ensure_export(verifier, path)
-    output.with_suffix(".json").write_text(json.dumps(card.validation, indent=1))
+    # Undefined metrics are NaN here and null there: NaN is no JSON.
+    plain = json.loads(json.dumps(card.validation), parse_constant=lambda _: None)
+    output.with_suffix(".json").write_text(json.dumps(plain, indent=1))
     print(
         f"verifier: {output} ({output.stat().st_size / 1e6:.1f} MB), export for vLLM: {directory}"
     )

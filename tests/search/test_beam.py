@@ -8,6 +8,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,20 +165,12 @@ def test_pick_is_a_finished_candidate_and_an_unfinished_one_is_never_right(
     assert any(record.picked is not None for record in searched[1])
 
 
-@pytest.mark.parametrize("surprise", [True, False])
 def test_fused_and_separate_scores_agree_where_the_trunk_is_the_policy(
-    verifier: str,
-    searched: tuple[Path, list[Record], list[Draw]],
-    tmp_path: Path,
-    surprise: bool,
+    verifier: str, searched: tuple[Path, list[Record], list[Draw]]
 ) -> None:
     loaded = load_verifier(verifier)
     session = open_session(loaded, None, None, None, ENGINE)
-    records = searched[1]
-    if not surprise:
-        beam(config(verifier, tmp_path / "plain", surprise=False, problems=4))
-        records = read(tmp_path / "plain" / "beam.jsonl")
-    scorer = session.scorer(loaded, "separate", surprise, None)
+    scorer = session.scorer(loaded, "separate", True, None)
     assert not scorer.fused
     compared = 0
 
@@ -196,7 +189,7 @@ def test_fused_and_separate_scores_agree_where_the_trunk_is_the_policy(
         compared += 1
         assert worst <= 1e-4
 
-    jobs = [lambda r=r, c=c: judge(r, c) for r in records for c in r.candidates]  # type: ignore[misc]
+    jobs = [partial(judge, record, c) for record in searched[1] for c in record.candidates]
     drive([scorer.engine], jobs, keep, 16)
     session.shutdown()
     assert compared >= 6
@@ -240,14 +233,14 @@ def test_baseline_orm_runs_beside_a_fused_beam_at_its_tokens(
         assert method in printed
 
 
-@pytest.mark.parametrize("scoring", ["fused", "separate"])
-def test_problem_whose_prompt_leaves_no_room_counts_as_wrong(
-    verifier: str, tmp_path: Path, scoring: Any
-) -> None:
+def test_problem_whose_prompt_leaves_no_room_counts_as_wrong(verifier: str, tmp_path: Path) -> None:
     short = Sampler(max_length=14)
-    beam(config(verifier, tmp_path / "beam", sampler=short, scoring=scoring, problems=3))
-    best_of_n(BestOfNConfig(verifier, n=2, problems=3, sampler=short, scoring=scoring,
-                            output=str(tmp_path / "best"), engine=ENGINE))  # fmt: skip
+    beam(config(verifier, tmp_path / "beam", sampler=short, scoring="separate", problems=3))
+    best_of_n(
+        BestOfNConfig(
+            verifier, n=2, problems=3, sampler=short, output=str(tmp_path / "best"), engine=ENGINE
+        )
+    )
     for records in (read(tmp_path / "beam/beam.jsonl"), read(tmp_path / "best/best_of_n.jsonl")):
         assert len(records) == 3
         assert all(r.picked is None and not r.correct and r.truncated > 0 for r in records)
