@@ -70,6 +70,12 @@ def run(
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except ValueError as error:
+        # jsonargparse wraps what a setting's own check raises.
+        if not isinstance(error.__cause__, UserError):
+            raise
+        print(f"{prog}: error: {error.__cause__}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command resumes", file=sys.stderr)
         raise SystemExit(130) from None

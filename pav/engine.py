@@ -320,7 +320,8 @@ def drive(
 
     async def loop() -> None:
         waiting = iter(jobs)
-        active: set[asyncio.Task[T]] = set()
+        # Ordered: results that one step finished are reported in the order of their jobs.
+        active: dict[asyncio.Task[T], None] = {}
         exhausted = False
         while True:
             while not exhausted and len(active) < concurrency:
@@ -328,7 +329,7 @@ def drive(
                 if job is None:
                     exhausted = True
                 else:
-                    active.add(asyncio.ensure_future(job()))
+                    active[asyncio.ensure_future(job())] = None
             if not active:
                 return
             # A resolved future wakes its coroutine through gather: a few turns of the event loop.
@@ -339,7 +340,7 @@ def drive(
                     engine.step()
             finished = [task for task in active if task.done()]
             for task in finished:
-                active.remove(task)
+                del active[task]
                 on_result(task.result())
 
     asyncio.run(loop())

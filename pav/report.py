@@ -214,14 +214,16 @@ def _picks(
 
 
 def default_pick(picks: dict[str, float]) -> str:
-    """The best rule on validation; ``last`` stays unless another wins by over a standard error.
+    """The ORM head (the paper's rule), unless another rule wins by over a standard error.
+
+    The last Q alone is a poor pick after a search that ranked by it: it is over-optimised.
 
     Args:
         picks: accuracy of every rule, and the number of ``problems`` behind it.
     """
     best = max(PICKS, key=lambda p: picks[p])
-    noise = (picks["last"] * (1 - picks["last"]) / max(1.0, picks["problems"])) ** 0.5
-    return best if picks[best] > picks["last"] + noise else "last"
+    noise = (picks[ORM] * (1 - picks[ORM]) / max(1.0, picks["problems"])) ** 0.5
+    return best if picks[best] > picks[ORM] + noise else ORM
 
 
 def print_report(card: Card) -> None:

@@ -190,6 +190,12 @@ def sft(config: SftConfig) -> None:
     output = Path(config.output)
     if (output / "config.json").exists():
         raise UserError(f"output {config.output!r} already holds a model; choose another directory")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output {config.output!r} is not writable ({error.strerror}); choose another"
+        ) from error
     L.seed_everything(config.seed, verbose=False)
     if config.init:
         path = model_path(config.init)
@@ -204,7 +210,6 @@ def sft(config: SftConfig) -> None:
     print(
         f"policy of {count / 1e6:.2f}M parameters, {config.steps} steps of {config.batch} solutions"
     )
-    output.mkdir(parents=True, exist_ok=True)
     last = output / "last.ckpt"
     start = 0
     if last.exists():

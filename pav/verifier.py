@@ -254,14 +254,18 @@ def trunk_path(verifier: Verifier, override: str | None = None) -> str:
         UserError: if they moved, or another model lies there.
     """
     name = override or verifier.card.trunk
+    moved = UserError(
+        f"the trunk of {str(verifier.path)!r} is not at {name!r} any more; name its new place "
+        "with --trunk"
+    )
     try:
         path = model_path(name)
     except UserError as error:
-        raise UserError(
-            f"the trunk of {str(verifier.path)!r} is not at {name!r} any more; name its new place "
-            "with --trunk"
-        ) from error
-    if Path(path).is_dir() and weights_digest(path) != verifier.card.trunk_digest:
+        raise moved from error
+    if weights_digest(path) != verifier.card.trunk_digest:
+        # A local path of two parts that is gone looks like owner/name of a hub.
+        if not Path(path).is_dir():
+            raise moved
         raise UserError(
             f"the model at {name!r} is not the trunk that {str(verifier.path)!r} was trained on "
             f"(digest {weights_digest(path)}, expected {verifier.card.trunk_digest}); name the "

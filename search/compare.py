@@ -204,17 +204,32 @@ def _beams(
             async def search(
                 problem: Problem, seed: int = seed, settings: Any = settings
             ) -> Record:
-                return await beam_record(
-                    session, scorer, settings, rule, method.name, seed, problem
-                )
+                return await beam_record(session, scorer, settings, rule, "beam", seed, problem)
 
-            records, took = session.run(
-                _file(output, method.name, f"n{n}", f"s{seed}"),
-                problems,
-                search,
-                config.concurrency,
-                f"{method.name} N={n} seed {seed}",
+            # Named by what was searched: methods that differ in the pick alone share a search.
+            path = _file(
+                output,
+                "beam",
+                verifier.path.stem,
+                verifier.digest,
+                f"a{settings.alpha:g}",
+                settings.prover,
+                f"c{settings.samples}",
+                "surprise" if method.surprise else "plain",
+                "fused" if scorer.fused else "separate",
+                f"n{n}",
+                f"s{seed}",
             )
+            what = f"{method.name} N={n} seed {seed}"
+            found, took = session.run(path, problems, search, config.concurrency, what)
+            records = [
+                replace(
+                    repick(r, rule, None, settings.base_head),
+                    n=r.n,
+                    settings={**r.settings, "pick": rule},
+                )
+                for r in found
+            ]
             by_seed.append(records)
             seconds += took
         points.append(_point(method.name, n, None, by_seed, seconds))

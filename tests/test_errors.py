@@ -239,7 +239,7 @@ def test_checkpoint_or_model_that_is_there_is_never_overwritten(
         "data_gen.rollouts",
         "search.beam",
         "pav.train",
-        pytest.param("pav.sft", marks=pytest.mark.xfail(strict=True, reason="traceback of mkdir")),
+        "pav.sft",
     ],
 )
 def test_output_that_cannot_be_written_is_found_before_the_work(
@@ -273,7 +273,7 @@ def test_output_that_cannot_be_written_is_found_before_the_work(
         "./models/trunk",
         pytest.param(
             "models/trunk",
-            marks=pytest.mark.xfail(strict=True, reason="taken for owner/name of the hub"),
+            marks=pytest.mark.xfail(strict=True, reason="such a policy is looked for on the hub"),
         ),
     ],
 )
@@ -341,7 +341,6 @@ def test_value_out_of_range(
     assert message in refused(command, *arguments)
 
 
-@pytest.mark.xfail(strict=True, reason="jsonargparse wraps what an optional class raises")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -62,7 +62,8 @@ def test_best_of_k_is_the_chance_of_one_right_rollout_in_k() -> None:
         best_of_k(0.5, 0)
 
 
-@given(st.floats(0, 1), st.integers(1, 14), st.data())
+# scipy's pmf overflows at subnormal p.
+@given(st.floats(1e-9, 1), st.integers(1, 14), st.data())
 def test_best_of_k_from_counts_is_unbiased(p: float, n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, n))
     right = np.arange(n + 1)

@@ -110,6 +110,6 @@ def test_a_finished_comparison_is_not_run_again_and_another_is_refused(
 
 
 def test_accuracy_counts_every_problem(config: CompareConfig) -> None:
-    records = read(next(Path(config.output).glob("beam-n2-s0.jsonl")))
+    records = read(next(Path(config.output).glob("beam-*-n2-s0.jsonl")))
     assert len(records) == config.problems
     assert np.mean([r.correct for r in records if r.picked is None] or [0.0]) == 0.0
