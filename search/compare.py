@@ -134,7 +134,9 @@ def compare(config: CompareConfig) -> None:
     differences = paired(points)
     (output / "compare.json").write_text(json.dumps(differences, indent=1))
     oracle = oracle_line(points)
-    plot_accuracy(points, oracle, output / "compare.png", config.title)
+    counted = f"{len(problems)} problems, {len(config.seeds)} seed(s)"
+    title = f"{config.title} ({counted})" if config.title else counted
+    plot_accuracy(points, oracle, output / "compare.png", title)
     print_points(points, differences, config.split)
     print(
         f"results: {output}/compare.csv, compare.png, compare.json, one .jsonl per run\n"
