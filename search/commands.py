@@ -260,5 +260,5 @@ def _print(rows: list[Row], directory: Path, split: str) -> None:
             f"{row.seconds:.1f}",
         )
     Console(width=120).print(table)
-    print("tokens are means per problem; a resumed run shows only this start's seconds")
+    print("tokens are means per problem; seconds are nan for a resumed run")
     print(f"records: {directory}\nnext: search.compare --help")

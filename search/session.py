@@ -117,7 +117,7 @@ class Session:
         concurrency: int,
         what: str,
     ) -> tuple[list[Record], float]:
-        """Search what ``path`` does not hold yet; (records in problem order, seconds spent now)."""
+        """Search what ``path`` lacks; (records in problem order, seconds or NaN if resumed)."""
         done = {r.problem_id: r for r in read(path)}
         owed = [p for p in problems if p.id not in done]
         started = monotonic()
@@ -133,7 +133,9 @@ class Session:
 
             jobs = [partial(job, problem) for problem in owed]
             drive(list(self.engines.values()), jobs, keep, concurrency)
-        return [done[p.id] for p in problems], monotonic() - started
+        # A resumed run does not know what its first part took.
+        seconds = monotonic() - started if len(owed) == len(problems) else float("nan")
+        return [done[p.id] for p in problems], seconds
 
     def shutdown(self) -> None:
         """Free all devices."""

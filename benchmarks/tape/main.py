@@ -117,7 +117,9 @@ def _accuracies(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
         metric = _metric(f"accuracy, {r['method']}, {n}", float(r["accuracy"]), interval, None)
         keys = ("policy_tokens", "verifier_tokens", "verifier_cached", "seconds", "oracle")
         settings = json.loads(r["settings"])
-        out.append({**metric, **{k: float(r[k]) for k in keys}, "settings": settings})
+        # Seconds are NaN where a run was resumed; NaN is no JSON.
+        costs = {k: None if r[k] == "nan" else float(r[k]) for k in keys}
+        out.append({**metric, **costs, "settings": settings})
     return out
 
 
