@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -45,12 +46,15 @@ def export_directory(verifier: Verifier) -> Path:
 def ensure_export(verifier: Verifier, trunk: str) -> tuple[Path, list[int]]:
     """Directory and score ids (heads, then reference row); built when missing or stale."""
     directory = export_directory(verifier)
-    stamp = directory / STAMP
-    if stamp.exists():
-        found: dict[str, Any] = json.loads(stamp.read_text())
-        if found.get("checkpoint") == verifier.digest:
-            return directory, found["score_ids"]
-    return directory, export_verifier(verifier, trunk, directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Two searches that start side by side must not build the same directory at once.
+    with FileLock(directory.with_name(directory.name + ".lock")):
+        stamp = directory / STAMP
+        if stamp.exists():
+            found: dict[str, Any] = json.loads(stamp.read_text())
+            if found.get("checkpoint") == verifier.digest:
+                return directory, found["score_ids"]
+        return directory, export_verifier(verifier, trunk, directory)
 
 
 def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int]:

@@ -6,9 +6,10 @@ Muon, the rest with AdamW.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +31,7 @@ from pav.cli import run
 from pav.errors import UserError
 from pav.policy import Prompt, encode_prompt, load_tokenizer, model_path
 from pav.progress import LightningProgress
-from pav.tasks.base import Task
+from pav.tasks.base import Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
 
 IGNORE = -100
@@ -72,6 +73,8 @@ class SftConfig:
         decay: last share of the steps over which the rate falls linearly to zero.
         seed: weights and data.
         precision: Lightning precision, e.g. ``bf16-mixed``.
+        compile: compile the forward and backward pass (needs a C++ compiler; on a CPU 1.3 times as
+            fast for a 1M model, after a minute of compiling).
         eval_problems: validation problems for the accuracy printed at the end; 0 for none.
         max_length: cap on prompt + solution in that evaluation.
     """
@@ -89,6 +92,7 @@ class SftConfig:
     decay: float = 0.4
     seed: int = 0
     precision: str = "32-true"
+    compile: bool = False
     eval_problems: int = 500
     max_length: int = 160
 
@@ -140,6 +144,8 @@ class SftModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.config, self.model = config, model
+        forward = model.forward
+        self.logits = torch.compile(forward, dynamic=True) if config.compile else forward
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         inner = {id(p) for p in self.model.model.layers.parameters() if p.ndim == 2}
@@ -155,7 +161,7 @@ class SftModule(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         ids, labels = batch
         # Right padding under a causal mask needs no attention mask: no real token sees a pad.
-        logits = self.model(ids).logits[:, :-1]
+        logits = self.logits(ids).logits[:, :-1]
         loss = cross_entropy(
             logits.float().reshape(-1, logits.shape[-1]),
             labels[:, 1:].reshape(-1),
@@ -196,6 +202,8 @@ def sft(config: SftConfig) -> None:
         raise UserError(
             f"output {config.output!r} is not writable ({error.strerror}); choose another"
         ) from error
+    last = output / "last.ckpt"
+    _refuse_other(config, output, last.exists())
     L.seed_everything(config.seed, verbose=False)
     if config.init:
         path = model_path(config.init)
@@ -210,7 +218,6 @@ def sft(config: SftConfig) -> None:
     print(
         f"policy of {count / 1e6:.2f}M parameters, {config.steps} steps of {config.batch} solutions"
     )
-    last = output / "last.ckpt"
     start = 0
     if last.exists():
         start = torch.load(last, weights_only=True)["global_step"] // 2
@@ -252,6 +259,22 @@ def sft(config: SftConfig) -> None:
             f"right in a single sample: {right:.3f} of {config.eval_problems} validation problems"
         )
     print(f"policy: {output}\nnext: data_gen.rollouts --policy {output} --output runs/labels")
+
+
+def _refuse_other(config: SftConfig, output: Path, resuming: bool) -> None:
+    """Write down what is trained; a run under another configuration is not resumed."""
+    plain = json.loads(json.dumps(asdict(config) | {"task": task_spec(config.task)}))
+    path = output / "sft.json"
+    if not resuming or not path.exists():
+        path.write_text(json.dumps(plain, indent=1))
+        return
+    found = json.loads(path.read_text())
+    if changed := sorted(k for k in plain if plain[k] != found.get(k)):
+        raise UserError(
+            f"output {config.output!r} holds an unfinished run with another {', '.join(changed)} "
+            f"({changed[0]}: {found.get(changed[0])!r} there, {plain[changed[0]]!r} now); restore "
+            "it, or choose another output"
+        )
 
 
 def llama_config(config: SftConfig, vocabulary: int) -> LlamaConfig:

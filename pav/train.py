@@ -39,6 +39,7 @@ from pav.progress import LightningProgress
 from pav.report import fit_and_report, print_report
 from pav.tasks.base import Task, task_spec
 from pav.verifier import (
+    FORMAT,
     ORM,
     Card,
     HeadedTrunk,
@@ -148,7 +149,7 @@ class VerifierModule(L.LightningModule):
         self.log("val_auc", torch.stack(values).mean())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["verifier"] = card_json(self.card)
+        checkpoint |= {"verifier": card_json(self.card), "format": FORMAT}
         # A frozen trunk is found again by name and digest: a checkpoint of heads stays small.
         if self.card.frozen:
             state = checkpoint["state_dict"]
@@ -334,6 +335,7 @@ def save(card: Card, model: HeadedTrunk, output: Path) -> None:
     checkpoint = {
         "state_dict": state,
         "verifier": card_json(card),
+        "format": FORMAT,
         "pytorch-lightning_version": L.__version__,
     }
     temporary = output.with_suffix(".tmp")

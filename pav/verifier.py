@@ -32,7 +32,8 @@ from pav.policy import (
 )
 from pav.tasks.base import Task
 
-FORMAT = 1
+# Of the checkpoint: raised when an older one would not load or would mean something else.
+FORMAT = 2
 ORM = "orm"
 BUILT_IN = "pav.tasks."
 
@@ -228,9 +229,17 @@ def load_verifier(name: str) -> Verifier:
     path = checkpoint_path(name)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        written = checkpoint.get("format", 1) if "verifier" in checkpoint else FORMAT
+        if written != FORMAT:
+            raise UserError(
+                f"verifier {name!r} has checkpoint format {written}, this version reads {FORMAT}; "
+                "train it again with pav.train, or use the version that wrote it"
+            )
         card = Card(**json.loads(checkpoint["verifier"]))
         state = checkpoint["state_dict"]
         weight, bias = state["model.head.weight"], state["model.head.bias"]
+    except UserError:
+        raise
     except Exception as error:  # torch raises many kinds for a hostile or foreign file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(

@@ -78,6 +78,7 @@ class CompareConfig:
         n: widths and sample counts.
         seeds: run seeds.
         problems: how many problems of ``split``.
+        skip: leave out the first so many problems of ``split``, e.g. those already looked at.
         split: never choose settings on ``test``.
         task: needed only where the verifiers' task is not built in.
         sampler: another sampler than the verifiers were made for (warns).
@@ -92,6 +93,7 @@ class CompareConfig:
     n: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     seeds: list[int] = field(default_factory=lambda: [0])
     problems: int = 64
+    skip: int = 0
     split: Split = "test"
     task: Task | None = None
     sampler: Sampler | None = None
@@ -121,7 +123,7 @@ def compare(config: CompareConfig) -> None:
             )
     output = Path(config.output)
     open_run(output, manifest(config, verifiers))
-    problems = session.problems(config.split, config.problems)
+    problems = session.problems(config.split, config.problems, config.skip)
     points: list[Point] = []
     for method in config.methods:
         if method.kind == "beam":
@@ -153,6 +155,7 @@ def manifest(config: CompareConfig, verifiers: dict[str, Verifier]) -> dict[str,
         "n": config.n,
         "seeds": config.seeds,
         "problems": config.problems,
+        "skip": config.skip,
         "split": config.split,
         "sampler": None if config.sampler is None else asdict(config.sampler),
         "max_traces": config.max_traces,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from pav.export import ensure_export
 from pav.policy import (
     Policy,
     PolicyConfig,
+    Prompt,
     Sampler,
     load_policy,
     model_path,
@@ -50,11 +52,18 @@ class Session:
     engine_config: EngineConfig
     engines: dict[str, Engine] = field(default_factory=dict)
 
-    def problems(self, split: Split, count: int) -> list[Problem]:
-        """The first ``count`` problems of ``split``."""
-        found = list(islice(self.task.problems(split), count))
+    def problems(self, split: Split, count: int, skip: int = 0) -> list[Problem]:
+        """``count`` problems of ``split`` after the first ``skip``.
+
+        Raises:
+            UserError: if there is none.
+        """
+        found = list(islice(self.task.problems(split), skip, skip + count))
         if not found:
-            raise UserError(f"task {self.task.name!r} has no {split} problems; check task.data")
+            after = f" after the first {skip}" if skip else ""
+            raise UserError(
+                f"task {self.task.name!r} has no {split} problems{after}; check task.data"
+            )
         return found
 
     def sampling_engine(self, scorer: Scorer | None, policy: Policy | None = None) -> Engine:
@@ -117,9 +126,13 @@ class Session:
         concurrency: int,
         what: str,
     ) -> tuple[list[Record], float]:
-        """Search what ``path`` lacks; (records in problem order, seconds or NaN if resumed)."""
+        """Search what ``path`` lacks; (records in problem order, seconds of all starts).
+
+        Seconds are NaN where an earlier start died before it could write down its own.
+        """
         done = {r.problem_id: r for r in read(path)}
         owed = [p for p in problems if p.id not in done]
+        before = _seconds_of(path, len(done))
         started = monotonic()
         for engine in self.engines.values():
             engine.reset_prefix_cache()
@@ -132,15 +145,34 @@ class Session:
                 reporter.update(len(done), f"{right:.3f} right")
 
             jobs = [partial(job, problem) for problem in owed]
-            drive(list(self.engines.values()), jobs, keep, concurrency)
-        # A resumed run does not know what its first part took.
-        seconds = monotonic() - started if len(owed) == len(problems) else float("nan")
+            try:
+                drive(list(self.engines.values()), jobs, keep, concurrency)
+            finally:
+                seconds = before + (monotonic() - started if owed else 0.0)
+                _clock(path).write_text(json.dumps({"records": len(done), "seconds": seconds}))
         return [done[p.id] for p in problems], seconds
 
     def shutdown(self) -> None:
         """Free all devices."""
         for engine in self.engines.values():
             engine.shutdown()
+
+
+def _clock(path: Path) -> Path:
+    """Where the wall-clock seconds behind a file of records are kept: not in the records, which
+    are the same at every repeat.
+    """
+    return path.with_suffix(".seconds.json")
+
+
+def _seconds_of(path: Path, records: int) -> float:
+    if not records:
+        return 0.0
+    try:
+        kept = json.loads(_clock(path).read_text())
+    except (OSError, ValueError):
+        return float("nan")
+    return float(kept["seconds"]) if kept["records"] == records else float("nan")
 
 
 def open_session(
@@ -163,8 +195,11 @@ def open_session(
         except UserError as error:
             raise UserError(
                 f"the policy of {source} is not at {remembered.model!r} any more; name its new "
-                "place with --policy, its prompt as before"
+                "place with --policy"
             ) from error
+    if policy is not None and policy.prompt == Prompt() != remembered.prompt:
+        print(f"policy {policy.model!r} is asked with the prompt that {source} remembers")
+        policy = replace(policy, prompt=remembered.prompt)
     chosen = load_policy(policy or remembered, found.step_rule)
     if tokenizer_fingerprint(chosen.tokenizer) != card.tokenizer:
         raise UserError(

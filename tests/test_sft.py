@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -107,6 +108,26 @@ def test_resumed_training_equals_an_unbroken_one(
         a, b = weights(one.output), weights(other.output)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_another_configuration_does_not_resume_an_unfinished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, output=str(tmp_path / "policy"))
+    run(config, monkeypatch, save_every=18, stop_after=20)
+    with pytest.raises(UserError, match=r"another lr .*0\.01 there, 0\.5 now"):
+        sft(replace(config, lr=0.5))
+
+
+def test_compiled_training_follows_the_same_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler on this machine")
+    config = replace(TINY, steps=6)
+    plain = run(replace(config, output=str(tmp_path / "plain")), monkeypatch)
+    compiled = run(replace(config, output=str(tmp_path / "c"), compile=True), monkeypatch)
+    assert compiled == pytest.approx(plain, rel=1e-3)
 
 
 def test_output_that_holds_a_model_is_refused(tmp_path: Path) -> None:

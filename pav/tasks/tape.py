@@ -53,10 +53,10 @@ def value_of(question: str) -> int:
     return value
 
 
-def _question(rng: Random, n_ops: int) -> str:
+def _question(rng: Random, n_ops: int, keys: str = "++--*") -> str:
     text = str(rng.randint(2, 99))
     for _ in range(n_ops):
-        op = rng.choice("++--*")
+        op = rng.choice(keys)
         text += op + str(rng.randint(2, 9 if op == "*" else 29))
     return text
 
@@ -90,11 +90,13 @@ class Tape(Task):
         n_ops: operations in a problem, the difficulty knob.
         sft_ops: smallest and largest number of operations in the solutions ``pav.sft`` learns from.
         sft_short_cuts: share of lines of those solutions that take two operations at once.
+        sft_keys: the operations of those problems are drawn from this string.
     """
 
     n_ops: int = 8
     sft_ops: tuple[int, int] = (2, 9)
     sft_short_cuts: float = 0.15
+    sft_keys: str = "++--*"
 
     def problems(self, split: Split) -> Iterator[Problem]:
         """Distinct problems of ``split``; endless for ``n_ops`` of 3 and more."""
@@ -111,7 +113,7 @@ class Tape(Task):
         """Endless (question, correct solution) pairs of the train split, one stream per seed."""
         rng = Random(f"{_STREAM_SEED['solutions']}/{seed}")
         while True:
-            question = _question(rng, rng.randint(*self.sft_ops))
+            question = _question(rng, rng.randint(*self.sft_ops), self.sft_keys)
             if split_of(problem_id(question)) == "train":
                 yield question, _solution(rng, question, self.sft_short_cuts)
 

@@ -55,6 +55,14 @@ def rewritten(checkpoint: Path, **changes: Any) -> str:
     return str(checkpoint)
 
 
+def test_a_checkpoint_of_another_format_is_refused_by_number(checkpoint: Path) -> None:
+    held = torch.load(checkpoint, weights_only=True)
+    del held["format"]
+    torch.save(held, checkpoint)
+    with pytest.raises(UserError, match=r"has checkpoint format 1, this version reads 2; train it"):
+        load_verifier(str(checkpoint))
+
+
 # A module on the path that leaves a mark when it is imported.
 MODULE = """
 from dataclasses import dataclass

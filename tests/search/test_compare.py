@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.policy import PolicyConfig, Sampler
+from pav.tasks.tape import Tape
 from search.compare import CompareConfig, Method, compare
 from search.records import read
 
@@ -105,8 +108,28 @@ def test_a_finished_comparison_is_not_run_again_and_another_is_refused(
     monkeypatch.setattr("search.compare.traces_record", refuse)
     compare(config)
     assert {p.name: p.read_bytes() for p in Path(config.output).glob("*.jsonl")} == before
+    # The seconds of the first start are remembered, though nothing was searched by this one.
+    assert all(float(r["seconds"]) > 0 for r in rows(config))
     with pytest.raises(UserError, match="seeds"):
         compare(replace(config, seeds=[0]))
+
+
+def test_seconds_of_a_run_that_died_are_unknown(config: CompareConfig, tmp_path: Path) -> None:
+    copied = shutil.copytree(config.output, tmp_path / "run")
+    for clock in copied.glob("beam-*-n1-s0.seconds.json"):
+        clock.unlink()
+    compare(replace(config, output=str(copied)))
+    found = {(r["method"], int(r["n"])): float(r["seconds"])
+             for r in rows(replace(config, output=str(copied)))}  # fmt: skip
+    assert np.isnan(found["beam", 1]) and found["beam", 2] > 0
+
+
+def test_skipped_problems_are_left_out(config: CompareConfig, tmp_path: Path) -> None:
+    made = replace(config, output=str(tmp_path / "run"), skip=4, problems=3, n=[1], seeds=[0])
+    compare(made)
+    found = {r.problem_id for r in read(next(Path(made.output).glob("beam-*.jsonl")))}
+    expected = islice(Tape().problems("test"), 4, 7)
+    assert found == {p.id for p in expected}
 
 
 def test_accuracy_counts_every_problem(config: CompareConfig) -> None:
