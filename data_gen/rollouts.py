@@ -7,21 +7,25 @@ times; the share of right answers estimates Q (PAV paper, Eq. 1 and Section 4.2)
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import islice
+from math import inf
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
+from data_gen.health import print_health, write_health
+from data_gen.interrupt import interruptible
+from data_gen.label import Labeler, OutOfTime, Roller, Seed, is_labelled, label
+from data_gen.runs import Run
+from data_gen.seeds import digest, given_rounds
 from data_gen.store import Store
 from pav.cli import run
-from pav.engine import Engine, EngineConfig, drive, seed_of
+from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
-from pav.labels import Completion, Trace, prefix_key
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
-from pav.progress import Reporter
 from pav.tasks.base import Problem, Split, Task, task_spec
 from pav.tasks.tape import Tape
 
@@ -31,7 +35,8 @@ class RolloutsConfig:
     """Monte-Carlo labels for every step of many solutions.
 
     Args:
-        output: directory of the label run; the same command resumes it.
+        output: directory of the label run; the same command resumes it. A shard has one of its own
+            in it.
         task: problems and grader.
         policy: the base policy, whose search the verifier will guide.
         prover: rollout policy whose advantages matter; by default the base policy itself.
@@ -39,11 +44,16 @@ class RolloutsConfig:
         problems: training problems.
         skip: training and validation problems to leave out at the start (to split a run by hand).
         validation_problems: problems of the validation split, for early stopping and calibration.
+        seeds_from: ``.jsonl`` file of solutions to label in place of sampled seeds; a line has
+            ``problem_id`` or ``question``, and ``text`` or token ``ids``.
+        shard: ``i/n``: label every n-th problem from the i-th on (i from 0), for job arrays.
         n_seeds: seed solutions per problem.
         prover_share: share of the seeds that the prover writes.
         n_mc: rollouts per prefix and rollout policy.
-        concurrency: problems in flight.
+        concurrency: seed solutions in flight, each with the rollouts of its prefixes.
         seed: run seed; every request's seed is a hash of it and of the request's key.
+        hours: stop after so many hours, sealed; the same command goes on.
+        dry_run: print what the run would take, from a small pilot, and write nothing.
         engine: device settings.
     """
 
@@ -55,11 +65,15 @@ class RolloutsConfig:
     problems: int = 1000
     skip: int = 0
     validation_problems: int = 200
+    seeds_from: str | None = None
+    shard: str | None = None
     n_seeds: int = 8
     prover_share: float = 0.5
     n_mc: int = 1
-    concurrency: int = 64
+    concurrency: int = 256
     seed: int = 0
+    hours: float | None = None
+    dry_run: bool = False
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
@@ -69,64 +83,73 @@ class RolloutsConfig:
             )
         if not 0 <= self.prover_share <= 1:
             raise UserError(f"prover_share is {self.prover_share}; give a share from 0 to 1")
+        if self.hours is not None and self.hours <= 0:
+            raise UserError(f"hours is {self.hours}; give a time above 0, or leave it out")
+        if self.shard is not None:
+            _shard(self.shard)
+
+    @property
+    def directory(self) -> Path:
+        """Where the labels lie: ``output``, or the shard's own directory in it."""
+        if self.shard is None:
+            return Path(self.output)
+        i, n = _shard(self.shard)
+        return Path(self.output) / f"shard-{i:0{len(str(n - 1))}d}-of-{n}"
 
 
-@dataclass(frozen=True)
-class Roller:
-    """A policy with its engine."""
-
-    policy: Policy
-    engine: Engine
-    sampler: Sampler
-
-    async def finish(
-        self, problem: Problem, prefix: list[int], seed: int
-    ) -> tuple[list[int], bool]:
-        """Sample from ``prefix`` to the end; (new ids, whether it was truncated).
-
-        Truncated: by the length cap, or by a cut step that is not scored, at which search stops.
-        """
-        ids = self.policy.encode(problem) + prefix
-        room = self.sampler.max_length - len(ids)
-        if room <= 0:
-            return [], True
-        out = await self.engine.sample(
-            ids,
-            self.sampler,
-            stop_ids=sorted(self.policy.stepper.eos_ids),
-            max_tokens=room,
-            seed=seed,
-        )
-        stepper = self.policy.stepper
-        whole = prefix + out.ids
-        is_cut = not stepper.rule.score_cut and stepper.step_ends(whole)[-1:] != [len(whole)]
-        return out.ids, is_cut or not out.stopped
+def _shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise UserError(f"shard is {text!r}; give i/n with i from 0 to n-1, e.g. 0/16")
+    return int(i), int(n)
 
 
 def rollouts(config: RolloutsConfig) -> None:
     """Make or resume a label run (see :class:`RolloutsConfig`)."""
+    deadline = inf if config.hours is None else monotonic() + config.hours * 3600
     policies = [load_policy(config.policy, config.task.step_rule)]
     if config.prover is not None and config.prover != config.policy:
         policies.append(load_policy(config.prover, config.task.step_rule))
         check_policies(*policies)
-    problems = _problems(config)
+    rounds = _rounds(config, policies)
+    if config.dry_run:
+        from data_gen.pilot import print_plan
+
+        with interruptible():
+            print_plan(config, policies, rounds)
+        return
     manifest = _manifest(config, policies)
-    with Store(Path(config.output), manifest) as store:
-        owed = len(problems) - len(_finished(config, policies, problems, store))
-        if owed:
-            rollers = [
-                Roller(
-                    p,
-                    Engine(p.path, p.config.dtype, config.sampler.max_length, config=config.engine),
-                    config.sampler,
-                )
-                for p in policies
-            ]
-            _work(config, rollers, problems, store)
-            for roller in rollers:
-                roller.engine.shutdown()
-        store.seal({p.config.label: p.fingerprint for p in policies})
-        _summary(config, policies, store)
+    fingerprints = {p.config.label: p.fingerprint for p in policies}
+    stopped = False
+    with interruptible(), Store(config.directory, manifest) as store:
+        if any(_owed(rounds, config, store, list(fingerprints))):
+            store.announce(sum(map(len, rounds)))
+            with loaded(config, policies) as rollers:
+                labeler = Labeler(config.task, rollers, config.n_mc, config.seed, store, deadline)
+                try:
+                    label(labeler, rounds, config.concurrency)
+                except OutOfTime:
+                    stopped = True
+        store.seal(fingerprints)
+        owed = _owed(rounds, config, store, list(fingerprints))
+        records = Run(config.directory, manifest, store.traces, store.completions,
+                      seconds=store.seconds)  # fmt: skip
+        _summary(config, records, owed, stopped)
+
+
+@contextmanager
+def loaded(config: RolloutsConfig, policies: list[Policy]) -> Iterator[list[Roller]]:
+    """An engine for each policy, shut down at the end, however that comes."""
+    length = config.sampler.max_length
+    rollers: list[Roller] = []
+    try:
+        for p in policies:
+            engine = Engine(p.path, p.config.dtype, length, config=config.engine)
+            rollers.append(Roller(p, engine, config.sampler))
+        yield rollers
+    finally:
+        for roller in rollers:
+            roller.engine.shutdown()
 
 
 def check_policies(base: Policy, prover: Policy) -> None:
@@ -161,6 +184,8 @@ def _problems(config: RolloutsConfig) -> list[tuple[Split, Problem]]:
 
 def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
     base = policies[0]
+    # None where the run does not depend on it: runs of older versions have no such key.
+    given = config.seeds_from is not None
     return {
         "format": 1,
         "task": config.task.fingerprint,
@@ -177,179 +202,74 @@ def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
                 "problems",
                 "skip",
                 "validation_problems",
-                "n_seeds",
-                "prover_share",
                 "n_mc",
+                "shard",
             )
         },
+        "n_seeds": None if given else config.n_seeds,
+        "prover_share": None if given else config.prover_share,
+        "seeds_from": digest(config.seeds_from) if config.seeds_from is not None else None,
     }
 
 
-def _seed_plan(config: RolloutsConfig, policies: list[Policy]) -> list[tuple[int, int]]:
-    """(policy number, index among its seeds) of every seed of a problem."""
+def _rounds(config: RolloutsConfig, policies: list[Policy]) -> list[list[Seed]]:
+    """The seed solutions of the run, one per problem in a round; the writers take turns."""
+    problems = _problems(config)
+    i, n = _shard(config.shard or "0/1")
+    own = problems[i::n]
+    if not own:
+        raise UserError(
+            f"shard is {config.shard!r}, but there are {len(problems)} problems; use fewer shards"
+        )
+    if config.seeds_from is not None:
+        given = given_rounds(config.seeds_from, problems, policies[0], config.sampler.max_length)
+        ids = {problem.id for _, problem in own}
+        here = [[seed for seed in seeds if seed.problem.id in ids] for seeds in given]
+        return [seeds for seeds in here if seeds]
     from_prover = round(config.n_seeds * config.prover_share) if len(policies) > 1 else 0
-    return [(0, i) for i in range(config.n_seeds - from_prover)] + [
-        (1, i) for i in range(from_prover)
+    counts = (config.n_seeds - from_prover, from_prover)
+    # A run that is stopped early has both writers by their share, too.
+    turns = sorted(
+        ((index + 0.5) / count, number, index)
+        for number, count in enumerate(counts)
+        for index in range(count)
+    )
+    return [
+        [Seed(split, problem, policies[number].config.label, index) for split, problem in own]
+        for _, number, index in turns
     ]
 
 
-def _trace_id(problem: Problem, policy: Policy, index: int) -> str:
-    return f"{problem.id}/{policy.config.label}/{index}"
-
-
-def prefixes(trace: Trace) -> list[list[int]]:
-    """Solution ids of every prefix to label: step 0 and every step but the one that ends it."""
-    ends = trace.step_ends if trace.truncated else trace.step_ends[:-1]
-    return [[], *(trace.ids[:end] for end in ends)]
-
-
-def _finished(
-    config: RolloutsConfig,
-    policies: list[Policy],
-    problems: list[tuple[Split, Problem]],
-    store: Store,
-) -> set[str]:
-    """Ids of problems of which nothing is owed."""
-    done = set()
-    for _, problem in problems:
-        ids = [_trace_id(problem, policies[p], i) for p, i in _seed_plan(config, policies)]
-        traces = [store.traces.get(trace_id) for trace_id in ids]
-        if any(t is None for t in traces):
-            continue
-        keys = {prefix_key(problem.id, ids) for t in traces if t for ids in prefixes(t)}
-        if all(
-            (key, p.config.label, i) in store.completions
-            for key in keys
-            for p in policies
-            for i in range(config.n_mc)
-        ):
-            done.add(problem.id)
-    return done
-
-
-def _work(
-    config: RolloutsConfig,
-    rollers: list[Roller],
-    problems: list[tuple[Split, Problem]],
-    store: Store,
-) -> None:
-    done = _finished(config, [r.policy for r in rollers], problems, store)
-    finished = len(done)
-    jobs: list[Callable[[], Coroutine[Any, Any, None]]] = [
-        partial(label_problem, config, rollers, split, problem, store)
-        for split, problem in problems
-        if problem.id not in done
+def _owed(
+    rounds: list[list[Seed]], config: RolloutsConfig, store: Store, names: list[str]
+) -> list[int]:
+    """Seed solutions of every round that are not labelled yet."""
+    return [
+        sum(
+            not is_labelled(store.traces.get(s.trace_id), names, config.n_mc, store.completions)
+            for s in seeds
+        )
+        for seeds in rounds
     ]
-    with Reporter("rollouts", len(problems), "problems") as reporter:
-        reporter.update(finished)
-
-        def advance(_: None) -> None:
-            nonlocal finished
-            finished += 1
-            reporter.update(finished, f"{len(store.completions)} rollouts")
-
-        drive([r.engine for r in rollers], jobs, advance, config.concurrency)
 
 
-async def label_problem(
-    config: RolloutsConfig, rollers: list[Roller], split: Split, problem: Problem, store: Store
-) -> None:
-    """Seeds of one problem, then rollouts from all their distinct prefixes; skips what is there."""
-    plan = _seed_plan(config, [r.policy for r in rollers])
-    traces = await asyncio.gather(
-        *(_seed(config, rollers[p], i, split, problem, store) for p, i in plan)
-    )
-    distinct = {prefix_key(problem.id, ids): ids for t in traces for ids in prefixes(t)}
-    await asyncio.gather(
-        *(
-            _rollout(config, roller, index, key, ids, problem, store)
-            for key, ids in distinct.items()
-            for roller in rollers
-            for index in range(config.n_mc)
-        )
-    )
-
-
-async def _seed(
-    config: RolloutsConfig, roller: Roller, index: int, split: Split, problem: Problem, store: Store
-) -> Trace:
-    trace_id = _trace_id(problem, roller.policy, index)
-    if trace_id in store.traces:
-        return store.traces[trace_id]
-    key = prefix_key(problem.id, [])
-    name = roller.policy.config.label
-    ids, truncated = await roller.finish(
-        problem, [], seed_of(config.seed, "seed", name, key, index)
-    )
-    grade = config.task.grade(roller.policy.text(ids), problem)
-    trace = Trace(
-        trace_id=trace_id,
-        problem_id=problem.id,
-        question=problem.question,
-        gold=problem.gold,
-        split=split,
-        policy=name,
-        seed_index=index,
-        ids=ids,
-        step_ends=roller.policy.stepper.step_ends(ids),
-        answer=grade.answer,
-        correct=grade.correct and not truncated,
-        truncated=truncated,
-    )
-    store.add(trace)
-    return trace
-
-
-async def _rollout(
-    config: RolloutsConfig,
-    roller: Roller,
-    index: int,
-    key: str,
-    prefix: list[int],
-    problem: Problem,
-    store: Store,
-) -> None:
-    name = roller.policy.config.label
-    if (key, name, index) in store.completions:
-        return
-    ids, truncated = await roller.finish(
-        problem, prefix, seed_of(config.seed, "rollout", name, key, index)
-    )
-    grade = config.task.grade(roller.policy.text(prefix + ids), problem)
-    # A truncated rollout is a failure, whatever its text says.
-    store.add(
-        Completion(
-            key,
-            problem.id,
-            name,
-            index,
-            prefix,
-            ids,
-            grade.answer,
-            grade.correct and not truncated,
-            truncated,
-        )
-    )
-
-
-def _summary(config: RolloutsConfig, policies: list[Policy], store: Store) -> None:
-    print(f"{len(store.traces)} traces, {len(store.completions)} rollouts in {config.output}")
-    for policy in policies:
-        name = policy.config.label
-        own = [t.correct for t in store.traces.values() if t.policy == name]
-        rolled = [c for c in store.completions.values() if c.policy == name]
-        cut = sum(c.truncated for c in rolled) / max(1, len(rolled))
+def _summary(config: RolloutsConfig, records: Run, owed: list[int], stopped: bool) -> None:
+    directory = config.directory
+    if stopped:
+        whole = sum(not any(owed[: number + 1]) for number in range(len(owed)))
         print(
-            f"  {name}: {sum(own) / max(1, len(own)):.3f} of {len(own)} seeds right, "
-            f"{sum(c.correct for c in rolled) / max(1, len(rolled)):.3f} of {len(rolled)} "
-            f"rollouts, {cut:.1%} truncated"
+            f"stopped after {config.hours} hours: {whole} of {len(owed)} rounds are complete, "
+            f"{sum(owed)} solutions owed; the same command goes on"
         )
-        if cut > 0.05:
-            print(
-                f"  WARNING: {cut:.1%} of the rollouts of {name} hit sampler.max_length "
-                f"({config.sampler.max_length}); raise it"
-            )
-    print(f"next: pav.train --labels '[{config.output}]' --output runs/pav.ckpt")
+    print(f"{len(records.traces)} traces, {len(records.completions)} rollouts in {directory}")
+    print_health(write_health(records), directory)
+    if config.shard is None:
+        print(f"next: pav.train --labels '[{directory}]' --output runs/pav.ckpt")
+    else:
+        print(
+            "next, when all shards are there: "
+            f"data_gen.merge {config.output}/shard-* --output {config.output}_merged"
+        )
 
 
 def main() -> None:

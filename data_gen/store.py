@@ -1,20 +1,25 @@
 """The crash-safe label store: a checksummed journal, sealed into Parquet.
 
 A finished rollout is first one line of ``journal.jsonl`` (CRC-32, space, JSON). ``seal`` writes the
-three tables by temporary name, fsync and rename and then removes the journal. A torn last line is
-owed again, never a crash. A directory belongs to one configuration: another is refused.
+three tables by temporary name, fsync and rename and then empties the journal. A torn line is owed
+again, never a crash. A directory belongs to one configuration: another is refused.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import socket
+import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, Literal
+from time import monotonic, time
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,8 +27,12 @@ import pyarrow.parquet as pq
 from pav.errors import UserError
 from pav.labels import COMPLETIONS, LABELS, TRACES, Completion, Trace
 
-Kind = Literal["trace", "completion"]
 JOURNAL = "journal.jsonl"
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+Key = tuple[str, str, int]
+_TABLES = (("traces", "trace"), ("completions", "completion"))
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Store:
@@ -33,6 +42,10 @@ class Store:
         directory: created if missing.
         manifest: what the run is; a directory with another is refused, naming the keys.
 
+    Attributes:
+        traces: seed solutions by trace id.
+        completions: rollouts by (prefix key, policy, index).
+
     Raises:
         UserError: if the directory holds something else, another configuration, or a live writer.
     """
@@ -40,39 +53,38 @@ class Store:
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory = directory
         self.traces: dict[str, Trace] = {}
-        self.completions: dict[tuple[str, str, int], Completion] = {}
+        self.completions: dict[Key, Completion] = {}
+        self._start: float | None = None
+        self._seconds_before = 0.0
+        self._solutions: int | None = None
+        self._failed = ""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _refuse_foreign(directory)
-            self._lock = (directory / ".lock").open("w")
+            self._lock = _lock(directory)
         except OSError as error:
             raise UserError(
                 f"output {str(directory)!r} is not writable ({error.strerror}); choose another"
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise UserError(
-                f"output {str(directory)!r} is being written by another process; wait for it or "
-                "choose another directory"
-            ) from error
-        try:
             # As it reads on disk: tuples are lists there.
             self._check(json.loads(json.dumps(manifest)))
-        except UserError:
+            self._unsealed = not (directory / "traces").exists()
+            self._replay()
+            self._open_journal()
+        except OSError as error:
+            self._lock.close()
+            raise self._unwritable(error) from error
+        except BaseException:
             self._lock.close()
             raise
-        for kind, record in self._replay():
-            self._remember(kind, record)
-        self._journal: IO[bytes] = (directory / JOURNAL).open("ab")
 
     def _check(self, manifest: dict[str, Any]) -> None:
-        path = self.directory / "manifest.json"
+        path = self.directory / MANIFEST
         if not path.exists():
-            _replace(path, json.dumps(manifest, indent=1).encode())
+            replace_file(path, json.dumps(manifest, indent=1).encode())
             return
-        found = json.loads(path.read_text())
+        found = read_manifest(self.directory)
         changed = sorted(
             k for k in manifest.keys() | found.keys() if manifest.get(k) != found.get(k)
         )
@@ -84,125 +96,296 @@ class Store:
                 "or choose another output"
             )
 
-    def _replay(self) -> Iterator[tuple[Kind, dict[str, Any]]]:
-        for folder, kind in (("traces", "trace"), ("completions", "completion")):
-            for file in sorted((self.directory / folder).glob("*.parquet")):
-                for row in pq.read_table(file).to_pylist():
-                    yield kind, row  # type: ignore[misc]
+    def _replay(self) -> None:
+        for kind, row in sealed(self.directory):
+            self._remember(kind, row)
         path = self.directory / JOURNAL
         if not path.exists():
             return
-        good = 0
-        with path.open("rb") as stream:
-            for line in stream:
-                record = _decode(line)
-                if record is None:
-                    break
-                good += len(line)
-                yield record["kind"], record["record"]
-        # What follows the first bad line was never acknowledged.
-        os.truncate(path, good)
+        whole = end = damaged = 0
+        for line, entry in journal_lines(path):
+            end += len(line)
+            if entry is None:
+                damaged += 1
+                continue
+            self._seconds_before = entry.get("t") or self._seconds_before
+            if entry["kind"] == "run":
+                self._solutions = entry["record"]["solutions"]
+            else:
+                self._unsealed = True
+                self._remember(entry["kind"], entry["record"])
+            if not damaged:
+                whole = end
+        if not damaged:
+            return
+        good = [line for line, entry in journal_lines(path) if entry is not None]
+        if sum(map(len, good)) == whole:  # only the end is torn: it was never acknowledged
+            os.truncate(path, whole)
+            return
+        print(
+            f"WARNING: {damaged} lines of {path} are damaged; what they held is owed again",
+            file=sys.stderr,
+        )
+        replace_file(path, b"".join(good))
 
-    def _remember(self, kind: Kind, record: dict[str, Any]) -> None:
-        if kind == "trace":
-            trace = Trace(**record)
-            self.traces[trace.trace_id] = trace
-        else:
-            completion = Completion(**record)
-            key = (completion.prefix_key, completion.policy, completion.index)
-            self.completions[key] = completion
+    def _open_journal(self) -> None:
+        self._journal = (self.directory / JOURNAL).open("ab", buffering=0)
+        self._size = os.fstat(self._journal.fileno()).st_size
+
+    def _remember(self, kind: str, record: dict[str, Any]) -> None:
+        remember(kind, record, self.traces, self.completions)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that this run has been worked on, earlier starts included."""
+        now = monotonic()
+        return self._seconds_before + now - (now if self._start is None else self._start)
+
+    def announce(self, solutions: int) -> None:
+        """Start the clock; write down how many seed solutions the run is to have.
+
+        ``data_gen.status`` reads both.
+        """
+        self._start = monotonic()
+        self._solutions = solutions
+        self._append("run", self._run_record())
 
     def add(self, record: Trace | Completion) -> None:
-        """Append one finished rollout; after the return it survives the death of the process."""
-        kind: Kind = "trace" if isinstance(record, Trace) else "completion"
+        """Append one finished rollout; after the return it survives the death of the process.
+
+        Raises:
+            UserError: if it cannot be written (full disk); the journal then ends as before.
+        """
+        kind = "trace" if isinstance(record, Trace) else "completion"
         plain = asdict(record)
-        body = json.dumps({"kind": kind, "record": plain}, separators=(",", ":")).encode()
-        self._journal.write(b"%08x %b\n" % (zlib.crc32(body), body))
-        self._journal.flush()
+        self._append(kind, plain)
+        self._unsealed = True
         self._remember(kind, plain)
 
-    def seal(self, fingerprints: dict[str, str]) -> None:
-        """Write the tables and drop the journal.
+    def _append(self, kind: str, record: dict[str, Any]) -> None:
+        if self._failed:
+            raise UserError(self._failed)
+        line = _line(kind, record, self.seconds)
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._journal.write(rest) :]
+        except BaseException as error:
+            # Half a line would swallow the next one.
+            with suppress(OSError):
+                self._journal.truncate(self._size)
+            if not isinstance(error, OSError):
+                raise
+            unwritable = self._unwritable(error)
+            self._failed = str(unwritable)
+            raise unwritable from error
+        self._size += len(line)
+
+    def seal(self, fingerprints: dict[str, str], changed: bool = False) -> None:
+        """Write the tables and empty the journal.
 
         Args:
             fingerprints: rollout policy name -> fingerprint.
+            changed: whether records were replaced in memory, so that the tables are out of date.
         """
-        if (self.directory / JOURNAL).stat().st_size == 0 and (self.directory / "traces").exists():
+        if not (self._unsealed or changed):
             return
-        counts: dict[tuple[str, str], dict[str, Any]] = {}
-        for c in self.completions.values():
-            row = counts.setdefault(
-                (c.prefix_key, c.policy),
-                {
-                    "prefix_key": c.prefix_key,
-                    "problem_id": c.problem_id,
-                    "policy": c.policy,
-                    "policy_fingerprint": fingerprints[c.policy],
-                    "first_index": c.index,
-                    "n": 0,
-                    "k": 0,
-                    "truncated": 0,
-                    "tokens": 0,
-                },
-            )
-            row["first_index"] = min(row["first_index"], c.index)
-            row["n"] += 1
-            row["k"] += int(c.correct)
-            row["truncated"] += int(c.truncated)
-            row["tokens"] += len(c.ids)
-        self._write("traces", TRACES, [asdict(t) for t in self.traces.values()])
-        self._write("completions", COMPLETIONS, [asdict(c) for c in self.completions.values()])
-        self._write("labels", LABELS, list(counts.values()))
-        self._journal.close()
-        _replace(self.directory / JOURNAL, b"")
-        self._journal = (self.directory / JOURNAL).open("ab")
+        try:
+            self._write("traces", TRACES, [asdict(t) for t in self.traces.values()])
+            self._write("completions", COMPLETIONS, [asdict(c) for c in self.completions.values()])
+            self._write("labels", LABELS, count(self.completions, fingerprints))
+            replace_file(self.directory / JOURNAL, _line("run", self._run_record(), self.seconds))
+            self._journal.close()
+            self._open_journal()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._unsealed = False
+
+    def _run_record(self) -> dict[str, Any]:
+        return {"solutions": self._solutions, "at": time()}
 
     def _write(self, folder: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
         target = self.directory / folder / "part-00000.parquet"
         target.parent.mkdir(exist_ok=True)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
-        _replace(target, sink.getvalue().to_pybytes())
+        replace_file(target, sink.getvalue().to_pybytes())
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"output {str(self.directory)!r} cannot be written ({error.strerror}); what is "
+            "finished is safe: free disk space or raise the quota there, then give the same "
+            "command again"
+        )
 
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
-        self._journal.close()
-        self._lock.close()
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        # Some network file systems report a full disk only here.
+        try:
+            os.fsync(self._journal.fileno())
+            self._journal.close()
+        except OSError as error:
+            if kind is None:
+                raise self._unwritable(error) from error
+        finally:
+            self._lock.close()
+
+
+def count(completions: dict[Key, Completion], fingerprints: dict[str, str]) -> list[dict[str, Any]]:
+    """Rows of the table ``labels``: the rollouts counted by prefix and policy."""
+    counts: dict[tuple[str, str], dict[str, Any]] = {}
+    for c in completions.values():
+        row = counts.setdefault(
+            (c.prefix_key, c.policy),
+            {
+                "prefix_key": c.prefix_key,
+                "problem_id": c.problem_id,
+                "policy": c.policy,
+                "policy_fingerprint": fingerprints[c.policy],
+                "first_index": c.index,
+                "n": 0,
+                "k": 0,
+                "truncated": 0,
+                "tokens": 0,
+            },
+        )
+        row["first_index"] = min(row["first_index"], c.index)
+        row["n"] += 1
+        row["k"] += int(c.correct)
+        row["truncated"] += int(c.truncated)
+        row["tokens"] += len(c.ids)
+    return list(counts.values())
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a label run.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    path = directory / MANIFEST
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"labels {str(directory)!r} has no {MANIFEST}; give a directory that data_gen.rollouts "
+            "or data_gen.merge wrote"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error}); restore it") from error
+    return found
+
+
+def sealed(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(kind, record) of everything in the sealed tables."""
+    for folder, kind in _TABLES:
+        for file in sorted((directory / folder).glob("*.parquet")):
+            for row in pq.read_table(file).to_pylist():
+                yield kind, row
+
+
+def journal_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """(line, entry) of a journal; an entry is None where its line is torn or damaged.
+
+    An entry holds ``kind`` ("trace", "completion" or "run"), ``record`` and ``t``, the seconds that
+    the run had been worked on by then.
+    """
+    with path.open("rb") as stream:
+        for line in stream:
+            yield line, _decode(line)
+
+
+def remember(
+    kind: str,
+    record: dict[str, Any],
+    traces: dict[str, Trace],
+    completions: dict[Key, Completion],
+) -> None:
+    """Put a record in its place; a later one of the same key replaces an earlier one."""
+    if kind == "trace":
+        trace = Trace(**record)
+        traces[trace.trace_id] = trace
+    elif kind == "completion":
+        completion = Completion(**record)
+        completions[completion.prefix_key, completion.policy, completion.index] = completion
+
+
+def _lock(directory: Path) -> IO[bytes]:
+    """Take the directory for this process until the file that is returned is closed."""
+    lock = (directory / LOCK).open("a+b", buffering=0)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        owner = lock.read(200).decode(errors="replace") or "another process"
+        lock.close()
+        raise UserError(
+            f"output {str(directory)!r} is being written by {owner}; wait for it or choose "
+            "another directory"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            lock.close()
+            raise
+        print(
+            f"WARNING: the file system of {str(directory)!r} has no locks ({error.strerror}); see "
+            "to it that no second command writes there",
+            file=sys.stderr,
+        )
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return lock
 
 
 def _refuse_foreign(directory: Path) -> None:
     """Raise where a directory without manifest holds more than a run that died at its start."""
     names = {p.name for p in directory.iterdir()}
-    others = sorted(names - {".lock", ".manifest.json.tmp"})
-    if others and "manifest.json" not in names:
+    others = sorted(names - {LOCK, f".{MANIFEST}.tmp"})
+    if others and MANIFEST not in names:
         raise UserError(
             f"output {str(directory)!r} is not empty and no label run (it holds {others[0]!r}); "
             "choose another directory"
         )
 
 
+def _line(kind: str, record: dict[str, Any], seconds: float) -> bytes:
+    entry = {"kind": kind, "t": round(seconds, 1), "record": record}
+    body = json.dumps(entry, separators=(",", ":")).encode()
+    return b"%08x %b\n" % (zlib.crc32(body), body)
+
+
 def _decode(line: bytes) -> dict[str, Any] | None:
-    """The record of a journal line; None where it is torn or its checksum fails."""
+    """The entry of a journal line; None where it is torn or its checksum fails."""
     if not line.endswith(b"\n") or len(line) < 10:
         return None
     try:
         if zlib.crc32(line[9:-1]) != int(line[:8], 16):
             return None
-        record: dict[str, Any] = json.loads(line[9:-1])
+        entry: dict[str, Any] = json.loads(line[9:-1])
     except ValueError:
         return None
-    return record
+    return entry
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write ``path`` so that a reader sees the old file or the new one, never half of either."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    # Without this a power cut may undo the rename; some file systems cannot.
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -142,11 +142,11 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
 
     Raises:
         UserError: if a directory holds no sealed labels, or runs disagree on task, tokenizer,
-            sampler or policy.
+            sampler or policy, or on what a rollout policy's name stands for.
     """
     if not directories:
         raise UserError("labels is empty; give at least one directory that data_gen.rollouts wrote")
-    manifest: dict[str, Any] | None = None
+    manifests: dict[str, dict[str, Any]] = {}
     traces: dict[str, Trace] = {}
     completions: dict[tuple[str, str, int], Completion] = {}
     for directory in map(Path, directories):
@@ -156,28 +156,47 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
                 f"labels {str(directory)!r} has no manifest.json; run data_gen.rollouts "
                 f"--output {directory} first"
             )
-        found = json.loads(path.read_text())
-        if manifest is None:
-            manifest = found
-        for key in AGREE:
-            if found[key] != manifest[key]:
-                raise UserError(
-                    f"labels {str(directory)!r} and {directories[0]!r} disagree on {key}: "
-                    f"{found[key]!r} and {manifest[key]!r}; train on runs of one setting"
-                )
+        manifests[str(directory)] = json.loads(path.read_text())
+        check_agreement(manifests)
         for row in _rows(directory / "traces"):
             traces[row["trace_id"]] = Trace(**row)
         for row in _rows(directory / "completions"):
             completion = Completion(**row)
             completions[completion.prefix_key, completion.policy, completion.index] = completion
-    if manifest is None or not traces:
+    if not traces:
         raise UserError(f"labels {list(directories)} hold no traces; let data_gen.rollouts finish")
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for completion in completions.values():
         where = (completion.prefix_key, completion.policy)
         k, n = counts.get(where, (0, 0))
         counts[where] = (k + completion.correct, n + 1)
+    manifest = next(iter(manifests.values()))
     return LabelSet(manifest, list(traces.values()), counts, list(completions.values()))
+
+
+def check_agreement(manifests: dict[str, dict[str, Any]]) -> None:
+    """Refuse to mix label runs (directory -> manifest) of two settings.
+
+    Raises:
+        UserError: if the last disagrees with the first on a key of :data:`AGREE`, or calls a
+            rollout policy by the name of another one.
+    """
+    (first, wanted), *_, (last, found) = [*manifests.items()] * 2
+    for key in AGREE:
+        if found[key] != wanted[key]:
+            raise UserError(
+                f"labels {last!r} and {first!r} disagree on {key}: "
+                f"{found[key]!r} and {wanted[key]!r}; train on runs of one setting"
+            )
+    for name, fingerprint in found.get("rollout_policies", {}).items():
+        for other, manifest in manifests.items():
+            known = manifest.get("rollout_policies", {}).get(name, fingerprint)
+            if known != fingerprint:
+                raise UserError(
+                    f"labels {last!r} and {other!r} call two rollout policies {name!r}: "
+                    f"fingerprints {fingerprint} and {known}; make one of them again with another "
+                    "prover.name, or leave it out"
+                )
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from data_gen.rollouts import RolloutsConfig, prefixes, rollouts
+from data_gen.label import prefixes
+from data_gen.rollouts import RolloutsConfig, rollouts
 from data_gen.store import Store
 from pav.engine import EngineConfig
 from pav.errors import UserError
@@ -176,11 +181,16 @@ def test_interrupted_run_resumed_by_the_same_command_asks_for_nothing_twice(
 
     monkeypatch.setattr(Store, "add", stopping)
     # A shell's background job, as a test run may be, starts with SIGINT ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    while len(stops) > 1:
-        with pytest.raises(KeyboardInterrupt):
-            rollouts(part)
-        stops.pop(0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        while len(stops) > 1:
+            with pytest.raises(KeyboardInterrupt):
+                rollouts(part)
+            assert not (Path(part.output) / "traces").exists()  # nothing half is sealed
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            stops.pop(0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     rollouts(part)
     resumed = read_labels([part.output])
     assert added == len(resumed.traces) + len(resumed.completions)
@@ -194,6 +204,189 @@ def test_interrupted_run_resumed_by_the_same_command_asks_for_nothing_twice(
     monkeypatch.setattr("data_gen.rollouts.Engine", None)
     rollouts(part)
     assert keys(read_labels([part.output])) == keys(labels)
+
+
+def test_stopped_at_any_time_all_problems_are_labelled_to_within_one_round(
+    config: RolloutsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = replace(config, output=str(tmp_path / "run"), concurrency=6)
+    add, events = Store.add, []
+    monkeypatch.setattr(
+        Store, "add", lambda self, record: (events.append(record), add(self, record))
+    )
+    rollouts(whole)
+    # Writers take turns by their share.
+    order = ["base/0", "prover/0", "base/1", "prover/1", "base/2"]
+    traces: dict[str, Trace] = {}
+    done: set[tuple[str, str, int]] = set()
+
+    def complete_rounds(problem: str) -> int:
+        for number, name in enumerate(order):
+            trace = traces.get(f"{problem}/{name}")
+            if trace is None or not all(
+                (prefix_key(problem, ids), p, i) in done
+                for ids in prefixes(trace)
+                for p in ("base", "prover")
+                for i in range(2)
+            ):
+                return number
+        return len(order)
+
+    problems = list(dict.fromkeys(e.problem_id for e in events))
+    assert len(problems) == 7
+    complete = dict.fromkeys(problems, 0)
+    ahead = 0
+    for event in events:
+        if isinstance(event, Trace):
+            traces[event.trace_id] = event
+            number = order.index(f"{event.policy}/{event.seed_index}")
+            assert number <= min(complete.values()) + 1
+            ahead += number > min(complete.values())
+        else:
+            done.add((event.prefix_key, event.policy, event.index))
+        complete[event.problem_id] = complete_rounds(event.problem_id)
+        assert max(complete.values()) - min(complete.values()) <= 1
+    assert set(complete.values()) == {5}
+    # The engine was not idle meanwhile: seeds of a round came while the one before was rolled out.
+    assert ahead > 5
+
+
+def test_run_out_of_time_is_sealed_and_the_same_command_goes_on(
+    config: RolloutsConfig,
+    labels: LabelSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    timed = replace(config, output=str(tmp_path / "run"), hours=100.0)
+    ticks = iter([0.0] * 100)
+    monkeypatch.setattr("data_gen.label.monotonic", lambda: next(ticks, inf))
+    rollouts(timed)
+    part = read_labels([timed.output])
+    assert 80 <= len(part.traces) + len(part.completions) <= 150
+    said = capsys.readouterr().out
+    assert re.search(r"stopped after 100.0 hours: \d of 5 rounds are complete, \d+ solutions", said)
+    assert "next: pav.train" in said
+    monkeypatch.undo()
+    # Time is no part of the configuration.
+    rollouts(replace(timed, hours=None))
+    resumed = read_labels([timed.output])
+    found = [(c.prefix_key, c.policy, c.index) for c in resumed.completions]
+    assert Counter(found) == Counter(wanted(resumed, config.n_mc))
+    assert {t.trace_id for t in resumed.traces} == {t.trace_id for t in labels.traces}
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    config: RolloutsConfig, labels: LabelSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollouts(replace(config, output=str(tmp_path / "run"), dry_run=True))
+    assert list(tmp_path.iterdir()) == []
+    said = capsys.readouterr().out
+    plan = re.search(r"plan: 7 problems, 35 traces, at most (\d+) prefixes, (\d+) rollouts", said)
+    assert plan is not None, said
+    assert int(plan[2]) == pytest.approx(len(labels.completions), rel=0.5)
+    assert int(plan[2]) == pytest.approx(4 * int(plan[1]), abs=4)
+    for figure in ("steps per trace", "tokens per step", "of the steps empty", "MB of tables"):
+        assert re.search(rf"[\d.]+%? {figure}", said), figure
+    assert re.search(r"[\d.]+ hours at the pilot's rate", said)
+
+
+def test_shards_are_disjoint_and_together_ask_for_what_one_run_asks_for(
+    config: RolloutsConfig, labels: LabelSet, tmp_path: Path
+) -> None:
+    shards = [replace(config, output=str(tmp_path), shard=f"{i}/2") for i in range(2)]
+    for shard in shards:
+        rollouts(shard)
+    names = ["shard-0-of-2", "shard-1-of-2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    parts = [read_labels([str(tmp_path / name)]) for name in names]
+    found = [{t.trace_id: t.ids for t in part.traces} for part in parts]
+    assert not found[0].keys() & found[1].keys()
+    assert found[0] | found[1] == {t.trace_id: t.ids for t in labels.traces}
+    both = read_labels([str(tmp_path / name) for name in names])
+    assert {(c.prefix_key, c.policy, c.index) for c in both.completions} == wanted(both, 2)
+    with pytest.raises(UserError, match="was made with another shard"):
+        rollouts(replace(config, output=str(tmp_path / names[1])))
+
+
+def test_solutions_that_the_user_has_are_labelled_as_they_are(
+    config: RolloutsConfig, tmp_path: Path
+) -> None:
+    problems = list(islice(config.task.problems("train"), 2))
+    policy = load_policy(config.policy, config.task.step_rule)
+    texts = ["1+1=2\n2+3=5\nA5", f"=7\nA{problems[0].gold}", "4*4=16\n"]
+    rows = [
+        {"problem_id": problems[0].id, "text": texts[0]},
+        {"question": problems[0].question, "ids": policy.tokenizer.encode(
+            texts[1], add_special_tokens=False)},
+        {"question": problems[1].question, "text": texts[2], "truncated": True, "policy": "human"},
+    ]  # fmt: skip
+    file = tmp_path / "traces.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    given = replace(config, output=str(tmp_path / "run"), seeds_from=str(file), problems=2,
+                    validation_problems=0)  # fmt: skip
+    rollouts(given)
+    found = read_labels([given.output])
+    assert [policy.text(t.ids) for t in found.traces] == [texts[0], texts[2], texts[1]]
+    assert [t.policy for t in found.traces] == ["given", "human", "given"]
+    assert [t.correct for t in found.traces] == [False, False, True]
+    assert [len(t.step_ends) for t in found.traces] == [3, 1, 2]
+    assert {(c.prefix_key, c.policy, c.index) for c in found.completions} == wanted(found, 2)
+    # How many seeds would have been sampled does not matter; what is in the file does.
+    rollouts(replace(given, n_seeds=3))
+    file.write_text(json.dumps(rows[0]))
+    with pytest.raises(UserError, match="was made with another seeds_from"):
+        rollouts(given)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("{", "line 1: not JSON"),
+        ("[1]", "line 1: not a JSON object"),
+        ('{"question": "1+1"}', "give the solution either as text or as ids"),
+        ('{"question": "1+1", "text": "A2", "ids": [4]}', "either as text or as ids"),
+        ('{"text": "A2"}', "question is None; give problem_id or question as text"),
+        ('{"problem_id": 7, "text": "A2"}', "problem_id is 7; give problem_id as text"),
+        ('{"question": "1+1", "text": "A2"}', "no problem '1\\+1' among the 1 training"),
+        ('{"question": "Q", "text": "x=2"}', "the tokenizer of .+ turns the text into '=2'; give"),
+        ('{"question": "Q", "ids": [4, 99]}', "ids must be token ids of the policy.+ 0 to 18"),
+        ('{"question": "Q", "ids": [4, 2, 5]}', "end-of-sequence token stands inside the sol"),
+        ('{"question": "Q", "ids": [4, 2], "truncated": true}', "truncated is true, but"),
+        ('{"question": "Q", "text": "A2", "truncated": "no"}', "truncated is 'no'; give true or"),
+        (json.dumps({"question": "Q", "text": "=2\n" * 20}), "tokens, sampler.max_length is 48"),
+        ("", "holds no solutions"),
+    ],
+)
+def test_given_solutions_that_cannot_be_used_are_named_by_line(
+    config: RolloutsConfig, tmp_path: Path, row: str, said: str
+) -> None:
+    question = next(config.task.problems("train")).question
+    file = tmp_path / "traces.jsonl"
+    file.write_text(row.replace('"Q"', json.dumps(question)))
+    given = replace(config, output=str(tmp_path / "run"), seeds_from=str(file), problems=1,
+                    validation_problems=0)  # fmt: skip
+    with pytest.raises(UserError, match=said):
+        rollouts(given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"shard": "2/2"}, "shard is '2/2'; give i/n with i from 0 to n-1, e.g. 0/16"),
+        ({"shard": "x"}, "shard is 'x'; give i/n"),
+        ({"shard": "8/9"}, "shard is '8/9', but there are 7 problems; use fewer shards"),
+        ({"hours": 0.0}, "hours is 0.0; give a time above 0"),
+        ({"seeds_from": "nowhere.jsonl"}, "seeds_from 'nowhere.jsonl' cannot be read"),
+    ],
+)
+def test_settings_that_make_no_run_are_refused(
+    config: RolloutsConfig, tmp_path: Path, setting: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        rollouts(replace(config, output=str(tmp_path / "run"), **setting))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_policy_that_is_its_own_prover_labels_once(

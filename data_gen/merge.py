@@ -1,0 +1,86 @@
+"""``data_gen.merge DIR ... --output OUT``: several label runs, shards say, as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_gen.health import print_health, write_health
+from data_gen.interrupt import interruptible
+from data_gen.runs import Run, read_run, run_on_directories
+from data_gen.store import Store
+from pav.errors import UserError
+from pav.labels import AGREE, check_agreement
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge label runs of one task, tokenizer, sampler and base policy into a new directory.
+
+    Args:
+        labels: the runs (``data_gen.merge A B`` is short for ``--labels '[A, B]'``).
+        output: directory of the merged run.
+    """
+
+    output: str
+    labels: list[str] = field(default_factory=list)
+
+
+def merge(config: MergeConfig) -> None:
+    """Write the union of label runs (see :class:`MergeConfig`); nothing counts twice."""
+    if not config.labels:
+        raise UserError("labels is empty; give the directories to merge")
+    runs: dict[str, Run] = {}
+    for directory in config.labels:
+        if Path(directory).resolve() == Path(config.output).resolve():
+            raise UserError(f"output {config.output!r} is one of the runs to merge; choose another")
+        runs[directory] = read_run(directory)
+        check_agreement({name: run.manifest for name, run in runs.items()})
+        if not runs[directory].traces:
+            raise UserError(f"labels {directory!r} hold no traces; let it run, or leave it out")
+    parts = list(runs.values())
+    manifest = _manifest(parts)
+    with interruptible(), Store(Path(config.output), manifest) as store:
+        for run in parts:
+            store.traces.update(run.traces)
+            store.completions.update(run.completions)
+        store.seal(manifest["rollout_policies"], changed=True)
+        repeated = sum(len(r.completions) for r in parts) - len(store.completions)
+        print(
+            f"{len(runs)} runs: {len(store.traces)} traces, {len(store.completions)} rollouts in "
+            f"{config.output}; {repeated} rollouts stand in several runs and count once"
+        )
+        unsealed = [name for name, run in runs.items() if not run.sealed]
+        if unsealed:
+            print(f"  not finished, merged as far as they are: {', '.join(unsealed)}")
+        seconds = sum(r.seconds for r in parts)
+        merged = Run(
+            Path(config.output), manifest, store.traces, store.completions, seconds=seconds
+        )
+        print_health(write_health(merged), Path(config.output))
+    print(f"next: pav.train --labels '[{config.output}]' --output runs/pav.ckpt")
+
+
+def _manifest(runs: list[Run]) -> dict[str, Any]:
+    """What the runs agree on; ``merged`` keeps what each of them was."""
+    first = runs[0].manifest
+    keys = ("format", "task_spec", "policy", *AGREE)
+    return {
+        **{key: first[key] for key in keys},
+        "rollout_policies": {name: f for run in runs for name, f in run.policies.items()},
+        "merged": [
+            {k: v for k, v in run.manifest.items() if k not in keys}
+            | {"directory": str(run.directory)}
+            for run in runs
+        ],
+    }
+
+
+def main() -> None:
+    """Entry point of ``data_gen.merge``."""
+    run_on_directories(merge, MergeConfig, "data_gen.merge", many=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""``data_gen.rollouts --dry_run``: what a run would take, measured on a few of its problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+
+import numpy as np
+
+from data_gen.label import Labeler, Roller, Seed, label, prefixes
+from data_gen.rollouts import RolloutsConfig, loaded
+from data_gen.store import JOURNAL, Store
+from pav.labels import Completion, Trace
+from pav.policy import Policy
+from pav.steps import Stepper
+
+PROBLEMS = 32
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What labelling a few solutions with one rollout per prefix gave."""
+
+    traces: list[Trace]
+    completions: list[Completion]
+    seconds: float
+    tokens: int
+    journal_bytes: int
+    table_bytes: int
+
+
+def print_plan(config: RolloutsConfig, policies: list[Policy], rounds: list[list[Seed]]) -> None:
+    """Run a pilot in a temporary directory and print what the whole run would take."""
+    with loaded(config, policies) as rollers:
+        pilot = _pilot(config, rollers, _first_of_each_writer(rounds))
+    traces = sum(map(len, rounds))
+    problems = len({seed.problem.id for seeds in rounds for seed in seeds})
+    # Step 0 is shared by the seeds of a problem; what else they share is left out of account.
+    later = traces * _mean([len(prefixes(t)) - 1 for t in pilot.traces])
+    rollouts = (problems + later) * len(policies) * config.n_mc
+    tokens = traces * _mean([len(t.ids) for t in pilot.traces] if not config.seeds_from else [0])
+    for policy in policies:
+        own = [c for c in pilot.completions if c.policy == policy.config.label]
+        first = _mean([len(c.ids) for c in own if not c.prefix_ids])
+        rest = _mean([len(c.ids) for c in own if c.prefix_ids])
+        tokens += (problems * first + later * rest) * config.n_mc
+    records = len(pilot.traces) + len(pilot.completions)
+    share = (traces + rollouts) / records
+    hours = tokens / (pilot.tokens / pilot.seconds) / 3600
+    steps = [len(t.step_ends) for t in pilot.traces]
+    per_step = sum(t.step_ends[-1] for t in pilot.traces if t.step_ends) / max(1, sum(steps))
+    empty = empty_share([t.ids for t in pilot.traces], policies[0].stepper)
+    print(
+        f"pilot: {len(pilot.traces)} solutions, {len(pilot.completions)} rollouts, "
+        f"{pilot.tokens} tokens in {pilot.seconds:.1f} s ({pilot.tokens / pilot.seconds:.0f} "
+        "tokens/s)\n"
+        f"  {_mean(steps):.1f} steps per trace, {per_step:.1f} tokens per step, {empty:.1%} of the "
+        "steps empty\n"
+        f"plan: {problems} problems, {traces} traces, at most {later + problems:.0f} prefixes, "
+        f"{rollouts:.0f} rollouts, {tokens:.3g} tokens\n"
+        f"  disk: {pilot.table_bytes * share / 1e6:.1f} MB of tables, and "
+        f"{pilot.journal_bytes * share / 1e6:.1f} MB of journal until they are sealed\n"
+        f"  time: {hours:.2f} hours at the pilot's rate (a long run keeps the engine fuller)"
+    )
+    if config.hours is not None:
+        print(
+            f"  --hours {config.hours}: about {min(1.0, config.hours / hours) * len(rounds):.1f} "
+            f"of {len(rounds)} rounds"
+        )
+    print("nothing was written; the same command without --dry_run starts the run")
+
+
+def _first_of_each_writer(rounds: list[list[Seed]]) -> list[list[Seed]]:
+    """The first seed of every writer for the first problems, as one round a writer."""
+    by_writer: dict[str, list[Seed]] = {}
+    for seeds in rounds:
+        for seed in seeds:
+            chosen = by_writer.setdefault(seed.writer, [])
+            if seed.index == 0 and len(chosen) < PROBLEMS:
+                chosen.append(seed)
+    return list(by_writer.values())
+
+
+def _pilot(config: RolloutsConfig, rollers: list[Roller], rounds: list[list[Seed]]) -> Pilot:
+    with TemporaryDirectory() as name:
+        directory = Path(name)
+        with Store(directory, {}) as store:
+            started = monotonic()
+            label(Labeler(config.task, rollers, 1, config.seed, store), rounds, config.concurrency)
+            seconds = monotonic() - started
+            journal_bytes = (directory / JOURNAL).stat().st_size
+            store.seal({r.name: "" for r in rollers})
+            table_bytes = sum(p.stat().st_size for p in directory.glob("*/*.parquet"))
+        return Pilot(
+            list(store.traces.values()),
+            list(store.completions.values()),
+            seconds,
+            sum(r.engine.usage.generated for r in rollers),
+            journal_bytes,
+            table_bytes,
+        )
+
+
+def empty_share(solutions: Sequence[Sequence[int]], stepper: Stepper) -> float:
+    """Share of delimiters with nothing but space since the last one: they end no step."""
+    delimiters = empty = 0
+    for ids in solutions:
+        start = 0
+        for i, token in enumerate(ids):
+            if token in stepper.delimiter_ids:
+                delimiters += 1
+                empty += all(t in stepper.blank_ids for t in ids[start : i + 1])
+                start = i + 1
+    return empty / delimiters if delimiters else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

@@ -1,0 +1,144 @@
+"""A label run as the tools read it: finished or running, never locked, never changed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data_gen.store import JOURNAL, Key, journal_lines, read_manifest, remember, sealed
+from pav.cli import Config, run
+from pav.errors import UserError
+from pav.labels import Completion, Trace
+from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
+from pav.tasks.base import Task
+from pav.verifier import prompt_from, resolve_task
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a label run holds.
+
+    Attributes:
+        directory: where it lies.
+        manifest: what it is.
+        traces: seed solutions by trace id.
+        completions: rollouts by (prefix key, policy, index).
+        pace: (seconds worked on the run, tokens) of every rollout that is not sealed yet.
+        seconds: seconds that the run has been worked on; 0 if it was not written down.
+        solutions: seed solutions that it is to have; None if it was not written down.
+        sealed: whether all of it is in the tables.
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+    traces: dict[str, Trace] = field(default_factory=dict)
+    completions: dict[Key, Completion] = field(default_factory=dict)
+    pace: list[tuple[float, int]] = field(default_factory=list)
+    seconds: float = 0.0
+    solutions: int | None = None
+    sealed: bool = True
+
+    @property
+    def policies(self) -> dict[str, str]:
+        """Rollout policy name -> fingerprint, the base first."""
+        return dict(self.manifest["rollout_policies"])
+
+    @property
+    def base(self) -> str:
+        """Name of the base policy."""
+        return policy_config(self.manifest).label
+
+    @property
+    def generated(self) -> int:
+        """Tokens sampled, those of seeds that the run did not sample itself left out."""
+        own = sum(len(t.ids) for t in self.traces.values() if t.policy in self.policies)
+        return own + sum(len(c.ids) for c in self.completions.values())
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read a label run, what its journal holds included. It may be written to meanwhile.
+
+    Raises:
+        UserError: if the directory is none.
+    """
+    where = Path(directory)
+    manifest = read_manifest(where)
+    journal: list[dict[str, Any]] = []
+    # Journal before tables: what is sealed in between is then in both, never in neither.
+    if (where / JOURNAL).exists():
+        journal = [entry for _, entry in journal_lines(where / JOURNAL) if entry is not None]
+    traces: dict[str, Trace] = {}
+    completions: dict[Key, Completion] = {}
+    for kind, record in sealed(where):
+        remember(kind, record, traces, completions)
+    seconds, solutions, pace = 0.0, None, []
+    for entry in journal:
+        seconds = entry.get("t") or seconds
+        if entry["kind"] == "run":
+            solutions = entry["record"]["solutions"]
+            continue
+        remember(entry["kind"], entry["record"], traces, completions)
+        if entry["kind"] == "completion":
+            pace.append((seconds, len(entry["record"]["ids"])))
+    is_sealed = (where / "traces").exists() and all(e["kind"] == "run" for e in journal)
+    return Run(where, manifest, traces, completions, pace, seconds, solutions, is_sealed)
+
+
+def policy_config(manifest: dict[str, Any]) -> PolicyConfig:
+    """The base policy that a manifest names."""
+    values = manifest["policy"]
+    return PolicyConfig(**{**values, "prompt": prompt_from(values["prompt"])})
+
+
+def base_policy(run: Run, task: Task) -> Policy:
+    """The base policy of a run; its tokenizer is that of all solutions.
+
+    Raises:
+        UserError: if the model is gone, or has another tokenizer by now.
+    """
+    policy = load_policy(policy_config(run.manifest), task.step_rule)
+    if tokenizer_fingerprint(policy.tokenizer) != run.manifest["tokenizer"]:
+        raise UserError(
+            f"labels {str(run.directory)!r} were made with another tokenizer than "
+            f"{policy.path!r} has now; put the old one back"
+        )
+    return policy
+
+
+def task_of(run: Run, given: Task | None) -> Task:
+    """The task of a run; one that is not built in has to be given."""
+    return resolve_task(run.manifest["task_spec"], given, f"labels {str(run.directory)!r}")
+
+
+def print_wide(table: Table) -> None:
+    """Print a table; where output is a file, lines are as long as they need to be."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 1000
+    console.print(table)
+
+
+def run_on_directories(
+    function: Callable[[Config], Any], config_type: type[Config], prog: str, *, many: bool = False
+) -> None:
+    """As :func:`pav.cli.run`, where ``DIR ...`` in front is short for ``--labels DIR``."""
+    args = sys.argv[1:]
+    cut = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+    paths, rest = args[:cut], args[cut:]
+    if len(paths) > 1 and not many:
+        print(f"{prog}: error: give one directory, not {len(paths)}", file=sys.stderr)
+        raise SystemExit(2)
+    labels = [f"--labels+={path}" for path in paths] if many else [f"--labels={p}" for p in paths]
+    try:
+        run(function, config_type, prog, [*labels, *rest])
+    except BrokenPipeError:
+        # "data_gen.show DIR | head": what is left unsaid goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

@@ -1,0 +1,136 @@
+"""Solutions that the user already has, as seeds: ``data_gen.rollouts --seeds_from traces.jsonl``.
+
+A line is a JSON object with the problem (``problem_id`` or ``question``) and the solution (``text``
+or token ``ids``, prompt excluded); ``policy`` names its writer (default ``given``) and
+``truncated: true`` marks a solution that did not end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from data_gen.label import Seed
+from pav.errors import UserError
+from pav.policy import Policy
+from pav.tasks.base import Problem, Split, problem_id
+
+GIVEN = "given"
+
+
+def digest(path: str) -> str:
+    """Digest of a file's content.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    return hashlib.sha256(_read(path)).hexdigest()[:16]
+
+
+def given_rounds(
+    path: str, problems: list[tuple[Split, Problem]], policy: Policy, max_length: int
+) -> list[list[Seed]]:
+    """Seeds of the file at ``path``, round by round: the first of every problem, the second, ...
+
+    Raises:
+        UserError: naming the line, if one cannot be used.
+    """
+    known = {problem.id: (split, problem) for split, problem in problems}
+    counts: Counter[tuple[str, str]] = Counter()
+    per_problem: Counter[str] = Counter()
+    rounds: list[list[Seed]] = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"seeds_from {path} line {number}"
+        row = _row(line, where)
+        named = _text(row, "problem_id" if "problem_id" in row else "question", where)
+        pid = named if "problem_id" in row else problem_id(named)
+        if pid not in known:
+            raise UserError(
+                f"{where}: no problem {named!r} among the "
+                f"{len(problems)} training and validation problems of this run; raise problems "
+                "and validation_problems, or drop the line"
+            )
+        split, problem = known[pid]
+        truncated = row.get("truncated", False)
+        if not isinstance(truncated, bool):
+            raise UserError(f"{where}: truncated is {truncated!r}; give true or false")
+        ids = _solution(row, policy, truncated, where)
+        length = len(policy.encode(problem)) + len(ids)
+        if length > max_length:
+            raise UserError(
+                f"{where}: prompt and solution are {length} tokens, sampler.max_length is "
+                f"{max_length}; raise it or drop the line"
+            )
+        writer = _text(row, "policy", where) if "policy" in row else GIVEN
+        seed = Seed(split, problem, writer, counts[pid, writer], (ids, truncated))
+        counts[pid, writer] += 1
+        if per_problem[pid] == len(rounds):
+            rounds.append([])
+        rounds[per_problem[pid]].append(seed)
+        per_problem[pid] += 1
+    if not rounds:
+        raise UserError(f"seeds_from {path!r} holds no solutions; write one JSON object a line")
+    return rounds
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"seeds_from {path!r} cannot be read ({error.strerror}); give a .jsonl file"
+        ) from error
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object; write one object a line")
+    if ("text" in row) == ("ids" in row):
+        raise UserError(f"{where}: give the solution either as text or as ids")
+    return row
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value:
+        missing = "problem_id or question" if key == "question" else key
+        raise UserError(f"{where}: {key} is {value!r}; give {missing} as text")
+    return value
+
+
+def _solution(row: dict[str, Any], policy: Policy, truncated: bool, where: str) -> list[int]:
+    """Solution ids of a row; a solution that ended ends with EOS."""
+    eos = policy.stepper.eos_ids
+    size = len(policy.tokenizer)
+    if "ids" in row:
+        ids = row["ids"]
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < size for i in ids):
+            raise UserError(
+                f"{where}: ids must be token ids of the policy, whole numbers from 0 to {size - 1}"
+            )
+    else:
+        text = _text(row, "text", where)
+        ids = list(policy.tokenizer.encode(text, add_special_tokens=False))
+        if policy.text(ids) != text:
+            raise UserError(
+                f"{where}: the tokenizer of {policy.config.model!r} turns the text into "
+                f"{policy.text(ids)[:60]!r}; give ids, or mend the text"
+            )
+    if any(i in eos for i in ids[:-1]):
+        raise UserError(f"{where}: an end-of-sequence token stands inside the solution; cut it")
+    ended = ids[-1:] != [] and ids[-1] in eos
+    if truncated and ended:
+        raise UserError(f"{where}: truncated is true, but the solution ends with end of sequence")
+    if not truncated and not ended:
+        own = policy.tokenizer.eos_token_id
+        ids = [*ids, own if own in eos else min(eos)]
+    return ids
