@@ -10,13 +10,11 @@ import numpy as np
 
 def draw(health: dict[str, Any], path: Path) -> None:
     """Write the dashboard of ``health`` to ``path`` (PNG)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     policies = health["policies"]
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+    figure = Figure(figsize=(15, 8.4), layout="constrained")
+    axes = figure.subplots(2, 3)
     _rates(axes[0, 0], health)
     names = list(policies)
     for axis, name in zip((axes[0, 1], axes[0, 2]), (names + [None])[:2], strict=True):
@@ -32,7 +30,6 @@ def draw(health: dict[str, Any], path: Path) -> None:
         f"{health['rollouts']} rollouts"
     )
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def _rates(axis: Any, health: dict[str, Any]) -> None:
@@ -58,9 +55,9 @@ def _histogram(axis: Any, name: str, steps: list[dict[str, Any]]) -> None:
         shares = np.array([s["histogram"] for s in steps], dtype=float)
         shares /= shares.sum(axis=1, keepdims=True)
         bins = shares.shape[1]
-        import matplotlib.pyplot as plt
+        from matplotlib import colormaps
 
-        colours = plt.get_cmap("RdYlGn")(np.linspace(0.05, 0.95, bins))
+        colours = colormaps["RdYlGn"](np.linspace(0.05, 0.95, bins))
         bottom = np.zeros(len(x))
         for b in range(bins):
             label = f"{b / bins:.1f}-{(b + 1) / bins:.1f}"

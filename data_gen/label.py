@@ -183,6 +183,20 @@ def prefixes(trace: Trace) -> list[list[int]]:
     return [[], *(trace.ids[:end] for end in ends)]
 
 
+def owed(
+    rounds: list[list[Seed]], policies: list[str], n_mc: int, store: Store
+) -> list[list[Seed]]:
+    """What the store lacks of ``rounds``."""
+    return [
+        [
+            seed
+            for seed in seeds
+            if not is_labelled(store.traces.get(seed.trace_id), policies, n_mc, store.completions)
+        ]
+        for seeds in rounds
+    ]
+
+
 def is_labelled(
     trace: Trace | None, policies: Iterable[str], n_mc: int, completions: dict[Key, Completion]
 ) -> bool:
@@ -225,18 +239,8 @@ def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
         UserError: if the store cannot be written.
     """
     store = labeler.store
-    names = [r.name for r in labeler.rollers]
-    owed = [
-        [
-            seed
-            for seed in seeds
-            if not is_labelled(
-                store.traces.get(seed.trace_id), names, labeler.n_mc, store.completions
-            )
-        ]
-        for seeds in rounds
-    ]
-    turns = _Turns([len(seeds) for seeds in owed])
+    todo = owed(rounds, [r.name for r in labeler.rollers], labeler.n_mc, store)
+    turns = _Turns([len(seeds) for seeds in todo])
 
     async def job(number: int, seed: Seed) -> Exception | None:
         try:
@@ -253,7 +257,7 @@ def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
         return None
 
     jobs: list[Callable[[], Coroutine[Any, Any, Exception | None]]] = [
-        partial(job, number, seed) for number, seeds in enumerate(owed) for seed in seeds
+        partial(job, number, seed) for number, seeds in enumerate(todo) for seed in seeds
     ]
     total = sum(map(len, rounds))
     done = total - len(jobs)

@@ -18,7 +18,7 @@ from typing import Any
 
 from data_gen.health import print_health, write_health
 from data_gen.interrupt import interruptible
-from data_gen.label import Labeler, OutOfTime, Roller, Seed, is_labelled, label
+from data_gen.label import Labeler, OutOfTime, Roller, Seed, label, owed
 from data_gen.runs import Run
 from data_gen.seeds import digest, given_rounds
 from data_gen.store import Store
@@ -122,7 +122,7 @@ def rollouts(config: RolloutsConfig) -> None:
     fingerprints = {p.config.label: p.fingerprint for p in policies}
     stopped = False
     with interruptible(), Store(config.directory, manifest) as store:
-        if any(_owed(rounds, config, store, list(fingerprints))):
+        if any(owed(rounds, list(fingerprints), config.n_mc, store)):
             store.announce(sum(map(len, rounds)))
             with loaded(config, policies) as rollers:
                 labeler = Labeler(config.task, rollers, config.n_mc, config.seed, store, deadline)
@@ -131,10 +131,10 @@ def rollouts(config: RolloutsConfig) -> None:
                 except OutOfTime:
                     stopped = True
         store.seal(fingerprints)
-        owed = _owed(rounds, config, store, list(fingerprints))
+        left = [len(seeds) for seeds in owed(rounds, list(fingerprints), config.n_mc, store)]
         records = Run(config.directory, manifest, store.traces, store.completions,
                       seconds=store.seconds)  # fmt: skip
-        _summary(config, records, owed, stopped)
+        _summary(config, records, left, stopped)
 
 
 @contextmanager
@@ -240,26 +240,13 @@ def _rounds(config: RolloutsConfig, policies: list[Policy]) -> list[list[Seed]]:
     ]
 
 
-def _owed(
-    rounds: list[list[Seed]], config: RolloutsConfig, store: Store, names: list[str]
-) -> list[int]:
-    """Seed solutions of every round that are not labelled yet."""
-    return [
-        sum(
-            not is_labelled(store.traces.get(s.trace_id), names, config.n_mc, store.completions)
-            for s in seeds
-        )
-        for seeds in rounds
-    ]
-
-
-def _summary(config: RolloutsConfig, records: Run, owed: list[int], stopped: bool) -> None:
+def _summary(config: RolloutsConfig, records: Run, left: list[int], stopped: bool) -> None:
     directory = config.directory
     if stopped:
-        whole = sum(not any(owed[: number + 1]) for number in range(len(owed)))
+        whole = sum(not any(left[: number + 1]) for number in range(len(left)))
         print(
-            f"stopped after {config.hours} hours: {whole} of {len(owed)} rounds are complete, "
-            f"{sum(owed)} solutions owed; the same command goes on"
+            f"stopped after {config.hours} hours: {whole} of {len(left)} rounds are complete, "
+            f"{sum(left)} solutions owed; the same command goes on"
         )
     print(f"{len(records.traces)} traces, {len(records.completions)} rollouts in {directory}")
     print_health(write_health(records), directory)

@@ -19,8 +19,8 @@ from data_gen.store import JOURNAL, journal_lines
 from pav.labels import LabelSet, prefix_key, read_labels
 
 REPOSITORY = Path(__file__).parents[2]
-# Forks a command per line of input, so that vLLM is imported once: "seed journal_bytes signal".
-# A command is sent the signal as soon as its journal is that long (0: never).
+# Forks a command per line of input, so that vLLM is imported once. The line is "bytes signal": the
+# command is sent the signal as soon as its journal has grown by so many bytes (signal 0: never).
 DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -32,23 +32,21 @@ output, arguments = sys.argv[1], sys.argv[2:]
 journal = Path(output) / "journal.jsonl"
 size = lambda: journal.stat().st_size if journal.exists() else 0
 for line in sys.stdin:
-    grow, number, extra = line.split(maxsplit=2)
+    grow, number = map(int, line.split())
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        argv = [*arguments, "--output", output, *extra.split()]
-        run(rollouts, RolloutsConfig, "data_gen.rollouts", argv)
+        run(rollouts, RolloutsConfig, "data_gen.rollouts", [*arguments, "--output", output])
         sys.stdout.flush()
         os._exit(0)
-    limit, sent, ended = size() + int(grow), 0.0, 0
+    limit, sent, ended = size() + grow, False, 0
     while not ended:
-        if int(number) and not sent and size() >= limit:
-            os.kill(child, int(number))
-            sent = time.monotonic()
-        time.sleep(0.002)
+        if number and not sent and size() >= limit:
+            os.kill(child, number)
+            sent = True
+        time.sleep(0.005)
         ended, status = os.waitpid(child, os.WNOHANG)
-    code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - sent if sent else 0.0
-    print("ended", code, round(seconds, 2), flush=True)
+    print("ended", os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
@@ -64,17 +62,16 @@ class Driver:
             cwd=REPOSITORY, env=environment,
         )  # fmt: skip
 
-    def __call__(self, grow: int = 0, number: int = 0, *extra: str) -> tuple[int, float, list[str]]:
-        """(exit code, seconds from the signal to the end, what it printed)."""
+    def __call__(self, grow: int = 0, number: int = 0) -> tuple[int, list[str]]:
+        """(exit code, what it printed)."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(grow, int(number), *(extra or ["--hours", "1"]), file=self.process.stdin, flush=True)
+        print(grow, int(number), file=self.process.stdin, flush=True)
         lines = []
         for line in self.process.stdout:
             lines.append(line)
             if line.startswith("ended "):
-                _, code, seconds = line.split()
-                return int(code), float(seconds), lines
+                return int(line.split()[1]), lines
         raise AssertionError(self.process.communicate()[1])
 
     def close(self) -> str:
@@ -85,8 +82,8 @@ class Driver:
 def drive(tiny_model: Callable[..., Path], tmp_path: Path) -> Driver:
     arguments = [
         "--policy.model", str(tiny_model("llama")), "--policy.name", "base",
-        "--sampler.max_length", "48", "--problems", "4", "--validation_problems", "2",
-        "--n_seeds", "3", "--n_mc", "2", "--concurrency", "4",
+        "--sampler.max_length", "48", "--problems", "12", "--validation_problems", "4",
+        "--n_seeds", "3", "--n_mc", "4", "--concurrency", "4",
         "--engine.kv_gib", "0.02", "--engine.max_num_seqs", "32",
     ]  # fmt: skip
     return Driver(tmp_path / "run", arguments)
@@ -97,7 +94,7 @@ def owed_keys(labels: LabelSet) -> set[tuple[str, str, int]]:
     for t in labels.traces:
         ends = t.step_ends if t.truncated else t.step_ends[:-1]
         keys |= {prefix_key(t.problem_id, t.ids[:end]) for end in (0, *ends)}
-    return {(key, "base", i) for key in keys for i in range(2)}
+    return {(key, "base", i) for key in keys for i in range(4)}
 
 
 def acknowledged(journal: Path) -> list[str]:
@@ -113,23 +110,22 @@ def test_run_killed_at_random_moments_loses_nothing_and_counts_nothing_twice(
 ) -> None:
     random, journal = Random(6), drive.output / JOURNAL
     before: list[str] = []
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
-        code, seconds, _ = drive(random.randrange(1, 20_000), number)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        code, _ = drive(random.randrange(1, 12_000), number)
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-        assert seconds < 30  # a bound on hanging, not a measurement
         after = acknowledged(journal)
         assert after[: len(before)] == before
         assert not (drive.output / "traces").exists()
         before = after
-    code, _, printed = drive()
+    code, printed = drive()
     assert code == 0
-    assert any(line.startswith("18 traces, ") for line in printed), printed
+    assert any(line.startswith("48 traces, ") for line in printed), printed
     said = drive.close()
-    assert said.count("data_gen.rollouts: interrupted; the same command resumes") == 2
+    assert said.count("data_gen.rollouts: interrupted; the same command resumes") == 1
     assert "Traceback" not in said
     assert "never retrieved" not in said
     labels = read_labels([str(drive.output)])
-    assert len(labels.traces) == 18
+    assert len(labels.traces) == 48
     assert Counter((c.prefix_key, c.policy, c.index) for c in labels.completions) == Counter(
         owed_keys(labels)
     )
