@@ -48,7 +48,7 @@ def ensure_export(verifier: Verifier, trunk: str) -> tuple[Path, list[int]]:
     directory = export_directory(verifier)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Two searches that start side by side must not build the same directory at once.
-    with FileLock(directory.with_name(directory.name + ".lock")):
+    with FileLock(directory.with_name(f".{directory.name}.lock")):
         stamp = directory / STAMP
         if stamp.exists():
             found: dict[str, Any] = json.loads(stamp.read_text())
