@@ -1,39 +1,21 @@
 """Graders: what a solution's text gives as its answer, and whether that is the reference's.
 
 What is graded was written by a model and is treated as hostile: every grader takes linear time, and
-``math`` (sympy underneath) works in a process of its own under limits on time and memory.
+``math`` compares what is no plain number in a process with limits (``pav/math_worker.py``).
 """
 
 from __future__ import annotations
 
-import atexit
-import json
-import os
 import re
-import select
-import subprocess
-import sys
-import threading
 from collections import deque
 from decimal import Decimal
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pav.errors import UserError
+from pav.math_worker import MAX_ANSWER, compare
+from pav.plain_number import LIST, MAX_DIGITS, SIGNS, SPACING, equal_numbers, plain_number
 from pav.tasks.base import Grade
 
 Grader = Literal["number", "boxed", "exact", "math", "none"]
-
-# Longer answers are no answers: nothing that a reference holds comes near.
-MAX_ANSWER = 1000
-MAX_DIGITS = 100
-# Seconds of processor time for one ``math`` answer, and the bound on waiting for them: on a busy
-# machine a right answer must not be counted wrong because its grader had to queue for a core.
-MATH_SECONDS = 5.0
-MATH_WAIT_FACTOR = 20.0
-MATH_MEMORY = 2 << 30
-START_SECONDS = 300.0
 
 _NUMBER = re.compile(
     r"((?<![\w)\]}])[-+])?"  # a sign, not an operator
@@ -43,12 +25,11 @@ _NUMBER = re.compile(
     r"([eE][-+]?[0-9]+)?"
     r"(\s?/\s?[0-9])?"  # a fraction is no decimal number: never read 1/2 as 1
 )
-_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"})
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _FRACTION = re.compile(r"\\[dt]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}")
 _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right|quad|qquad|displaystyle)(?![a-zA-Z])|\s+|\$|~")
 _SHORT_FRACTION = re.compile(r"\\frac([0-9])([0-9])")
+_TIMES_I = re.compile(r"\\(?:cdot|times)\s*i(?![a-zA-Z])")
 
 
 def grade_text(grader: Grader, text: str, gold: str | None) -> Grade:
@@ -59,10 +40,12 @@ def grade_text(grader: Grader, text: str, gold: str | None) -> Grade:
     - ``boxed``: the last balanced ``\\boxed{}``, compared as text after normalisation.
     - ``exact``: the last line, stripped.
     - ``math``: the last ``\\boxed{}`` or, without any, what math-verify finds at the end of the
-      text, compared by math-verify. Too long or too large to compute counts as wrong.
+      text. Plain numbers are compared exactly, the same text is equal, and the rest is compared
+      by math-verify. Too long or too large to compute counts as wrong.
     - ``none``: there is nothing to grade.
 
-    ``answer`` is the canonical form, equal for answers that are equal (majority votes count it).
+    ``answer`` is the canonical form that majority votes count: equal for answers that are equal,
+    but for ``math`` not for every pair of equal expressions.
     Never raises on any text.
 
     Raises:
@@ -97,7 +80,7 @@ def reference(grader: Grader, text: str) -> str | None:
 
 def number_of(text: str) -> str | None:
     """The number that ``text`` answers with, canonical (``-1234.5``), or None."""
-    text = _FRACTION.sub(r"\1/\2", text.translate(_SIGNS).replace("{,}", ","))
+    text = _FRACTION.sub(r"\1/\2", text.translate(SIGNS).replace("{,}", ","))
     _, mark, tail = text.rpartition("####")
     if mark:
         return _canonical(_NUMBER.search(tail))
@@ -126,12 +109,12 @@ def _canonical(match: re.Match[str] | None) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the ``\\boxed{...}`` that opens last among those that are closed, or None."""
+    """Content of the ``\\boxed{...}`` (or ``\\fbox``) that opens last and is closed, or None."""
     stack: list[tuple[bool, int]] = []
     best: tuple[int, int] | None = None
     for match in _BRACES.finditer(text):
         token = match[0]
-        if token == "{" or token.startswith("\\boxed"):
+        if token == "{" or token.startswith(("\\boxed", "\\fbox")):
             stack.append((token != "{", match.end()))
         elif token == "}" and stack:
             boxed, start = stack.pop()
@@ -155,12 +138,12 @@ def _boxed_answer(text: str) -> str | None:
 
 def normalise(latex: str) -> str:
     """A LaTeX answer without what leaves its meaning as it is: spacing, ``\\text``, ``\\left``."""
-    text = _TEXT.sub(r"\1", latex.translate(_SIGNS))
+    text = _TEXT.sub(r"\1", latex.translate(SIGNS))
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("{,}", ",")
     text = text.replace("^{\\circ}", "").replace("^\\circ", "").replace("\\%", "").replace("%", "")
-    text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", _SPACING.sub("", text.replace("\\$", "")))
+    text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", SPACING.sub("", text.replace("\\$", "")))
     text = text.rstrip(".")
-    number = _NUMBER.fullmatch(text)
+    number = None if LIST.search(latex) else _NUMBER.fullmatch(text)
     return (_canonical(number) if number else None) or text
 
 
@@ -169,138 +152,25 @@ _ANSWER = {"number": number_of, "boxed": _boxed_answer, "exact": last_line}
 
 def _grade_math(text: str, gold: str | None) -> Grade:
     inner = last_boxed(text)
-    if inner is not None and len(inner) > MAX_ANSWER:
+    if inner is None:  # without a box, an answer stands at the end
+        reply = compare(_tidy(text[-MAX_ANSWER:]), _tidy(gold or ""))
+        return Grade(reply.get("answer"), bool(reply.get("correct")))
+    if len(inner) > MAX_ANSWER:
         return Grade(None, False)
-    # Where there is no box, an answer stands at the end.
-    question = text[-MAX_ANSWER:] if inner is None else f"\\boxed{{{inner}}}"
-    reply = _verify(question, gold or "")
-    plain = None if inner is None else normalise(inner) or None
-    same = bool(plain and gold and plain == normalise(gold))
-    return Grade(reply.get("answer") or plain, bool(reply.get("correct")) or same)
+    found, wanted = plain_number(inner), plain_number(gold or "")
+    if found and wanted:
+        verdict = equal_numbers(found, wanted)
+        if verdict is not None:
+            return Grade(str(found), verdict)
+    plain = normalise(inner) or None
+    same = bool(gold and plain == normalise(gold))
+    # The gold answer has been read before, this spelling of it may be new.
+    reply = compare(f"\\boxed{{{_tidy(gold if same and gold else inner)}}}", _tidy(gold or ""))
+    answer = str(found) if found else reply.get("answer") or plain
+    return Grade(answer, same or bool(reply.get("correct")))
 
 
-# The worker runs this very copy of the package, wherever it was imported from.
-_START = (
-    "import sys; a = sys.argv[1]; a in sys.path or sys.path.insert(0, a); "
-    "import pav.grading; pav.grading.serve()"
-)
-
-
-class _Worker:
-    """A process that runs math-verify; it dies when it is over its limits, or with its parent."""
-
-    def __init__(self) -> None:
-        # A plain command and JSON lines: multiprocessing would import the user's main module anew
-        # (vLLM and all) and read pickles from a process that computes what a model wrote.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, str(Path(__file__).parents[1])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        if self.receive(START_SECONDS) is None:
-            self.stop()
-            raise UserError(
-                "the process that grades with math-verify does not start; "
-                "pip install math-verify, or choose task.grader boxed"
-            )
-
-    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        """The reply, or None if the process died or took longer than ``seconds``."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-        except OSError:
-            return None
-        return self.receive(seconds)
-
-    def receive(self, seconds: float) -> dict[str, Any] | None:
-        """One line from the process, or None."""
-        assert self.process.stdout is not None
-        poll = select.poll()
-        poll.register(self.process.stdout, select.POLLIN)
-        # Replies are single short writes: once there is one byte, the line is there.
-        if not poll.poll(seconds * 1000):
-            return None
-        line = self.process.stdout.readline()
-        return dict(json.loads(line)) if line.endswith(b"\n") else None
-
-    def stop(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.communicate()
-
-
-# By process id: a forked child must not share its parent's pipe.
-_workers: dict[int, _Worker] = {}
-_lock = threading.Lock()
-
-
-# The same answer comes again and again, also the one that takes all its time.
-@lru_cache(maxsize=1 << 16)
-def _verify(text: str, gold: str) -> dict[str, Any]:
-    """Ask the worker; empty when it ran out of time or memory (a new one is started next time)."""
-    with _lock:
-        worker = _workers.get(os.getpid())
-        if worker is None or worker.process.poll() is not None:
-            worker = _workers[os.getpid()] = _Worker()
-        request = {"text": text, "gold": gold, "seconds": MATH_SECONDS}
-        reply = None
-        try:
-            reply = worker.ask(request, MATH_SECONDS * MATH_WAIT_FACTOR)
-        finally:  # also on Ctrl-C: a late reply must not answer the next request
-            if reply is None:
-                _stop()
-        return reply or {}
-
-
-@atexit.register
-def _stop() -> None:
-    """End the worker of this process, if it has one."""
-    worker = _workers.pop(os.getpid(), None)
-    if worker is not None:
-        worker.stop()
-
-
-def serve() -> None:
-    """The worker's loop: one JSON request a line on stdin, one JSON reply a line on stdout."""
-    import resource
-    import signal
-
-    from math_verify import parse, verify
-
-    # Whatever a library prints must not land among the replies.
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    resource.setrlimit(resource.RLIMIT_AS, (MATH_MEMORY, MATH_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    @lru_cache(maxsize=4096)
-    def parsed(text: str) -> list[Any]:
-        return list(parse(text, parsing_timeout=None))
-
-    def judge(text: str, gold: str) -> dict[str, Any]:
-        found = parsed(text)
-        if not found:
-            return {"answer": None, "correct": False}
-        wanted = parsed(f"\\boxed{{{gold}}}") if gold else []
-        correct = bool(wanted) and bool(verify(wanted, found, timeout_seconds=None))
-        answer = str(found[0])
-        return {"answer": answer if len(answer) <= MAX_ANSWER else None, "correct": correct}
-
-    def reply(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message).encode() + b"\n")
-        replies.flush()
-
-    reply({})
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
-        # The timer counts processor time and its signal ends the process, also within C code.
-        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-        try:
-            message = judge(request["text"], request["gold"])
-        except Exception:  # whatever sympy makes of a model's output, the answer is wrong
-            message = {"answer": None, "correct": False}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        reply(message)
+def _tidy(latex: str) -> str:
+    """Without what math-verify misreads: odd signs, a full stop, degrees, ``5\\cdot i``."""
+    text = latex.translate(SIGNS).strip().rstrip(".").replace("\N{DEGREE SIGN}", "^\\circ ")
+    return _TIMES_I.sub("i", text)

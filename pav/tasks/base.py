@@ -11,7 +11,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pav.steps import StepRule
 
@@ -48,6 +48,9 @@ class Task(ABC):
 
     step_rule: StepRule = StepRule()
 
+    # How policies are asked whose prompt.template is left as it is; no setting of the task.
+    template: ClassVar[str] = "{question}\n"
+
     @property
     def name(self) -> str:
         """What the task is called in output."""
@@ -65,6 +68,13 @@ class Task(ABC):
     @abstractmethod
     def grade(self, text: str, problem: Problem) -> Grade:
         """Grade the text of a whole solution (prompt excluded). Must not raise on any text."""
+
+    def forced_answer(self, problem: Problem) -> str:
+        """Text with which a solution would end if it gave the reference answer at once.
+
+        Its likelihood after a step is a label that needs no rollouts (``data_gen.likelihood``).
+        """
+        return problem.gold or ""
 
 
 def task_spec(task: Task) -> dict[str, Any]:

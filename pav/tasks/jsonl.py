@@ -77,6 +77,12 @@ class Jsonl(Task):
         """Grade ``text`` with the task's grader; see :func:`pav.grading.grade_text`."""
         return grade_text(self.grader, text, problem.gold)
 
+    def forced_answer(self, problem: Problem) -> str:
+        """The reference answer in the form that the grader looks for first."""
+        gold = problem.gold or ""
+        form = {"number": "#### {}", "boxed": "\\boxed{{{}}}", "math": "\\boxed{{{}}}"}
+        return form.get(self.grader, "{}").format(gold)
+
     @cached_property
     def _loaded(self) -> _Loaded:
         """The data, read once per task object."""

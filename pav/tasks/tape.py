@@ -125,6 +125,10 @@ class Tape(Task):
         answer = str(int(match[1]))
         return Grade(answer=answer, correct=answer == problem.gold)
 
+    def forced_answer(self, problem: Problem) -> str:
+        """The last line of a right solution."""
+        return f"A{problem.gold}"
+
     def slips(self, steps: list[str], problem: Problem) -> list[str | None]:
         """Kind of the first slip up to and including each step; None while there is none.
 
