@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
-from torchmetrics.functional import pearson_corrcoef
-from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
 from pav.calibrate import fit_calibrator
 from pav.data import Example, Scored, score
+from pav.judged import MODES, judge
 from pav.labels import LabelSet
+from pav.measure import measure
 from pav.policy import Policy
-from pav.tasks.base import Problem, Task
+from pav.tasks.base import Task
 from pav.verifier import ORM, Card, HeadedTrunk
 
 PICKS = ("last", "min", "vote", ORM)
-_MODES = (("plain", False), ("surprise", True))
 
 
 def fit_and_report(
@@ -37,39 +35,40 @@ def fit_and_report(
 ) -> Card:
     """The card with calibrators, default pick and validation metrics filled in."""
     scored = score(model, examples, policy, "calibrating")
-    fitted = np.array([_first_half(e.problem_id) for e in examples])[scored.example_N]
+    fitted = np.array([first_half(e.problem_id) for e in examples])[scored.example_N]
     calibrators: dict[str, dict[str, Any]] = {}
     surprised: dict[str, dict[str, Any]] = {}
-    metrics: dict[str, Any] = {}
     q: dict[tuple[str, str], np.ndarray] = {}
+    held: dict[str, np.ndarray] = {}
     for h, head in enumerate(card.heads):
         there = scored.n_NH[:, h] > 0
-        rows, held = there & fitted, there & ~fitted
+        rows, held[head] = there & fitted, ~fitted
         if not there.any():
             _warn(f"no validation label for head {head}: it stays uncalibrated")
-        elif not rows.any() or not held.any():
+        elif not rows.any() or not (there & held[head]).any():
             _warn(f"too few validation problems for head {head}: none is left to report on")
-            rows, held = there, np.zeros_like(there)
+            rows, held[head] = there, np.zeros_like(there)
         logit, k, n = scored.logits_NH[:, h], scored.k_NH[:, h], scored.n_NH[:, h]
-        for mode, with_surprise in _MODES:
-            features = scored.surprise_NF if with_surprise else None
+        for mode in MODES:
+            features = scored.surprise_NF if mode == "surprise" else None
             calibrator = fit_calibrator(
                 logit[rows], None if features is None else features[rows], k[rows], n[rows]
             )
-            (surprised if with_surprise else calibrators)[head] = asdict(calibrator)
-            values = calibrator(logit, features)
-            q[head, mode] = values
-            metrics[f"{head}/{mode}"] = _metrics(values[held], k[held], n[held])
-    metrics["slips"] = _slip_table(card, examples, scored, q, ~fitted, policy, labels, task)
+            (surprised if mode == "surprise" else calibrators)[head] = asdict(calibrator)
+            q[head, mode] = calibrator(logit, features)
+    judged = judge(card.heads, examples, scored, labels, policy, task)
+    metrics = measure(judged, q, held, fitted)
+    metrics["data"] = label_facts(labels)
     card = replace(card, calibrators=calibrators, surprise_calibrators=surprised)
     if card.recipe == "pav":
-        picks = _picks(card, examples, scored, q, ~fitted, policy, labels, task)
+        picks = _picks(card, examples, scored, q, ~fitted, labels)
         metrics["picks"] = picks
         card = replace(card, pick=default_pick(picks))
     return replace(card, validation=metrics)
 
 
-def _first_half(problem_id: str) -> bool:
+def first_half(problem_id: str) -> bool:
+    """Whether calibrators and thresholds are fitted on this validation problem."""
     return zlib.crc32(problem_id.encode()) % 2 == 0
 
 
@@ -77,92 +76,19 @@ def _warn(message: str) -> None:
     print(f"WARNING: {message}; raise validation_problems", file=sys.stderr)
 
 
-def _metrics(q: np.ndarray, k: np.ndarray, n: np.ndarray) -> dict[str, float]:
-    """AUC at 0.5, correlation, Brier against the constant predictor, calibration error.
-
-    What is not defined (one class, constant values, no rows) is NaN.
-    """
-    names = ("auc", "correlation", "brier", "brier_constant", "calibration_error")
-    if not len(q):
-        return {"rows": 0} | dict.fromkeys(names, float("nan"))
-    target = k / n
-    high = (target >= 0.5).astype(int)
-    weights = n / n.sum()
-    constant = float((weights * target).sum())
-    values, labels = torch.tensor(q), torch.tensor(high)
-    correlation = float("nan")
-    if np.ptp(q) > 0 and np.ptp(target) > 0:
-        correlation = float(pearson_corrcoef(values, torch.tensor(target, dtype=values.dtype)))
+def label_facts(labels: LabelSet) -> dict[str, Any]:
+    """How many labels of what kind: what a card says of its data."""
+    kinds = Counter((policy, n) for (_, policy), (_, n) in labels.counts.items())
+    splits = {t.problem_id: t.split for t in labels.traces}
     return {
-        "rows": len(q),
-        "auc": float(binary_auroc(values, labels)) if 0 < high.sum() < len(high) else float("nan"),
-        "correlation": correlation,
-        "brier": float((weights * (q - target) ** 2).sum()),
-        "brier_constant": float((weights * (constant - target) ** 2).sum()),
-        "calibration_error": float(binary_calibration_error(values, labels, n_bins=10)),
+        "problems": dict(sorted(Counter(splits.values()).items())),
+        "solutions": dict(sorted(Counter(t.policy for t in labels.traces).items())),
+        "rollouts": len(labels.completions),
+        "prefixes": {
+            policy: {str(n): c for (p, n), c in sorted(kinds.items()) if p == policy}
+            for policy in labels.policies
+        },
     }
-
-
-def _slip_table(
-    card: Card,
-    examples: list[Example],
-    scored: Scored,
-    q: dict[tuple[str, str], np.ndarray],
-    held: np.ndarray,
-    policy: Policy,
-    labels: LabelSet,
-    task: Task,
-) -> dict[str, Any]:
-    """AUC of "no slip so far", by step and by kind of first slip, where the task knows the truth.
-
-    By kind: steps that hold a first slip of that kind against clean steps (the last step, which
-    ends the trace, excluded unless the head is the ORM's).
-    """
-    slips = getattr(task, "slips", None)
-    if slips is None:
-        return {}
-    problems = {t.problem_id: Problem(t.problem_id, t.question, t.gold) for t in labels.traces}
-    kinds: list[str | None] = []
-    first: list[bool] = []
-    for example in examples:
-        ids, start, texts = example.ids[example.prompt_length :], 0, []
-        for end in example.ends:
-            texts.append(policy.text(ids[start:end]))
-            start = end
-        found = [None, *slips(texts, problems[example.problem_id])]
-        kinds += found
-        first += [
-            kind is not None and (j == 0 or found[j - 1] is None) for j, kind in enumerate(found)
-        ]
-    # score() sorts examples by length; go by (example, step) instead of by order.
-    offset = np.concatenate([[0], np.cumsum([len(e.positions_P) for e in examples])])
-    row = offset[scored.example_N] + scored.step_N
-    kind_N = np.array([k or "" for k in kinds], dtype=object)[row]
-    first_N = np.array(first)[row]
-    ends_N = np.array([len(e.ends) for e in examples])[scored.example_N] == scored.step_N
-    table: dict[str, Any] = {}
-    for head in card.heads:
-        scope = held & (ends_N if head == ORM else (scored.step_N > 0))
-        for mode, _ in _MODES:
-            values = q[head, mode]
-            clean = scope & (kind_N == "")
-            by: dict[str, float] = {"all": _auc(values, clean, scope & (kind_N != ""))}
-            for step in range(1, 9):
-                at = scope & (scored.step_N == step)
-                by[f"step {step}"] = _auc(values, at & (kind_N == ""), at & (kind_N != ""))
-            for kind in sorted(set(kind_N) - {""}):
-                slipped = scope & (kind_N == kind)
-                by[kind] = _auc(values, clean, slipped & (first_N | (head == ORM)))
-            table[f"{head}/{mode}"] = by
-    return table
-
-
-def _auc(values: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> float:
-    if positive.sum() < 5 or negative.sum() < 5:
-        return float("nan")
-    chosen = np.concatenate([values[positive], values[negative]])
-    label = np.concatenate([np.ones(positive.sum()), np.zeros(negative.sum())]).astype(int)
-    return float(binary_auroc(torch.tensor(chosen), torch.tensor(label)))
 
 
 def _picks(
@@ -171,9 +97,7 @@ def _picks(
     scored: Scored,
     q: dict[tuple[str, str], np.ndarray],
     held: np.ndarray,
-    policy: Policy,
     labels: LabelSet,
-    task: Task,
 ) -> dict[str, float]:
     """Accuracy of every pick rule among the seed traces of held-out validation problems."""
     outcome = {(t.problem_id, tuple(t.ids)): t for t in labels.traces if not t.truncated}
@@ -228,34 +152,108 @@ def default_pick(picks: dict[str, float]) -> str:
 
 def print_report(card: Card) -> None:
     """The validation metrics as tables."""
-    console = Console()
-    table = Table(title="validation, the half that calibration did not see")
-    columns = ("head / calibrator", "rows", "AUC", "corr", "Brier", "constant", "cal. error")
-    for column in columns:
-        table.add_column(column)
-    for name, m in card.validation.items():
-        if isinstance(m, dict) and "auc" in m:
-            table.add_row(
-                name,
-                str(m["rows"]),
-                *(
-                    f"{m[k]:.3f}"
-                    for k in ("auc", "correlation", "brier", "brier_constant", "calibration_error")
-                ),
-            )
-    console.print(table)
-    slips = card.validation.get("slips") or {}
-    if slips:
-        names = list(next(iter(slips.values())))
-        table = Table(title="AUC of 'no slip so far': all, by step, by kind of first slip")
-        table.add_column("")
-        for column in slips:
-            table.add_column(column)
-        for name in names:
-            table.add_row(
-                name, *(f"{by[name]:.3f}" if by[name] == by[name] else "-" for by in slips.values())
-            )
-        console.print(table)
+    print_metrics(card.validation, "validation, the half that calibration did not see")
     if "picks" in card.validation:
         picks = ", ".join(f"{k} {card.validation['picks'][k]:.3f}" for k in PICKS)
-        console.print(f"final pick among seed traces: {picks}; default: {card.pick}")
+        Console().print(f"final pick among seed traces: {picks}; default: {card.pick}")
+
+
+_COLUMNS = {
+    "rows": "prefixes",
+    "auc": "AUC",
+    "spearman": "Spearman",
+    "brier": "Brier",
+    "brier_constant": "constant",
+    "reliability": "reliab.",
+    "resolution": "resol.",
+    "calibration_error": "ECE",
+    "sign": "A sign",
+    "correlation": "A corr",
+}
+
+
+def print_metrics(metrics: dict[str, Any], title: str) -> None:
+    """What :func:`pav.measure.measure` found, compactly; ``ceiling`` is what n allows."""
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a log: lines are as long as they need to be
+        console.width = 140
+    advantage = metrics.get("advantage", {})
+    table = Table(title=title)
+    table.add_column("head / calibrator")
+    for column in _COLUMNS.values():
+        table.add_column(column, justify="right")
+    for name, m in metrics.items():
+        if not (isinstance(m, dict) and "auc" in m) or not m["rows"]:
+            continue
+        if name.endswith("/ceiling") and np.isnan(m["brier"]):
+            continue
+        # An advantage's correlation stands beside its sign; that of Q is in the file.
+        values = m | {"sign": np.nan, "correlation": np.nan} | advantage.get(name, {})
+        values["rows"] = m["rows"]
+        cells = {k: _shown(values[k]) for k in _COLUMNS}
+        if "sign_low" in values and values["sign"] == values["sign"]:
+            cells["sign"] = f"{values['sign_low']:.2f} to {values['sign']:.2f}"
+        table.add_row(name, *cells.values())
+    console.print(table)
+    noisy = [
+        name.removesuffix("/ceiling")
+        for name, m in metrics.items()
+        if name.endswith("/ceiling")
+        and metrics[f"{name.removesuffix('/ceiling')}/plain"]["rows"]
+        and np.isnan(m["brier"])
+    ]
+    if noisy:
+        console.print(
+            f"no ceiling for {', '.join(noisy)}: one rollout per prefix says nothing of its noise "
+            "(n_mc 2 and more does)"
+        )
+    _print_steps(console, metrics)
+    errors = {n: m for n, m in metrics.get("first_error", {}).items() if isinstance(m, dict)}
+    for name, m in errors.items():
+        if m["traces"]:
+            console.print(
+                f"first error by {metrics['first_error']['truth']}, {name}: found in "
+                f"{_shown(m['error'])} of faulty solutions, none seen in {_shown(m['clean'])} of "
+                f"the others, F1 {_shown(m['f1'])} (Q below {m['threshold']:.2f})"
+            )
+    _print_slips(console, metrics.get("slips") or {})
+
+
+def _shown(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.3f}" if value == value else "-"
+
+
+def _print_steps(console: Console, metrics: dict[str, Any]) -> None:
+    """AUC and calibration error by step, of the better calibrator."""
+    columns = {
+        f"{name.split('/surprise')[0]} {label}": dict(
+            zip(m["steps"]["step"], m["steps"][key], strict=True)
+        )
+        for name, m in metrics.items()
+        if name.endswith("/surprise") and isinstance(m, dict) and m["rows"] and "q/" in name
+        for key, label in (("auc", "AUC"), ("calibration_error", "ECE"))
+    }
+    steps = sorted({step for column in columns.values() for step in column})
+    if not steps:
+        return
+    table = Table(title="by step, with surprise")
+    for heading in ("step", *columns):
+        table.add_column(heading, justify="right")
+    for step in steps:
+        table.add_row(str(step), *(_shown(c.get(step, np.nan)) for c in columns.values()))
+    console.print(table)
+
+
+def _print_slips(console: Console, slips: dict[str, Any]) -> None:
+    if not slips:
+        return
+    names = list(next(iter(slips.values())))
+    table = Table(title="AUC of 'no slip so far': all, by step, by kind of first slip")
+    table.add_column("")
+    for column in slips:
+        table.add_column(column)
+    for name in names:
+        table.add_row(name, *(_shown(by[name]) for by in slips.values()))
+    console.print(table)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pav.calibrate import SURPRISE, Calibrator, fit_calibrator, surprise
@@ -104,6 +104,7 @@ def test_surprise_reads_nothing_after_the_scoring_position() -> None:
     np.testing.assert_array_equal(surprise(logprobs[:5], ids[:6], [6], stepper()), whole[:2])
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.sampled_from([*encoded("12+=\n\n"), EOS]), min_size=1, max_size=40),
     st.data(),

@@ -1,0 +1,179 @@
+"""``pav.evaluate --verifier V --labels DIR``: how good a verifier is on the labels of any run.
+
+Nothing is fitted but the threshold of the first error (on one half of the problems). With labels of
+prefixes that a *search* visited (``data_gen.rollouts --seeds_from records.jsonl``) it shows what
+selection does to a verifier: search prefers prefixes whose Q is predicted too high.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pav.cli import run
+from pav.data import pav_examples, score
+from pav.errors import UserError
+from pav.judged import MODES, judge
+from pav.labels import LabelSet, read_labels
+from pav.measure import measure
+from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
+from pav.reliability import draw
+from pav.report import first_half, label_facts, print_metrics
+from pav.tasks.base import Task
+from pav.trunk import HeadedTrunk
+from pav.verifier import (
+    Verifier,
+    load_model,
+    load_verifier,
+    prompt_from,
+    resolve_task,
+    trunk_path,
+)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Metrics of a verifier on label runs, beside the ceilings that their rollouts allow.
+
+    Args:
+        verifier: checkpoint that pav.train wrote, or ``pav:reference``.
+        labels: label runs that data_gen.rollouts wrote; their problems should be none that the
+            verifier was trained on.
+        split: whose problems; ``all`` for every one in the labels.
+        output: file to write, ending in .json; the plot goes beside it. By default
+            ``<verifier>-on-<labels>.json`` in the directory of the labels.
+        task: needed only where the verifier's task is not built in.
+        trunk: new place of the trunk, if it moved.
+    """
+
+    verifier: str
+    labels: list[str]
+    split: Literal["train", "validation", "all"] = "validation"
+    output: str | None = None
+    task: Task | None = None
+    trunk: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.output is not None and not self.output.endswith(".json"):
+            raise UserError(f"output is {self.output!r}; give a file name ending in .json")
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure, print and write (see :class:`EvaluateConfig`); returns what is written."""
+    verifier = load_verifier(config.verifier)
+    labels = read_labels(config.labels)
+    task = resolve_task(verifier.card.task, config.task, f"verifier {config.verifier!r}")
+    check_labels(verifier, labels, task, config)
+    model, policy = load_on_trunk(verifier, task, config.trunk)
+    cap = labels.manifest["sampler"]["max_length"]
+    splits = ("train", "validation", "test") if config.split == "all" else (config.split,)
+    examples = [
+        e for s in splits for e in pav_examples(labels, s, verifier.card.heads, policy, cap)
+    ]
+    if not examples:
+        raise UserError(
+            f"labels {config.labels} hold no solutions of {config.split} problems; set split"
+        )
+    scored = score(model, examples, policy, "scoring")
+    card = verifier.card
+    q = {
+        (head, mode): card.calibrator(head, mode == "surprise")(
+            scored.logits_NH[:, h], scored.surprise_NF
+        )
+        for h, head in enumerate(card.heads)
+        for mode in MODES
+    }
+    fitted = np.array([first_half(e.problem_id) for e in examples])[scored.example_N]
+    everything = dict.fromkeys(card.heads, np.ones_like(fitted))
+    judged = judge(card.heads, examples, scored, labels, policy, task)
+    metrics = measure(judged, q, everything, fitted) | {"data": label_facts(labels)}
+    title = f"{config.verifier} on {', '.join(config.labels)}, {config.split} problems"
+    print_metrics(metrics, title)
+    _print_shift(card.validation, metrics)
+    output = Path(config.output) if config.output else _beside(config.labels[0], verifier)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        plain = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
+        output.write_text(json.dumps(plain, indent=1))
+        draw(metrics, output.with_suffix(".png"), title)
+    except OSError as error:
+        raise UserError(
+            f"output {str(output)!r} cannot be written ({error.strerror}); choose another"
+        ) from error
+    print(f"metrics: {output}, plot: {output.with_suffix('.png')}")
+    return metrics
+
+
+def check_labels(verifier: Verifier, labels: LabelSet, task: Task, config: EvaluateConfig) -> None:
+    """Refuse labels that a verifier cannot read, or that are about another task.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    card = verifier.card
+    if labels.manifest["task"] != task.fingerprint:
+        raise UserError(
+            f"labels {config.labels[0]!r} are about another task than verifier "
+            f"{config.verifier!r} (theirs: {labels.manifest['task']}, its: {task.fingerprint}); "
+            "give labels of its task"
+        )
+    if labels.manifest["tokenizer"] != card.tokenizer:
+        raise UserError(
+            f"labels {config.labels[0]!r} were made with another tokenizer than verifier "
+            f"{config.verifier!r} reads; give labels of its policy"
+        )
+    if not {h.removeprefix("q/") for h in card.heads} & {*labels.policies, "orm"}:
+        raise UserError(
+            f"labels {config.labels[0]!r} hold rollouts of {', '.join(labels.policies)}, verifier "
+            f"{config.verifier!r} predicts {', '.join(card.heads)}; give labels of these policies"
+        )
+
+
+def load_on_trunk(verifier: Verifier, task: Task, trunk: str | None) -> tuple[HeadedTrunk, Policy]:
+    """(model in float32, the trunk as a policy: prompt, tokenizer and step rule).
+
+    Raises:
+        UserError: if the trunk moved, or has another tokenizer by now.
+    """
+    card = verifier.card
+    path = trunk_path(verifier, trunk)
+    config = PolicyConfig(path, prompt=prompt_from(card.prompt))
+    policy = load_policy(config, task.step_rule)
+    if tokenizer_fingerprint(policy.tokenizer) != card.tokenizer:
+        raise UserError(
+            f"the trunk at {path!r} has another tokenizer than the one that {str(verifier.path)!r} "
+            "was trained with; name the right one with --trunk"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(verifier, path).to(device), policy
+
+
+def _print_shift(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """What changed against the verifier's own validation."""
+    for name, m in now.items():
+        old = before.get(name)
+        if name.endswith("/surprise") and isinstance(old, dict) and m["rows"]:
+            print(
+                f"{name}: AUC {m['auc']:.3f} here, {old['auc']:.3f} on its own validation; "
+                f"calibration error {m['calibration_error']:.3f}, {old['calibration_error']:.3f}; "
+                f"mean Q {m['mean_q']:.3f} for {m['mean_right']:.3f} right"
+            )
+
+
+def _beside(labels: str, verifier: Verifier) -> Path:
+    directory = Path(labels)
+    return directory / f"{verifier.path.stem}-on-{directory.resolve().name}.json"
+
+
+def main() -> None:
+    """Entry point of ``pav.evaluate``."""
+    run(evaluate, EvaluateConfig, "pav.evaluate")
+
+
+if __name__ == "__main__":
+    main()
