@@ -8,13 +8,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from pav.calibrate import SURPRISE, surprise
 from pav.labels import LabelSet, prefix_key
@@ -39,6 +37,7 @@ class Example:
         positions_P: token positions that are scored.
         k_PH: right rollouts (fractions where a prefix stands in several traces).
         n_PH: rollouts; 0 where a head has no label.
+        share_P1: 1 / traces that hold this prefix; k and n are the prefix's own times this.
     """
 
     problem_id: str
@@ -48,6 +47,7 @@ class Example:
     positions_P: np.ndarray
     k_PH: np.ndarray
     n_PH: np.ndarray
+    share_P1: np.ndarray
 
 
 def pav_examples(
@@ -83,7 +83,8 @@ def pav_examples(
                 else:
                     k, n = labels.counts.get((key, head.removeprefix("q/")), (0, 0))
                 k_PH[p, h], n_PH[p, h] = k / seen[key], n / seen[key]
-        examples.append(_example(trace.problem_id, prompt, trace.ids, ends, k_PH, n_PH))
+        shares = [1 / seen[key] for key in keys_of[where]]
+        examples.append(_example(trace.problem_id, prompt, trace.ids, ends, k_PH, n_PH, shares))
     return examples
 
 
@@ -95,7 +96,7 @@ def orm_examples(labels: LabelSet, split: str, policy: Policy, max_length: int) 
         if not t.truncated:
             solutions[t.problem_id, tuple(t.ids)] = t.correct
     for c in labels.completions:
-        if not c.truncated:
+        if c.ids and not c.truncated:  # an imported label has no rollout
             solutions[c.problem_id, (*c.prefix_ids, *c.ids)] = c.correct
     prompts: dict[str, list[int]] = {}
     examples = []
@@ -111,7 +112,8 @@ def orm_examples(labels: LabelSet, split: str, policy: Policy, max_length: int) 
         k_PH = np.zeros((len(ends) + 1, 1), dtype=np.float32)
         n_PH = np.zeros_like(k_PH)
         k_PH[-1, 0], n_PH[-1, 0] = float(correct), 1.0
-        examples.append(_example(problem_id, prompt, list(ids), ends, k_PH, n_PH))
+        shares = [1.0] * len(k_PH)
+        examples.append(_example(problem_id, prompt, list(ids), ends, k_PH, n_PH, shares))
     return examples
 
 
@@ -130,22 +132,66 @@ def _example(
     ends: list[int],
     k_PH: np.ndarray,
     n_PH: np.ndarray,
+    shares: Sequence[float],
 ) -> Example:
     positions = np.array([scoring_position(len(prompt), end) for end in (0, *ends)])
-    return Example(problem_id, [*prompt, *ids], len(prompt), ends, positions, k_PH, n_PH)
+    share_P1 = np.array(shares, dtype=np.float32)[:, None]
+    return Example(problem_id, [*prompt, *ids], len(prompt), ends, positions, k_PH, n_PH, share_P1)
 
 
-def batches(examples: Sequence[Example], seed: int | None) -> Iterator[list[Example]]:
-    """Batches of similar length under :data:`TOKENS_PER_BATCH`; in random order with a seed."""
-    ordered = sorted(examples, key=lambda e: len(e.ids))
-    out: list[list[Example]] = [[]]
-    for example in ordered:
-        if out[-1] and (len(out[-1]) + 1) * len(example.ids) > TOKENS_PER_BATCH:
-            out.append([])
-        out[-1].append(example)
+def hardened(examples: Sequence[Example]) -> list[Example]:
+    """The examples with hard labels: 1 where any rollout was right, else 0; a prefix counts once.
+
+    Source: Math-Shepherd's hard estimation (arXiv 2312.08935, section 3.3).
+    """
+    return [
+        replace(
+            e,
+            k_PH=np.where(e.k_PH > 0, e.share_P1, np.float32(0)),
+            n_PH=np.where(e.n_PH > 0, e.share_P1, np.float32(0)),
+        )
+        for e in examples
+    ]
+
+
+def batches(
+    examples: Sequence[Example],
+    seed: int | None,
+    tokens: int = TOKENS_PER_BATCH,
+    max_waste: float = 1.0,
+) -> Iterator[list[Example]]:
+    """Batches of similar length; with a seed, traces of one length are mixed and batches shuffled.
+
+    Args:
+        examples: traces.
+        seed: of the order; None for batches by length.
+        tokens: upper limit of a padded batch (a longer trace is a batch of its own).
+        max_waste: upper limit of the share of padding in a batch.
+    """
+    mixed = list(examples)
+    rng = random.Random(seed)
     if seed is not None:
-        random.Random(seed).shuffle(out)
+        rng.shuffle(mixed)
+    ordered = sorted(mixed, key=lambda e: len(e.ids))
+    out: list[list[Example]] = [[]]
+    real = 0
+    for example in ordered:
+        length = len(example.ids)
+        padded = (len(out[-1]) + 1) * length
+        if out[-1] and (padded > tokens or padded - real - length > max_waste * padded):
+            out.append([])
+            real = 0
+        out[-1].append(example)
+        real += length
+    if seed is not None:
+        rng.shuffle(out)
     return (batch for batch in out if batch)
+
+
+def padding_waste(parts: Sequence[Sequence[Example]]) -> float:
+    """Share of padding among all tokens of ``parts``, from 0 to 1."""
+    padded = sum(len(part) * max(len(e.ids) for e in part) for part in parts if part)
+    return 1 - sum(len(e.ids) for part in parts for e in part) / max(1, padded)
 
 
 def pad(batch: Sequence[Example]) -> Tensor:
@@ -266,74 +312,3 @@ def balance(examples: Sequence[Example]) -> np.ndarray:
     high = (k >= 0.5 * n) & (n > 0)
     mass = np.stack([np.where(high, 0, n).sum(0), np.where(high, n, 0).sum(0)])
     return np.where(mass > 0, mass.sum(0) / (2 * np.maximum(mass, 1e-9)), 1.0).astype(np.float32)
-
-
-class LabelData(L.LightningDataModule):
-    """Training and validation batches.
-
-    With a frozen trunk the hidden states at labelled positions are computed once and the epochs run
-    over them; otherwise batches are (ids, row, column, k, n) of whole traces.
-    """
-
-    def __init__(
-        self,
-        model: HeadedTrunk,
-        train: list[Example],
-        validation: list[Example],
-        policy: Policy,
-        frozen: bool,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        self.model, self.policy, self.frozen, self.seed = model, policy, frozen, seed
-        self.examples = {"train": train, "validation": validation}
-        self.cached: dict[str, TensorDataset] = {}
-
-    def setup(self, stage: str) -> None:
-        """Encode once where the trunk does not change."""
-        if not self.frozen or self.cached:
-            return
-        for split, examples in self.examples.items():
-            scored = score(
-                self.model,
-                examples,
-                self.policy,
-                f"encoding {split}",
-                labelled_only=True,
-                with_surprise=False,
-            )
-            self.cached[split] = TensorDataset(
-                scored.hidden_ND.clone(), torch.tensor(scored.k_NH), torch.tensor(scored.n_NH)
-            )
-
-    def _loader(self, split: str, shuffle: bool) -> DataLoader:
-        if self.frozen:
-            return DataLoader(self.cached[split], batch_size=2048, shuffle=shuffle)
-        epoch = self.trainer.current_epoch if self.trainer else 0
-        seed = self.seed + epoch if shuffle else None
-        rows = [collate(batch) for batch in batches(self.examples[split], seed)]
-        return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
-
-    def train_dataloader(self) -> DataLoader:
-        """Training batches, in a new order every epoch."""
-        return self._loader("train", True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Validation batches."""
-        return self._loader("validation", False)
-
-
-def collate(batch: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(ids (B, T), row (N,), column (N,), k (N, H), n (N, H)) of a batch's labelled positions."""
-    rows = np.concatenate([np.full(len(e.positions_P), i) for i, e in enumerate(batch)])
-    columns = np.concatenate([e.positions_P for e in batch])
-    k = np.concatenate([e.k_PH for e in batch])
-    n = np.concatenate([e.n_PH for e in batch])
-    keep = n.sum(-1) > 0
-    return (
-        pad(batch),
-        torch.tensor(rows[keep]),
-        torch.tensor(columns[keep]),
-        torch.tensor(k[keep]),
-        torch.tensor(n[keep]),
-    )

@@ -1,7 +1,7 @@
 """Export a verifier as a model directory that stock vLLM serves: heads become score tokens.
 
-Heads are rows appended to the output embedding, followed by one all-zero reference row. Untouched
-shards of a large trunk are linked, not copied.
+Heads are rows appended to the output embedding, followed by one all-zero reference row. Adapters
+are merged into the weights they adapt. Untouched shards of a large trunk are linked, not copied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from torch import Tensor
 
 from pav.engine import SCORE_BIAS, SCORE_SCALE
 from pav.errors import UserError
-from pav.verifier import Verifier, refuse_unservable
+from pav.lora import adapted, merged
+from pav.model_card import write_card
+from pav.trunk import refuse_unservable
+from pav.verifier import Verifier
 
 STAMP = "pav.json"
 INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -44,7 +47,12 @@ def export_directory(verifier: Verifier) -> Path:
 
 
 def ensure_export(verifier: Verifier, trunk: str) -> tuple[Path, list[int]]:
-    """Directory and score ids (heads, then reference row); built when missing or stale."""
+    """Directory and score ids (heads, then reference row); built when missing or stale.
+
+    Raises:
+        UserError: if vLLM cannot serve the verifier.
+    """
+    refuse_mlp(verifier)
     directory = export_directory(verifier)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Two searches that start side by side must not build the same directory at once.
@@ -57,8 +65,18 @@ def ensure_export(verifier: Verifier, trunk: str) -> tuple[Path, list[int]]:
         return directory, export_verifier(verifier, trunk, directory)
 
 
+def refuse_mlp(verifier: Verifier) -> None:
+    """Raise where the head is no row of the output embedding."""
+    if verifier.card.head != "linear":
+        raise UserError(
+            f"verifier {str(verifier.path)!r} has head: {verifier.card.head}; vLLM serves linear "
+            "rows only, fused and separate alike, so it cannot search: train with --head linear"
+        )
+
+
 def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int]:
     """Write trunk and score rows to ``directory``; returns the score ids."""
+    refuse_mlp(verifier)
     source = Path(trunk)
     if not source.is_dir():
         from huggingface_hub import snapshot_download
@@ -71,10 +89,11 @@ def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int
     building.mkdir(parents=True)
     rows = torch.cat([verifier.weight / SCORE_SCALE, torch.zeros_like(verifier.weight[:1])])
     if verifier.trunk_state is not None:
-        shards = {"model.safetensors": dict(verifier.trunk_state)}
-        _grow_and_save(shards, rows, config, building)
+        _grow_and_save("model.safetensors", dict(verifier.trunk_state), rows, config, building)
     else:
-        _copy_trunk(source, rows, config, building)
+        _copy_trunk(source, rows, config, building, verifier)
+    # No code of its own, and no word of any: nothing to be talked into trusting.
+    config.pop("auto_map", None)
     vocabulary = config["vocab_size"]
     score_ids = list(range(vocabulary, vocabulary + len(rows)))
     config["vocab_size"] = vocabulary + len(rows)
@@ -82,6 +101,10 @@ def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int
     for pattern in _CARRIED:
         for file in source.glob(pattern):
             shutil.copy2(file, building / file.name)
+    tokenizer = building / "tokenizer_config.json"
+    if tokenizer.exists() and "auto_map" in (plain := json.loads(tokenizer.read_text())):
+        del plain["auto_map"]
+        tokenizer.write_text(json.dumps(plain, indent=1))
     generation = building / "generation_config.json"
     settings = json.loads(generation.read_text()) if generation.exists() else {}
     settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or []), *score_ids]
@@ -94,7 +117,7 @@ def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int
         "bias": verifier.bias.tolist(),
     }
     (building / STAMP).write_text(json.dumps(stamp, indent=1))
-    (building / "README.md").write_text(_readme(stamp))
+    write_card(building, verifier.card, _readme(stamp), "text-generation")
     shutil.rmtree(directory, ignore_errors=True)
     building.replace(directory)
     return score_ids
@@ -106,43 +129,54 @@ def _as_config(plain: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**plain)
 
 
-def _copy_trunk(source: Path, rows: Tensor, config: dict[str, Any], target: Path) -> None:
+def _copy_trunk(
+    source: Path, rows: Tensor, config: dict[str, Any], target: Path, verifier: Verifier
+) -> None:
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise UserError(
             f"trunk {str(source)!r} holds no *.safetensors; save it with save_pretrained first"
         )
+    adapters = verifier.adapters or {}
+    layers = {f"{name}.weight": name for name in adapted(adapters)}
     index = source / "model.safetensors.index.json"
     touched = {file.name for file in files}
     if index.exists():
         where = json.loads(index.read_text())["weight_map"]
-        touched = {where[name] for name in (INPUT, OUTPUT) if name in where}
+        touched = {where[name] for name in (INPUT, OUTPUT, *layers) if name in where}
         shutil.copy2(index, target / index.name)
-    shards = {}
     for file in files:
-        if file.name in touched:
-            shards[file.name] = load_file(file)
-        else:
+        if file.name not in touched:
             (target / file.name).symlink_to(file.resolve())
-    _grow_and_save(shards, rows, config, target)
+            continue
+        shard = load_file(file)
+        for key in shard.keys() & layers.keys():
+            merge = merged(shard[key], adapters, layers.pop(key), verifier.card.lora)
+            # What is served in float32 was calibrated in float32.
+            shard[key] = merge if verifier.card.dtype == "float32" else merge.to(shard[key].dtype)
+        _grow_and_save(file.name, shard, rows, config, target)
+    if layers:
+        raise UserError(
+            f"trunk {str(source)!r} holds no {min(layers)!r}, which an adapter of "
+            f"{str(verifier.path)!r} changes; save the trunk with this version of transformers"
+        )
 
 
 def _grow_and_save(
-    shards: dict[str, dict[str, Tensor]], rows: Tensor, config: dict[str, Any], target: Path
+    name: str, shard: dict[str, Tensor], rows: Tensor, config: dict[str, Any], target: Path
 ) -> None:
     tied = bool(_as_config(config).tie_word_embeddings)
-    for name, shard in shards.items():
-        if INPUT in shard:
-            # Score ids are never inputs; the input matrix only has to have as many rows.
-            shard[INPUT] = _grown(shard[INPUT], rows if tied else torch.zeros_like(rows))
-        if OUTPUT in shard:
-            if tied:
-                del shard[OUTPUT]
-            else:
-                shard[OUTPUT] = _grown(shard[OUTPUT], rows)
-        save_file(
-            {k: v.contiguous() for k, v in shard.items()}, target / name, metadata={"format": "pt"}
-        )
+    if INPUT in shard:
+        # Score ids are never inputs; the input matrix only has to have as many rows.
+        shard[INPUT] = _grown(shard[INPUT], rows if tied else torch.zeros_like(rows))
+    if OUTPUT in shard:
+        if tied:
+            del shard[OUTPUT]
+        else:
+            shard[OUTPUT] = _grown(shard[OUTPUT], rows)
+    save_file(
+        {k: v.contiguous() for k, v in shard.items()}, target / name, metadata={"format": "pt"}
+    )
 
 
 def _grown(matrix: Tensor, rows: Tensor) -> Tensor:

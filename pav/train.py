@@ -9,24 +9,35 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
-from torchmetrics.classification import BinaryAUROC
+from transformers import AutoConfig
 
+from pav.batches import MAX_WASTE
+from pav.checkpoints import resume_or_refuse
 from pav.cli import run
-from pav.data import Example, LabelData, balance, orm_examples, pav_examples
+from pav.data import (
+    TOKENS_PER_BATCH,
+    Example,
+    batches,
+    hardened,
+    orm_examples,
+    padding_waste,
+    pav_examples,
+)
 from pav.errors import UserError
 from pav.export import ensure_export
+from pav.fit import fit
 from pav.labels import LabelSet, read_labels
+from pav.lora import adapters_of, merge_into
+from pav.memory import GIB, MemoryPlan, Work, device_memory, plan_memory, shape_of, ways_out
 from pav.policy import (
     PolicyConfig,
     Prompt,
@@ -35,16 +46,16 @@ from pav.policy import (
     tokenizer_fingerprint,
     weights_digest,
 )
-from pav.progress import LightningProgress
+from pav.reliability import draw
 from pav.report import fit_and_report, print_report
 from pav.tasks.base import Task, task_spec
+from pav.train_config import TrainConfig
+from pav.trunk import HeadedTrunk, load_trunk
 from pav.verifier import (
     FORMAT,
     ORM,
     Card,
-    HeadedTrunk,
     card_json,
-    load_trunk,
     load_verifier,
     prompt_from,
     q_head,
@@ -52,129 +63,24 @@ from pav.verifier import (
 )
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a process advantage verifier, or the ORM baseline, on Monte-Carlo labels.
+def train(config: TrainConfig) -> Card | None:
+    """Train, calibrate, report, save and export (see :class:`TrainConfig`).
 
-    Args:
-        labels: label runs that data_gen.rollouts wrote.
-        output: checkpoint to write, ending in .ckpt; the export for vLLM goes beside it.
-        recipe: ``pav`` (heads q/<policy> and orm, on seed traces) or ``orm`` (one head, on every
-            graded completion).
-        trunk: model under the heads; the policy itself serves fused (no second model).
-        trunk_mode: ``frozen`` trains heads only, ``full`` everything.
-        task: needed only where the labels' task is not built in.
-        prompt: how the trunk is asked; by default as the policy was.
-        dtype: dtype the verifier is served in.
-        alpha: default weight of the advantage in search, stored with the verifier.
-        lr: peak learning rate; by default 0.01 frozen, 2e-5 full.
-        max_epochs: upper limit; training stops early on validation.
-        patience: epochs without improvement before it stops.
-        seed: weights and order.
-        precision: Lightning precision of full training.
-        accelerator: Lightning accelerator.
+    Returns:
+        The card; None in a dry run, and in all processes but the first.
     """
-
-    labels: list[str]
-    output: str = "runs/pav.ckpt"
-    recipe: Literal["pav", "orm"] = "pav"
-    trunk: str = "pav:strong"
-    trunk_mode: Literal["frozen", "full"] = "frozen"
-    task: Task | None = None
-    prompt: Prompt | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    alpha: float = 0.5
-    lr: float | None = None
-    max_epochs: int = 40
-    patience: int = 3
-    seed: int = 0
-    precision: str = "32-true"
-    accelerator: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not self.output.endswith(".ckpt"):
-            raise UserError(f"output is {self.output!r}; give a file name ending in .ckpt")
-        if not 0 <= self.alpha <= 10:
-            raise UserError(f"alpha is {self.alpha}; give a weight from 0 to 10")
+    if config.processes == 1:
+        # A task of a bigger job (SLURM_PROCID) is first among one.
+        setattr(rank_zero_only, "rank", 0)  # noqa: B010
+    if getattr(rank_zero_only, "rank", 0):
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            return _train(config)
+    return _train(config)
 
 
-class VerifierModule(L.LightningModule):
-    """BCE on counts. H heads; a batch is (hidden, k, n) or (ids, rows, columns, k, n)."""
-
-    def __init__(
-        self, model: HeadedTrunk, card: Card, class_weight_2H: Tensor, lr: float, max_epochs: int
-    ) -> None:
-        super().__init__()
-        self.model, self.card, self.lr, self.max_epochs = model, card, lr, max_epochs
-        self.register_buffer("class_weight_2H", class_weight_2H, persistent=False)
-        self.aucs = torch.nn.ModuleList(BinaryAUROC() for _ in card.heads)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, max(1, int(self.trainer.estimated_stepping_batches))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _forward(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        if len(batch) == 3:
-            hidden, k, n = batch
-        else:
-            ids, rows, columns, k, n = batch
-            hidden = self.model.hidden(ids)[rows, columns]
-        return self.model.head_logits(hidden), k, n
-
-    def training_step(self, batch: Sequence[Tensor], index: int) -> Tensor:
-        logits, k, n = self._forward(batch)
-        weights: Tensor = self.class_weight_2H  # type: ignore[assignment]
-        weight = n * torch.where(k >= 0.5 * n, weights[1], weights[0])
-        loss = _bce(logits, k, n, weight)
-        self.log("loss", loss.detach(), prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: Sequence[Tensor], index: int) -> None:
-        logits, k, n = self._forward(batch)
-        self.log("val_loss", _bce(logits, k, n, n), batch_size=int(n.count_nonzero()))
-        for h, auc in enumerate(self.aucs):
-            there = n[:, h] > 0
-            # A head may have no label at all: no outcome where the length cap cut every trace.
-            if there.any():
-                auc.update(logits[there, h], (k[there, h] >= 0.5 * n[there, h]).int())  # type: ignore[operator]
-
-    def on_validation_epoch_end(self) -> None:
-        values = [auc.compute() for auc in self.aucs if auc.update_called]  # type: ignore[operator]
-        for auc in self.aucs:
-            auc.reset()  # type: ignore[operator]
-        self.log("val_auc", torch.stack(values).mean())
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint |= {"verifier": card_json(self.card), "format": FORMAT}
-        # A frozen trunk is found again by name and digest: a checkpoint of heads stays small.
-        if self.card.frozen:
-            state = checkpoint["state_dict"]
-            for key in [k for k in state if k.startswith("model.trunk.")]:
-                del state[key]
-
-
-def _bce(logits: Tensor, k: Tensor, n: Tensor, weight: Tensor) -> Tensor:
-    target = k / n.clamp_min(1e-9)
-    loss = binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="sum")
-    return loss / weight.sum().clamp_min(1e-9)
-
-
-def train(config: TrainConfig) -> Card:
-    """Train, calibrate, report, save and export (see :class:`TrainConfig`)."""
-    output = Path(config.output)
-    if output.exists():
-        raise UserError(f"output {config.output!r} exists; choose another name or remove it")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(output.parent, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise UserError(f"output {config.output!r} cannot be written there; choose another place")
+def _train(config: TrainConfig) -> Card | None:
+    output, working = Path(config.output), Path(config.output).with_suffix(".training")
+    check_output(config, output)
     labels = read_labels(config.labels)
     task = resolve_task(labels.manifest["task_spec"], config.task, f"labels {config.labels[0]!r}")
     check_task(task, labels, config.labels[0])
@@ -189,8 +95,6 @@ def train(config: TrainConfig) -> Card:
             f"trunk {config.trunk!r} has another tokenizer than the labels' policy "
             f"{card.policy['model']!r}; use a trunk of the same tokenizer"
         )
-    L.seed_everything(config.seed, verbose=False)
-    model = HeadedTrunk(load_trunk(path), len(card.heads))
     cap = card.sampler["max_length"]
     train_set, validation = (
         orm_examples(labels, split, policy, cap)
@@ -203,30 +107,133 @@ def train(config: TrainConfig) -> Card:
             f"labels {config.labels} hold {len(train_set)} training and {len(validation)} "
             "validation traces; both are needed: raise problems or validation_problems"
         )
+    if config.loss == "hard":
+        train_set, validation = hardened(train_set), hardened(validation)
     print(
         f"{len(train_set)} training and {len(validation)} validation solutions, heads "
         f"{', '.join(card.heads)} on {config.trunk} ({config.trunk_mode})"
     )
-    fit(config, card, model, train_set, validation, policy)
+    gpu = config.accelerator != "cpu" and torch.cuda.is_available()
+    plan(config, path, [*train_set, *validation], gpu)
+    if not config.dry_run:
+        resume_or_refuse(config, card, working, [*train_set, *validation])
+    L.seed_everything(config.seed, verbose=False)
+    half = config.trunk_mode == "lora" and not config.precision.startswith("32")
+    # On a GPU a frozen trunk computes as it is served; on a CPU single precision is the fast one.
+    served = getattr(torch, config.dtype) if gpu else torch.float32
+    loaded = {"lora": torch.bfloat16 if half else torch.float32, "frozen": served}
+    trunk = load_trunk(path, loaded.get(config.trunk_mode, torch.float32))
+    model = HeadedTrunk(trunk, len(card.heads), config.head)
+    del trunk
+    state = fit(config, model, train_set, validation, policy, working)
+    if config.dry_run:
+        print("dry run: planned, loaded, one batch trained and one validated; nothing was written")
+    if state is None:
+        return None
+    adapters = None
+    if config.frozen:
+        model.load_state_dict(state, strict=False)
+    else:
+        del model
+        model, adapters = trained_model(card, path, state, served)
+    if gpu:
+        model.cuda()
     # Calibration and report need whole base traces: an ORM is judged on them too.
     judged = pav_examples(labels, "validation", card.heads, policy, cap)
     base_name = PolicyConfig(**{**card.policy, "prompt": Prompt()}).label
-    card = fit_and_report(card, model, judged, labels, policy, task, base_name)
-    save(card, model, output)
+    card = fit_and_report(card, model.eval(), judged, labels, policy, task, base_name)
+    save(card, model.cpu(), output, adapters)
+    shutil.rmtree(working, ignore_errors=True)
     print_report(card)
-    verifier = load_verifier(str(output))
-    directory, _ = ensure_export(verifier, path)
     # Undefined metrics are NaN here and null there: NaN is no JSON.
     plain = json.loads(json.dumps(card.validation), parse_constant=lambda _: None)
     output.with_suffix(".json").write_text(json.dumps(plain, indent=1))
-    print(
-        f"verifier: {output} ({output.stat().st_size / 1e6:.1f} MB), export for vLLM: {directory}"
-    )
+    draw(card.validation, output.with_suffix(".png"), f"{output.name}: validation")
+    print(f"verifier: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    if config.head == "mlp":
+        print(
+            f"an mlp head is not served by vLLM: what it buys is in {output.with_suffix('.json')}"
+            "\nnext: pav.train --head linear"
+        )
+        return card
+    directory, _ = ensure_export(load_verifier(str(output)), path)
+    print(f"export for vLLM: {directory}")
     following = (
         "search.compare --help" if config.recipe == "orm" else f"search.beam --verifier {output}"
     )
     print(f"next: {following}")
     return card
+
+
+def trained_model(
+    card: Card, path: str, state: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[HeadedTrunk, dict[str, Tensor] | None]:
+    """The trained model as it will be served, adapters merged, and the adapters alone."""
+    model = HeadedTrunk(load_trunk(path, dtype), len(card.heads), card.head)
+    if not card.lora:
+        model.load_state_dict(state)
+        return model, None
+    adapters = adapters_of({k.removeprefix("trunk."): v for k, v in state.items()})
+    merge_into(model.trunk, adapters, card.lora)
+    model.load_state_dict({k: v for k, v in state.items() if k.startswith("head.")}, strict=False)
+    return model, adapters
+
+
+def check_output(config: TrainConfig, output: Path) -> None:
+    """Never write over a checkpoint, and find out early where nothing can be written."""
+    if output.exists():
+        raise UserError(f"output {config.output!r} exists; choose another name or remove it")
+    if config.dry_run:
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(output.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(f"output {config.output!r} cannot be written there; choose another place")
+
+
+def plan(config: TrainConfig, path: str, examples: list[Example], gpu: bool) -> MemoryPlan:
+    """Print padding and memory, and refuse what does not fit.
+
+    Raises:
+        UserError: naming settings that would fit.
+    """
+    longest = max(len(e.ids) for e in examples)
+    if not config.frozen:
+        parts = list(batches(examples, None, config.tokens_per_batch, MAX_WASTE))
+        print(
+            f"{len(parts)} batches of up to {max(config.tokens_per_batch, longest)} tokens, "
+            f"{padding_waste(parts):.1%} of them padding"
+        )
+    if config.trunk_mode == "full" and config.precision == "bf16-true":
+        print(
+            "WARNING: bf16-true keeps 8 bits of a weight: updates below 1/256 of it are lost; "
+            "bf16-mixed keeps them"
+        )
+    shape = shape_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    work = Work(
+        config.trunk_mode,
+        config.precision,
+        config.dtype if gpu else "float32",
+        max(TOKENS_PER_BATCH if config.frozen else config.tokens_per_batch, longest),
+        longest,
+        config.gradient_checkpointing,
+        shape.adapter_parameters(config.lora) if config.trunk_mode == "lora" else 0,
+        config.processes if config.strategy == "fsdp" else 1,
+    )
+    planned = plan_memory(shape, work)
+    budget = int(config.memory_gib * GIB) if config.memory_gib else device_memory(gpu)
+    print(f"memory: about {planned} of {budget / GIB:.1f} GiB")
+    if planned.total > budget:
+        ways = ways_out(shape, work, config.lora, budget)
+        raise UserError(
+            f"training {config.trunk!r} needs about {planned}, and a device has "
+            f"{budget / GIB:.1f} GiB (memory_gib); "
+            + (f"these fit: {'; '.join(ways)}" if ways else "take a smaller trunk")
+        )
+    return planned
 
 
 def check_task(task: Task, labels: LabelSet, where: str) -> None:
@@ -244,7 +251,9 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
     policy = manifest["policy"]
     base = PolicyConfig(**{**policy, "prompt": prompt_from(policy["prompt"])})
     provers = [name for name in labels.policies if name != base.label]
-    is_pav = config.recipe == "pav"
+    is_pav = config.recipe != "orm"
+    if config.recipe == "pqv":
+        provers = []
     if is_pav and base.label not in labels.policies:
         raise UserError(
             f"labels {config.labels} have no rollouts under the base policy {base.label!r}; "
@@ -254,10 +263,10 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
     digest = weights_digest(model_path(config.trunk))
     return Card(
         heads=[*(q_head(p) for p in [base.label, *provers]), ORM] if is_pav else [ORM],
-        recipe=config.recipe,
+        recipe="pav" if is_pav else "orm",
         trunk=config.trunk,
         trunk_digest=digest,
-        frozen=config.trunk_mode == "frozen",
+        frozen=config.frozen,
         prompt=asdict(prompt),
         dtype=config.dtype,
         task=task_spec(task),
@@ -268,70 +277,32 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
         sampler=manifest["sampler"],
         base_head=q_head(base.label) if is_pav else "",
         prover_head=q_head((provers or [base.label])[0]) if is_pav else "",
-        alpha=config.alpha,
+        alpha=0.0 if config.recipe == "pqv" else config.alpha,
         pick="last" if is_pav else ORM,
+        lora={"rank": config.lora.rank, "alpha": config.lora.alpha}
+        if config.trunk_mode == "lora"
+        else {},
+        head=config.head,
+        loss=config.loss,
     )
 
 
-def fit(
-    config: TrainConfig,
-    card: Card,
-    model: HeadedTrunk,
-    train_set: list[Example],
-    validation: list[Example],
-    policy: Any,
+def save(
+    card: Card, model: HeadedTrunk, output: Path, adapters: dict[str, Tensor] | None = None
 ) -> None:
-    """Train heads (and trunk); the best epoch on validation is kept in ``model``."""
-    for parameter in model.trunk.parameters():
-        parameter.requires_grad_(not card.frozen)
-    lr = config.lr or (0.01 if card.frozen else 2e-5)
-    module = VerifierModule(model, card, torch.tensor(balance(train_set)), lr, config.max_epochs)
-    data = LabelData(model, train_set, validation, policy, card.frozen, config.seed)
-    data.setup("fit")
-    steps = len(data.train_dataloader()) * config.max_epochs
-    # Heads of a PAV are wanted calibrated, an ORM has to rank.
-    monitor, mode = ("val_loss", "min") if card.recipe == "pav" else ("val_auc", "max")
-    working = Path(config.output).with_suffix(".training")
-    best = ModelCheckpoint(
-        working,
-        filename="best",
-        monitor=monitor,
-        mode=mode,
-        save_top_k=1,
-        enable_version_counter=False,
-    )
-    trainer = L.Trainer(
-        max_epochs=config.max_epochs,
-        precision=config.precision,  # type: ignore[arg-type]
-        accelerator="cpu" if card.frozen else config.accelerator,
-        devices=1,
-        logger=False,
-        callbacks=[
-            best,
-            EarlyStopping(monitor, mode=mode, patience=config.patience),
-            LightningProgress(steps),
-        ],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        gradient_clip_val=1.0,
-        reload_dataloaders_every_n_epochs=0 if card.frozen else 1,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(module, datamodule=data)
-    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-    inner = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-    model.load_state_dict(inner, strict=not card.frozen)
-    model.cpu().eval()
-    Path(best.best_model_path).unlink()
-    working.rmdir()
+    """Write the checkpoint in Lightning's format.
 
-
-def save(card: Card, model: HeadedTrunk, output: Path) -> None:
-    """Write the checkpoint in Lightning's format."""
+    Args:
+        card: what the verifier remembers.
+        model: trunk and heads; a frozen or adapted trunk is not written.
+        output: the file.
+        adapters: what changed of an adapted trunk.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
-    if card.frozen:
+    if card.frozen or adapters is not None:
         state = {k: v for k, v in state.items() if not k.startswith("model.trunk.")}
+    state |= {f"model.adapters.{k}": v for k, v in (adapters or {}).items()}
     checkpoint = {
         "state_dict": state,
         "verifier": card_json(card),

@@ -1,8 +1,7 @@
-"""The verifier: a causal LM trunk with linear heads, its checkpoint and what it remembers.
+"""The verifier: heads on a causal LM trunk, its checkpoint and what it remembers.
 
 Head names say what they predict: ``q/<policy>`` the chance that this policy finishes right from
-here, ``orm`` the chance that a complete solution is right. A head is a row on the trunk's last
-hidden state, so that stock vLLM can serve it as a score token (``pav/export.py``).
+here, ``orm`` the chance that a complete solution is right.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
 
 from pav.calibrate import Calibrator
-from pav.engine import SCORE_SCALE
 from pav.errors import UserError
+from pav.lora import merge_into
 from pav.policy import (
     ASSET_PREFIX,
     PolicyConfig,
@@ -31,6 +29,7 @@ from pav.policy import (
     weights_digest,
 )
 from pav.tasks.base import Task
+from pav.trunk import HeadedTrunk, HeadKind, load_trunk
 
 # Of the checkpoint: raised when an older one would not load or would mean something else.
 FORMAT = 2
@@ -49,7 +48,7 @@ class Card:
 
     Attributes:
         heads: head names in row order.
-        recipe: ``pav`` or ``orm``.
+        recipe: ``pav`` (heads of a search; a PQV is one without a prover) or ``orm``.
         trunk: model name or path as given.
         trunk_digest: digest of the trunk's weights before training.
         frozen: whether the trunk was left as it was.
@@ -68,6 +67,9 @@ class Card:
         calibrators: head -> calibrator without surprise.
         surprise_calibrators: head -> calibrator with surprise.
         validation: metrics on the half of validation that the calibrators did not see.
+        lora: ``rank`` and ``alpha`` of the adapters, empty where there are none.
+        head: ``linear`` rows, or an ``mlp`` that vLLM cannot serve.
+        loss: what the heads were fitted with.
     """
 
     heads: list[str]
@@ -90,6 +92,9 @@ class Card:
     calibrators: dict[str, dict[str, Any]] = field(default_factory=dict)
     surprise_calibrators: dict[str, dict[str, Any]] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    head: HeadKind = "linear"
+    loss: str = "bce"
 
     def calibrator(self, head: str, with_surprise: bool) -> Calibrator:
         """Calibrator of ``head``."""
@@ -111,77 +116,6 @@ def prompt_from(plain: dict[str, Any]) -> Prompt:
     return Prompt(**{**plain, "few_shot": [(q, a) for q, a in plain["few_shot"]]})
 
 
-class HeadedTrunk(nn.Module):
-    """Trunk and heads. Shapes: B sequences, T tokens, D hidden size, H heads."""
-
-    def __init__(self, trunk: PreTrainedModel, heads: int) -> None:
-        super().__init__()
-        self.trunk = trunk
-        config = trunk.config
-        refuse_unservable(config)
-        self.cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.head = nn.Linear(config.hidden_size, heads)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Last hidden states (B, T, D) of right-padded ids (B, T)."""
-        # Causal attention: right padding cannot reach a real token, so no mask is needed.
-        states: Tensor = self.trunk.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        return states
-
-    def head_logits(self, hidden: Tensor) -> Tensor:
-        """Head logits (..., H) of hidden states (..., D), exactly as served."""
-        return self.row_logits(hidden) * SCORE_SCALE + self.head.bias
-
-    def row_logits(self, hidden: Tensor) -> Tensor:
-        """What the appended rows of the output embedding say, soft-capped as the model's logits."""
-        rows = nn.functional.linear(hidden, self.head.weight.to(hidden.dtype) / SCORE_SCALE)
-        return self._capped(rows).float()
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-
-    def token_logprobs(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Log-probability (B, T-1) of ids[:, 1:] in the served softmax (score rows included)."""
-        logits = self._capped(self.trunk.get_output_embeddings()(hidden[:, :-1])).float()
-        rows = self.row_logits(hidden[:, :-1])
-        reference = torch.zeros_like(rows[..., :1])
-        normaliser = torch.logsumexp(torch.cat([logits, rows, reference], dim=-1), dim=-1)
-        chosen = logits.gather(-1, ids[:, 1:, None])[..., 0]
-        return chosen - normaliser
-
-
-def refuse_unservable(config: Any) -> None:
-    """Raise where stock vLLM would not serve the rows that were trained."""
-    if config.model_type == "gemma2" and not config.tie_word_embeddings:
-        raise UserError(
-            "trunk is a Gemma 2 with untied embeddings; vLLM always ties Gemma 2, so its scores "
-            "would differ: use a tied Gemma 2 or another trunk"
-        )
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise UserError(
-                f"trunk {config.model_type!r} scales its logits ({name}="
-                f"{getattr(config, name)}); such trunks are not supported: use Llama, Qwen or Gemma"
-            )
-
-
-def load_trunk(path: str) -> PreTrainedModel:
-    """The causal LM at ``path`` in float32."""
-    try:
-        trunk: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load the trunk {path!r}: {reason}") from error
-    if getattr(trunk.config, "attn_logit_softcapping", None):
-        # The default (SDPA) leaves out Gemma 2's soft cap on attention without a word; vLLM has it.
-        trunk.set_attn_implementation("eager")
-    return trunk
-
-
 @dataclass(frozen=True)
 class Verifier:
     """A trained verifier on disk.
@@ -190,9 +124,12 @@ class Verifier:
         path: the checkpoint file.
         digest: digest of the file, stamped on exports.
         card: what it remembers.
-        weight: (H, D) head rows.
-        bias: (H,) head biases, added on our side.
-        trunk_state: the trunk's weights where they were trained, else None.
+        weight: (H, D) head rows; empty for an MLP.
+        bias: (H,) head biases, added on our side; zero for an MLP.
+        trunk_state: the trunk's weights where all were trained, else None.
+        adapters: ``<module>.lora_A.weight`` (rank, in) and ``<module>.lora_B.weight`` (out, rank)
+            where adapters were trained, else None.
+        mlp: weights of an MLP head, else None.
     """
 
     path: Path
@@ -201,6 +138,8 @@ class Verifier:
     weight: Tensor
     bias: Tensor
     trunk_state: dict[str, Tensor] | None
+    adapters: dict[str, Tensor] | None = None
+    mlp: dict[str, Tensor] | None = None
 
 
 def checkpoint_path(name: str) -> Path:
@@ -237,7 +176,12 @@ def load_verifier(name: str) -> Verifier:
             )
         card = Card(**json.loads(checkpoint["verifier"]))
         state = checkpoint["state_dict"]
-        weight, bias = state["model.head.weight"], state["model.head.bias"]
+        heads = _under("model.head.", state)
+        mlp = heads if card.head == "mlp" else None
+        if mlp is not None:
+            weight, bias = torch.zeros(len(card.heads), 0), torch.zeros(len(card.heads))
+        else:
+            weight, bias = heads["weight"], heads["bias"]
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for a hostile or foreign file
@@ -245,10 +189,31 @@ def load_verifier(name: str) -> Verifier:
         raise UserError(
             f"{name!r} is not a verifier checkpoint ({reason}); give a file that pav.train wrote"
         ) from error
-    prefix = "model.trunk."
-    trunk = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    trunk, adapters = _under("model.trunk.", state), _under("model.adapters.", state)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Verifier(path, digest, card, weight.float(), bias.float(), trunk or None)
+    return Verifier(
+        path, digest, card, weight.float(), bias.float(), trunk or None, adapters or None, mlp
+    )
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def load_model(verifier: Verifier, trunk: str) -> HeadedTrunk:
+    """The verifier in transformers, in float32, adapters merged: any head, any trunk mode.
+
+    Args:
+        verifier: the checkpoint.
+        trunk: path of its trunk (:func:`trunk_path`).
+    """
+    model = HeadedTrunk(load_trunk(trunk), len(verifier.card.heads), verifier.card.head)
+    if verifier.trunk_state is not None:
+        model.trunk.load_state_dict(verifier.trunk_state)
+    if verifier.adapters is not None:
+        merge_into(model.trunk, verifier.adapters, verifier.card.lora)
+    model.head.load_state_dict(verifier.mlp or {"weight": verifier.weight, "bias": verifier.bias})
+    return model.eval()
 
 
 def card_json(card: Card) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pav.batches import collate
 from pav.calibrate import Calibrator
-from pav.data import Example, collate, orm_examples, pav_examples, score
+from pav.data import Example, orm_examples, pav_examples, score
 from pav.engine import Engine, EngineConfig, Read, Sampled, drive
 from pav.export import export_verifier
 from pav.labels import LabelSet, Trace, prefix_key
@@ -173,7 +174,7 @@ def test_training_positions_are_serving_positions(
     assert example.ids == prompt + solution
     trained = example.positions_P.tolist()
     assert trained == [start - 1, *(start + end - 2 for end in case.ends)]
-    _, rows, columns, _, _ = collate([example])
+    _, rows, columns, *_ = collate([example])
     assert rows.tolist() == [0] * len(trained)
     assert columns.tolist() == trained
     if not case.capped:

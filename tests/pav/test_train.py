@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -16,95 +14,19 @@ import pytest
 import torch
 
 import pav.train
-from data_gen.store import Store
+from pav.batches import LabelData, class_weights
 from pav.calibrate import SURPRISE
-from pav.data import LabelData, balance, orm_examples, pav_examples
+from pav.data import balance, orm_examples, pav_examples
 from pav.errors import UserError
-from pav.labels import Completion, Trace, prefix_key, read_labels
-from pav.policy import PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
-from pav.tasks.base import Problem, Split, task_spec
-from pav.tasks.tape import Tape, apply, parse
-from pav.train import TrainConfig, VerifierModule, _bce, train
-from pav.verifier import Card, HeadedTrunk, Verifier, card_json, load_trunk, load_verifier
-
-TASK = Tape(n_ops=3)
-SAMPLER = Sampler(max_length=64)
-HEADS = ["q/base", "q/prover", "orm"]
-
-
-def solution(rng: Random, question: str) -> str:
-    """A solution, half of the time with one wrong result."""
-    value, operations = parse(question)
-    slip = rng.randrange(2 * len(operations))
-    lines = []
-    for i, (op, operand) in enumerate(operations):
-        line = f"{value}{op}{operand}="
-        value = (apply(value, op, operand) + (rng.randint(1, 9) if i == slip else 0)) % 100
-        lines.append(f"{line}{value}")
-    return "\n".join([*lines, f"A{value}"])
-
-
-def promising(ids: Sequence[int], limit: int) -> bool:
-    """A planted rule that any trunk can tell: the digit before the delimiter is below ``limit``."""
-    return len(ids) < 2 or ids[-2] - 3 < limit
-
-
-def write_labels(
-    directory: Path, model: Path, *, train_problems: int = 60, validation_problems: int = 40,
-    seeds: int = 4, policies: Sequence[str] = ("base", "prover"), task: Tape = TASK,
-    truncated: bool = False,
-) -> str:  # fmt: skip
-    """A label run in which the base finishes right after digits below 5, the prover below 7."""
-    policy = load_policy(PolicyConfig(str(model), "base"), task.step_rule)
-    manifest = {
-        "format": 1,
-        "task": task.fingerprint,
-        "task_spec": task_spec(task),
-        "tokenizer": tokenizer_fingerprint(policy.tokenizer),
-        "policy": asdict(policy.config),
-        "policy_fingerprint": policy.fingerprint,
-        "sampler": asdict(SAMPLER),
-    }
-    rng = Random(0)
-    splits: list[tuple[Split, int]] = [
-        ("train", train_problems),
-        ("validation", validation_problems),
-    ]
-    with Store(directory, manifest) as store:
-        for split, count in splits:
-            for problem in islice(task.problems(split), count):
-                for seed in range(seeds):
-                    write_trace(store, policy, split, problem, seed, rng, policies, truncated)
-        store.seal(dict.fromkeys(policies, "fingerprint"))
-    return str(directory)
-
-
-def write_trace(
-    store: Store, policy: Any, split: Split, problem: Problem, seed: int, rng: Random,
-    policies: Sequence[str], truncated: bool,
-) -> None:  # fmt: skip
-    text = solution(rng, problem.question)
-    whole = [
-        *policy.tokenizer.encode(text, add_special_tokens=False),
-        policy.tokenizer.eos_token_id,
-    ]
-    ends = policy.stepper.step_ends(whole)
-    ids = whole[: ends[-2] + 1] if truncated else whole
-    store.add(
-        Trace(f"{problem.id}/{seed}", problem.id, problem.question, problem.gold, split, "base",
-              seed, ids, ends[:-1] if truncated else ends, text.rsplit("A")[-1],
-              promising(whole, 5) and not truncated, truncated)
-    )  # fmt: skip
-    for end in (0, *ends[:-1]):
-        prefix = whole[:end]
-        key = prefix_key(problem.id, prefix)
-        for name, limit in zip(policies, (5, 7), strict=False):
-            for index in range(2):
-                if (key, name, index) not in store.completions:
-                    store.add(
-                        Completion(key, problem.id, name, index, prefix, whole[end:], "1",
-                                   promising(prefix, limit), False)
-                    )  # fmt: skip
+from pav.fit import VerifierModule
+from pav.labels import read_labels
+from pav.policy import PolicyConfig, load_policy
+from pav.tasks.tape import Tape
+from pav.train import train
+from pav.train_config import TrainConfig
+from pav.trunk import HeadedTrunk, load_trunk
+from pav.verifier import Card, Verifier, card_json, load_model, load_verifier
+from tests.pav.label_runs import HEADS, TASK, write_labels
 
 
 @pytest.fixture(scope="module")
@@ -124,25 +46,31 @@ def trained(
     kept: list[HeadedTrunk] = []
     save = pav.train.save
 
-    def keep_and_save(card: Card, model: HeadedTrunk, output: Path) -> None:
+    def keep_and_save(card: Card, model: HeadedTrunk, output: Path, adapters: Any) -> None:
         kept.append(copy.deepcopy(model))
-        save(card, model, output)
+        save(card, model, output, adapters)
 
     monkeypatch.setattr(pav.train, "save", keep_and_save)
     card = train(config)
+    assert card is not None
     return card, kept[0], load_verifier(config.output)
 
 
+def adapted(names: set[str]) -> set[str]:
+    """The weights that adapters change: all layers but the embeddings and norms."""
+    return {n for n in names if n.endswith("_proj.weight")}
+
+
 @pytest.mark.parametrize("recipe", ["pav", "orm"])
-@pytest.mark.parametrize("mode", ["frozen", "full"])
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_what_is_trained_moves_and_comes_back_from_the_checkpoint(
     recipe: Any, mode: Any, labels: str, trunk: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     lr, epochs = (None, 12) if mode == "frozen" else (5e-3, 4)
     config = TrainConfig(
-        [labels], str(tmp_path / "pav.ckpt"), recipe, str(trunk), mode, lr=lr, max_epochs=epochs,
-        accelerator="cpu",
+        [labels], str(tmp_path / "pav.ckpt"), recipe, str(trunk), mode, lr=lr, head_lr=5e-3,
+        max_epochs=epochs, accelerator="cpu",
     )  # fmt: skip
     card, model, verifier = trained(config, monkeypatch)
 
@@ -150,7 +78,8 @@ def test_what_is_trained_moves_and_comes_back_from_the_checkpoint(
     before = load_trunk(str(trunk)).state_dict()
     moved = {k for k, v in model.trunk.state_dict().items() if not torch.equal(v, before[k])}
     # No loss reaches the output rows of the trunk's own tokens.
-    assert moved == (set() if mode == "frozen" else before.keys() - {"lm_head.weight"})
+    whole = before.keys() - {"lm_head.weight"}
+    assert moved == {"frozen": set(), "lora": adapted(whole), "full": whole}[mode]
     assert (model.head.weight.norm(dim=1) > 0).all()
     assert (model.head.bias != 0).all()
     # Nor the input rows of tokens that no solution holds (padding).
@@ -159,15 +88,13 @@ def test_what_is_trained_moves_and_comes_back_from_the_checkpoint(
 
     # The checkpoint says what the model in memory said, to the last bit.
     assert card_json(verifier.card) == card_json(card)
-    assert (verifier.trunk_state is None) == (mode == "frozen")
-    again = HeadedTrunk(load_trunk(str(trunk)), len(card.heads))
-    again.head.load_state_dict({"weight": verifier.weight, "bias": verifier.bias})
-    if verifier.trunk_state is not None:
-        again.trunk.load_state_dict(verifier.trunk_state)
+    assert (verifier.trunk_state is None) == (mode != "full")
+    assert (verifier.adapters is None) == (mode != "lora")
+    again = load_model(verifier, str(trunk))
     ids = torch.randint(1, 19, (4, 40), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(
-            again.eval().head_logits(again.hidden(ids)), model.head_logits(model.hidden(ids))
+            again.head_logits(again.hidden(ids)), model.head_logits(model.hidden(ids))
         )
 
     # It learned what was planted, and says so of problems that it was not fitted on.
@@ -180,7 +107,7 @@ def test_what_is_trained_moves_and_comes_back_from_the_checkpoint(
     assert json.loads((tmp_path / "pav.json").read_text()).keys() == card.validation.keys()
     assert (tmp_path / "pav.export" / "model.safetensors").exists()
     left = sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock"))
-    assert left == ["pav.ckpt", "pav.export", "pav.json"]
+    assert left == ["pav.ckpt", "pav.export", "pav.json", "pav.png"]
     assert (card.base_head, card.prover_head) == (
         ("q/base", "q/prover") if recipe == "pav" else ("", "")
     )
@@ -220,9 +147,10 @@ def test_training_twice_gives_the_same_heads(
     assert torch.equal(*weights)
 
 
+@pytest.mark.parametrize("loss", ["bce", "beta_binomial"])
 @pytest.mark.parametrize("recipe", ["pav", "orm"])
 def test_cached_features_of_a_frozen_trunk_give_the_loss_of_a_full_forward(
-    recipe: str, labels: str, trunk: Path
+    recipe: str, loss: Any, labels: str, trunk: Path
 ) -> None:
     found = read_labels([labels])
     policy = load_policy(PolicyConfig(str(trunk)), TASK.step_rule)
@@ -235,29 +163,25 @@ def test_cached_features_of_a_frozen_trunk_give_the_loss_of_a_full_forward(
     ]
     model = HeadedTrunk(load_trunk(str(trunk)), len(heads))
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    module = VerifierModule(
-        model, card_of(heads), torch.tensor(balance(sets[0])), lr=0.1, max_epochs=1
-    )
+    config = TrainConfig([labels], loss=loss)
+    weights = balance(sets[0])
+    module = VerifierModule(model, weights, config)
     losses, gradients = [], []
     for frozen in (True, False):
-        data = LabelData(model, *sets, policy, frozen, seed=0)
+        data = LabelData(model, *sets, policy, frozen, 0, weights, 8192)
         data.setup("fit")
-        outputs = [module._forward(batch) for batch in data.val_dataloader()]
-        logits, k, n = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-        assert (n.sum(dim=-1) > 0).all()
-        model.head.zero_grad()
-        loss = _bce(logits, k, n, n)
-        loss.backward()
-        losses.append(loss.item())
+        summed, total = torch.zeros(()), torch.zeros(())
+        for batch in data.val_dataloader():
+            logits = module.logits(batch)
+            assert (batch.n_NH.sum(dim=-1) > 0).all()
+            weight = class_weights(batch.k_NH, batch.n_NH, module.weight_2H, torch.where)
+            summed, total = summed + module.summed(logits, batch, weight), total + weight.sum()
+        module.zero_grad()
+        (summed / total).backward()
+        losses.append((summed / total).item())
         gradients.append(model.head.weight.grad.clone())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-
-
-def card_of(heads: list[str]) -> Card:
-    return Card(
-        heads, "pav", "", "", True, {}, "float32", {}, "", {}, "", "", {}, "", "", 0.5, "last"
-    )
 
 
 def test_both_classes_weigh_the_same(labels: str, trunk: Path) -> None:

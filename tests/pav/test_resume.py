@@ -1,0 +1,231 @@
+"""Runs that stop go on to the same weights, and runs on several processes train the same model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pav.train
+from pav.cli import run
+from pav.errors import UserError
+from pav.fit import VerifierModule
+from pav.lora import Lora
+from pav.train import train
+from pav.train_config import TrainConfig
+from pav.verifier import Card
+from tests.pav.label_runs import write_labels
+
+# Kills itself the hard way when it starts the seventh batch.
+KILLED = """
+import os, signal, sys
+from pav.fit import VerifierModule
+from pav.train import main
+
+start = VerifierModule.on_train_batch_start
+def die(self, batch, index):
+    if self.trainer.fit_loop.epoch_loop.total_batch_idx == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start(self, batch, index)
+
+VerifierModule.on_train_batch_start = die
+main()
+"""
+
+
+class Died(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture(scope="module")
+def trunk(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def labels(trunk: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("resume") / "labels"
+    return write_labels(directory, trunk, train_problems=24, validation_problems=8, seeds=4)
+
+
+@pytest.fixture
+def config(labels: str, trunk: Path, tmp_path: Path) -> TrainConfig:
+    """Four batches an epoch, a checkpoint after each but an epoch's last."""
+    return TrainConfig(
+        [labels], str(tmp_path / "pav.ckpt"), trunk=str(trunk), trunk_mode="full", lr=1e-3,
+        accelerator="cpu", max_epochs=3, tokens_per_batch=1024, checkpoint_minutes=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out calibration and report, which these tests do not look at."""
+
+    def unreported(card: Card, *_: Any) -> Card:
+        return card
+
+    monkeypatch.setattr(pav.train, "fit_and_report", unreported)
+    monkeypatch.setattr(pav.train, "print_report", lambda card: None)
+    monkeypatch.setattr("pav.batches.ROWS_PER_BATCH", 64)
+
+
+def weights(config: TrainConfig) -> dict[str, Tensor]:
+    return dict(torch.load(config.output, weights_only=True)["state_dict"])
+
+
+def command(config: TrainConfig) -> list[str]:
+    """The command line of ``config``, as far as it differs from the default."""
+    words = []
+    for name in TrainConfig.__dataclass_fields__:
+        value = getattr(config, name)
+        if name not in ("task", "prompt", "lora") and value is not None:
+            words += [f"--{name}", f"[{value[0]}]" if name == "labels" else str(value)]
+    return words
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, batch: int, how: Callable[[], None]) -> None:
+    """Lets ``how`` happen at the start of the batch of that number, once."""
+    start = VerifierModule.on_train_batch_start
+    left = [batch]
+
+    def stop(self: Any, *args: Any) -> None:
+        if left and self.trainer.fit_loop.epoch_loop.total_batch_idx == left[0]:
+            left.clear()
+            how()
+        start(self, *args)
+
+    monkeypatch.setattr(VerifierModule, "on_train_batch_start", stop)
+
+
+def die() -> None:
+    raise Died
+
+
+@pytest.mark.parametrize("batch", [2, 6, 9])
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+def test_run_that_died_goes_on_to_the_weights_of_an_unbroken_one(
+    mode: Any, batch: int, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    # Dropout draws random numbers, a warm-up has a schedule that must go on where it was, and two
+    # batches an optimiser step must not be torn apart.
+    config = replace(
+        config, trunk_mode=mode, lora=Lora(rank=2, dropout=0.3), warmup=3,
+        accumulate=1 if mode == "frozen" else 2, tokens_per_batch=512,
+    )  # fmt: skip
+    unbroken = replace(config, output=str(tmp_path / "unbroken.ckpt"))
+    train(unbroken)
+    stop_at(monkeypatch, batch, die)
+    with pytest.raises(Died):
+        train(config)
+    assert not Path(config.output).exists()
+    assert (tmp_path / "pav.training" / "last.ckpt").exists()
+    capsys.readouterr()
+    train(config)
+    assert "resuming from" in capsys.readouterr().out
+    assert same(weights(config), weights(unbroken))
+    # Nothing is left but what was asked for.
+    assert not (tmp_path / "pav.training").exists()
+
+
+def test_kill_minus_nine_in_mid_epoch_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    killed = subprocess.run(
+        [sys.executable, str(script), *command(config)], capture_output=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    unbroken = replace(config, output=str(tmp_path / "unbroken.ckpt"))
+    train(unbroken)
+    train(config)
+    assert same(weights(config), weights(unbroken))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_between_two_steps_and_the_same_command_resumes(
+    number: signal.Signals, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = replace(config, checkpoint_minutes=1000)
+    before = signal.getsignal(number)
+    stop_at(monkeypatch, 5, lambda: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as stopped:
+        run(train, TrainConfig, "pav.train", command(config))
+    assert stopped.value.code == 130
+    assert "interrupted; the same command resumes" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    last = torch.load(tmp_path / "pav.training" / "last.ckpt", weights_only=True)
+    # One step later where the next one is an epoch's last: see LastCheckpoint.
+    assert last["global_step"] in (6, 7)
+    train(config)
+    unbroken = replace(config, output=str(tmp_path / "unbroken.ckpt"))
+    train(unbroken)
+    assert same(weights(config), weights(unbroken))
+
+
+def test_unfinished_run_of_another_configuration_is_refused_by_name(
+    config: TrainConfig, labels: str, trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 2, die)
+    with pytest.raises(Died):
+        train(config)
+    other = replace(config, lr=3e-3, accumulate=2)
+    with pytest.raises(UserError) as refused:
+        train(other)
+    assert "\n" not in str(refused.value)
+    said = str(refused.value)
+    assert "holds an unfinished run with another accumulate, lr (accumulate: 1 there, 2" in said
+    assert "restore it, choose another output, or remove" in said
+    # Labels that grew are other labels, also under the same name.
+    write_labels(tmp_path / "more", trunk, train_problems=25, validation_problems=8)
+    grown = replace(config, labels=[str(tmp_path / "more")])
+    with pytest.raises(UserError, match="another label_contents, labels"):
+        train(grown)
+    # What does not change the result may change.
+    train(replace(config, checkpoint_minutes=5.0, logger="none", memory_gib=500))
+
+
+def test_first_process_says_what_is_trained_before_it_trains(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 0, die)
+    with pytest.raises(Died):
+        train(config)
+    plain = json.loads((tmp_path / "pav.training" / "train.json").read_text())
+    assert plain["lr"] == 1e-3
+    assert len(plain["label_contents"]) == 16
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_the_model_of_one(
+    strategy: Any, config: TrainConfig, tmp_path: Path
+) -> None:
+    together = replace(config, devices=2, strategy=strategy, max_epochs=1)
+    done = subprocess.run(
+        [sys.executable, "-m", "pav.train", *command(together)], capture_output=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    # An optimiser step of one process is as many batches, one after the other.
+    alone = replace(config, output=str(tmp_path / "alone.ckpt"), accumulate=2, max_epochs=1)
+    train(alone)
+    one, two = weights(alone), weights(together)
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=1e-4)
+    assert not torch.equal(one["model.head.weight"], torch.zeros_like(one["model.head.weight"]))
