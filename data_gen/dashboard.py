@@ -13,18 +13,17 @@ def draw(health: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     policies = health["policies"]
-    figure = Figure(figsize=(15, 8.4), layout="constrained")
-    axes = figure.subplots(2, 3)
-    _rates(axes[0, 0], health)
-    names = list(policies)
-    for axis, name in zip((axes[0, 1], axes[0, 2]), (names + [None])[:2], strict=True):
-        if name is None:
-            axis.axis("off")
-        else:
-            _histogram(axis, name, policies[name]["steps"])
-    _first_errors(axes[1, 0], policies)
-    _noise(axes[1, 1], policies)
-    _summary(axes[1, 2], health)
+    rows = -(-(4 + len(policies)) // 3)
+    figure = Figure(figsize=(15, 4.2 * rows), layout="constrained")
+    axes = iter(figure.subplots(rows, 3).flat)
+    _rates(next(axes), health)
+    for name, values in policies.items():
+        _histogram(next(axes), name, values["steps"])
+    _first_errors(next(axes), policies)
+    _noise(next(axes), policies)
+    _summary(next(axes), health)
+    for axis in axes:
+        axis.axis("off")
     figure.suptitle(
         f"label health: {health['problems']} problems, {health['labels']} labels, "
         f"{health['rollouts']} rollouts"

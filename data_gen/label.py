@@ -9,19 +9,22 @@ of the next round are sampled while a round is rolled out.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from math import inf
 from time import monotonic
 from typing import Any
 
-from data_gen.store import Key, Store
+from data_gen.pool import RemoteEngine
+from data_gen.store import Store
+from data_gen.strategies import Plan, Request, wanted
 from pav.engine import Engine, drive, seed_of
 from pav.errors import UserError
 from pav.labels import Completion, Trace, prefix_key
 from pav.policy import Policy, Sampler
 from pav.progress import Reporter
+from pav.steps import Stepper
 from pav.tasks.base import Problem, Split, Task
 
 
@@ -58,7 +61,7 @@ class Roller:
     """A policy with its engine."""
 
     policy: Policy
-    engine: Engine
+    engine: Engine | RemoteEngine
     sampler: Sampler
 
     @property
@@ -97,7 +100,7 @@ class Labeler:
     Attributes:
         task: the grader.
         rollers: rollout policies, the base first.
-        n_mc: rollouts per prefix and rollout policy.
+        plan: how rollouts are spent; names the same policies.
         seed: run seed; every request's seed is a hash of it and of the request's key.
         store: where finished solutions and rollouts go.
         deadline: on the monotonic clock; what finishes later ends the run.
@@ -105,7 +108,7 @@ class Labeler:
 
     task: Task
     rollers: list[Roller]
-    n_mc: int
+    plan: Plan
     seed: int
     store: Store
     deadline: float = inf
@@ -143,22 +146,14 @@ class Labeler:
         return trace
 
     async def rollouts(self, trace: Trace, problem: Problem) -> None:
-        """Rollouts from all prefixes of ``trace``; skips what is there."""
-        await asyncio.gather(
-            *(
-                self._rollout(roller, index, ids, problem)
-                for ids in prefixes(trace)
-                for roller in self.rollers
-                for index in range(self.n_mc)
-            )
-        )
+        """Rollouts from the prefixes of ``trace`` until the plan wants no more."""
+        stepper = self.rollers[0].policy.stepper
+        while requests := wanted(self.plan, trace, self.store.completions, stepper):
+            await asyncio.gather(*(self._rollout(request, problem) for request in requests))
 
-    async def _rollout(
-        self, roller: Roller, index: int, prefix: list[int], problem: Problem
-    ) -> None:
-        key = prefix_key(problem.id, prefix)
-        if (key, roller.name, index) in self.store.completions:
-            return
+    async def _rollout(self, request: Request, problem: Problem) -> None:
+        key, prefix, index = request.key, request.prefix, request.index
+        roller = next(r for r in self.rollers if r.name == request.policy)
         ids, truncated = await roller.finish(
             problem, prefix, seed_of(self.seed, "rollout", roller.name, key, index)
         )
@@ -177,34 +172,14 @@ class Labeler:
             raise OutOfTime
 
 
-def prefixes(trace: Trace) -> list[list[int]]:
-    """Solution ids of every prefix to label: step 0 and every step but the one that ends it."""
-    ends = trace.step_ends if trace.truncated else trace.step_ends[:-1]
-    return [[], *(trace.ids[:end] for end in ends)]
-
-
-def owed(
-    rounds: list[list[Seed]], policies: list[str], n_mc: int, store: Store
-) -> list[list[Seed]]:
+def owed(rounds: list[list[Seed]], plan: Plan, store: Store, stepper: Stepper) -> list[list[Seed]]:
     """What the store lacks of ``rounds``."""
-    return [
-        [
-            seed
-            for seed in seeds
-            if not is_labelled(store.traces.get(seed.trace_id), policies, n_mc, store.completions)
-        ]
-        for seeds in rounds
-    ]
 
+    def is_owed(seed: Seed) -> bool:
+        trace = store.traces.get(seed.trace_id)
+        return trace is None or bool(wanted(plan, trace, store.completions, stepper))
 
-def is_labelled(
-    trace: Trace | None, policies: Iterable[str], n_mc: int, completions: dict[Key, Completion]
-) -> bool:
-    """Whether every prefix of a trace has its ``n_mc`` rollouts under each of ``policies``."""
-    if trace is None:
-        return False
-    keys = [prefix_key(trace.problem_id, ids) for ids in prefixes(trace)]
-    return all((key, p, i) in completions for key in keys for p in policies for i in range(n_mc))
+    return [[seed for seed in seeds if is_owed(seed)] for seeds in rounds]
 
 
 class _Turns:
@@ -239,7 +214,7 @@ def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
         UserError: if the store cannot be written.
     """
     store = labeler.store
-    todo = owed(rounds, [r.name for r in labeler.rollers], labeler.n_mc, store)
+    todo = owed(rounds, labeler.plan, store, labeler.rollers[0].policy.stepper)
     turns = _Turns([len(seeds) for seeds in todo])
 
     async def job(number: int, seed: Seed) -> Exception | None:
@@ -272,6 +247,8 @@ def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
                 raise error
             done += 1
             tokens = sum(e.usage.generated for e in engines) / max(monotonic() - started, 1e-9)
-            reporter.update(done, f"{len(store.completions)} rollouts, {tokens:.0f} tokens/s")
+            lines = [line for e in engines if isinstance(e, RemoteEngine) for line in e.lines]
+            note = f"{len(store.completions)} rollouts, {tokens:.0f} tokens/s"
+            reporter.update(done, note, lines)
 
         drive(engines, jobs, advance, concurrency)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
 from data_gen.interrupt import interruptible
 from data_gen.runs import Run, read_run, run_on_directories
@@ -59,6 +60,7 @@ def merge(config: MergeConfig) -> None:
             Path(config.output), manifest, store.traces, store.completions, seconds=seconds
         )
         print_health(write_health(merged), Path(config.output))
+        write_data_card(merged)
     print(f"next: pav.train --labels '[{config.output}]' --output runs/pav.ckpt")
 
 

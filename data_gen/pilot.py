@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
 
 import numpy as np
 
-from data_gen.label import Labeler, Roller, Seed, label, prefixes
+from data_gen.label import Labeler, Roller, Seed, label
 from data_gen.rollouts import RolloutsConfig, loaded
 from data_gen.store import JOURNAL, Store
 from pav.labels import Completion, Trace
@@ -22,10 +22,21 @@ PROBLEMS = 32
 
 @dataclass(frozen=True)
 class Pilot:
-    """What labelling a few solutions with one rollout per prefix gave."""
+    """What labelling a few solutions gave.
+
+    Attributes:
+        traces: the solutions.
+        completions: their rollouts.
+        factor: rollouts of the run for one of the pilot.
+        seconds: that it took.
+        tokens: sampled.
+        journal_bytes: size of its journal.
+        table_bytes: size of its tables.
+    """
 
     traces: list[Trace]
     completions: list[Completion]
+    factor: int
     seconds: float
     tokens: int
     journal_bytes: int
@@ -39,17 +50,20 @@ def print_plan(config: RolloutsConfig, policies: list[Policy], rounds: list[list
     traces = sum(map(len, rounds))
     problems = len({seed.problem.id for seeds in rounds for seed in seeds})
     # Step 0 is shared by the seeds of a problem; what else they share is left out of account.
-    later = traces * _mean([len(prefixes(t)) - 1 for t in pilot.traces])
-    rollouts = (problems + later) * len(policies) * config.n_mc
+    first = [c for c in pilot.completions if not c.prefix_ids]
+    rest = [c for c in pilot.completions if c.prefix_ids]
+    per_problem = problems / len({t.problem_id for t in pilot.traces})
+    per_trace = traces / len(pilot.traces)
+    labelled = per_problem * len({c.prefix_key for c in first})
+    labelled += per_trace * len({c.prefix_key for c in rest})
+    rollouts = (per_problem * len(first) + per_trace * len(rest)) * pilot.factor
     tokens = traces * _mean([len(t.ids) for t in pilot.traces] if not config.seeds_from else [0])
-    for policy in policies:
-        own = [c for c in pilot.completions if c.policy == policy.config.label]
-        first = _mean([len(c.ids) for c in own if not c.prefix_ids])
-        rest = _mean([len(c.ids) for c in own if c.prefix_ids])
-        tokens += (problems * first + later * rest) * config.n_mc
+    tokens += per_problem * pilot.factor * sum(len(c.ids) for c in first)
+    tokens += per_trace * pilot.factor * sum(len(c.ids) for c in rest)
     records = len(pilot.traces) + len(pilot.completions)
     share = (traces + rollouts) / records
-    hours = tokens / (pilot.tokens / pilot.seconds) / 3600
+    # Given solutions without rollouts take no tokens at all.
+    hours = tokens * pilot.seconds / max(1, pilot.tokens) / 3600
     steps = [len(t.step_ends) for t in pilot.traces]
     per_step = sum(t.step_ends[-1] for t in pilot.traces if t.step_ends) / max(1, sum(steps))
     empty = empty_share([t.ids for t in pilot.traces], policies[0].stepper)
@@ -59,17 +73,15 @@ def print_plan(config: RolloutsConfig, policies: list[Policy], rounds: list[list
         "tokens/s)\n"
         f"  {_mean(steps):.1f} steps per trace, {per_step:.1f} tokens per step, {empty:.1%} of the "
         "steps empty\n"
-        f"plan: {problems} problems, {traces} traces, at most {later + problems:.0f} prefixes, "
+        f"plan: {problems} problems, {traces} traces, at most {labelled:.0f} prefixes, "
         f"{rollouts:.0f} rollouts, {tokens:.3g} tokens\n"
         f"  disk: {pilot.table_bytes * share / 1e6:.1f} MB of tables, and "
         f"{pilot.journal_bytes * share / 1e6:.1f} MB of journal until they are sealed\n"
         f"  time: {hours:.2f} hours at the pilot's rate (a long run keeps the engine fuller)"
     )
     if config.hours is not None:
-        print(
-            f"  --hours {config.hours}: about {min(1.0, config.hours / hours) * len(rounds):.1f} "
-            f"of {len(rounds)} rounds"
-        )
+        share = min(1.0, config.hours / max(hours, 1e-9))
+        print(f"  --hours {config.hours}: about {share * len(rounds):.1f} of {len(rounds)} rounds")
     print("nothing was written; the same command without --dry_run starts the run")
 
 
@@ -85,11 +97,16 @@ def _first_of_each_writer(rounds: list[list[Seed]]) -> list[list[Seed]]:
 
 
 def _pilot(config: RolloutsConfig, rollers: list[Roller], rounds: list[list[Seed]]) -> Pilot:
+    plan, factor = config.plan, 1
+    # What a strategy spends depends on outcomes; without one, a rollout tells what many cost.
+    if plan.strategy == "all_prefixes" and not plan.branches and plan.n_mc > 1:
+        plan, factor = replace(plan, n_mc=1), plan.n_mc
     with TemporaryDirectory() as name:
         directory = Path(name)
         with Store(directory, {}) as store:
             started = monotonic()
-            label(Labeler(config.task, rollers, 1, config.seed, store), rounds, config.concurrency)
+            labeler = Labeler(config.task, rollers, plan, config.seed, store)
+            label(labeler, rounds, config.concurrency)
             seconds = monotonic() - started
             journal_bytes = (directory / JOURNAL).stat().st_size
             store.seal({r.name: "" for r in rollers})
@@ -97,6 +114,7 @@ def _pilot(config: RolloutsConfig, rollers: list[Roller], rounds: list[list[Seed
         return Pilot(
             list(store.traces.values()),
             list(store.completions.values()),
+            factor,
             seconds,
             sum(r.engine.usage.generated for r in rollers),
             journal_bytes,

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
 from data_gen.interrupt import interruptible
 from data_gen.runs import Run, base_policy, read_run, run_on_directories, task_of
@@ -40,6 +41,11 @@ def regrade(config: RegradeConfig) -> None:
     A death on the way leaves some grades old and some new: the same command mends that.
     """
     run = read_run(config.labels)
+    if "imported" in run.manifest:
+        raise UserError(
+            f"labels {config.labels!r} were imported: there are no rollouts to grade; import them "
+            "again instead"
+        )
     task = _task(config, run)
     policy = base_policy(run, task)
     problems = {
@@ -82,6 +88,7 @@ def regrade(config: RegradeConfig) -> None:
         print(f"  labels: {len(flipped)} counts hold a changed grade")
         after = Run(run.directory, manifest, store.traces, store.completions, seconds=store.seconds)
         print_health(write_health(after), run.directory)
+        write_data_card(after)
 
 
 def _task(config: RegradeConfig, run: Run) -> Task:

@@ -16,16 +16,20 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
 from data_gen.interrupt import interruptible
 from data_gen.label import Labeler, OutOfTime, Roller, Seed, label, owed
+from data_gen.pool import WORKERS, Model, RemoteEngine
 from data_gen.runs import Run
 from data_gen.seeds import digest, given_rounds
 from data_gen.store import Store
+from data_gen.strategies import Plan, Strategy
+from data_gen.workers import open_pool
 from pav.cli import run
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
-from pav.policy import Policy, PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
+from pav.policy import Policy, PolicyConfig, Sampler, asked, load_policy, tokenizer_fingerprint
 from pav.tasks.base import Problem, Split, Task, task_spec
 from pav.tasks.tape import Tape
 
@@ -39,7 +43,8 @@ class RolloutsConfig:
             in it.
         task: problems and grader.
         policy: the base policy, whose search the verifier will guide.
-        prover: rollout policy whose advantages matter; by default the base policy itself.
+        prover: rollout policy whose advantages matter, or a list of several; all label the same
+            prefixes as the base policy does. By default the base policy itself.
         sampler: how all of them sample; stored with the labels.
         problems: training problems.
         skip: training and validation problems to leave out at the start (to split a run by hand).
@@ -47,20 +52,34 @@ class RolloutsConfig:
         seeds_from: ``.jsonl`` file of solutions to label in place of sampled seeds; a line has
             ``problem_id`` or ``question``, and ``text`` or token ``ids``.
         shard: ``i/n``: label every n-th problem from the i-th on (i from 0), for job arrays.
-        n_seeds: seed solutions per problem.
-        prover_share: share of the seeds that the prover writes.
-        n_mc: rollouts per prefix and rollout policy.
-        concurrency: seed solutions in flight, each with the rollouts of its prefixes.
+        n_seeds: seed solutions per problem (the paper's n_cov). A budget of rollouts buys seeds or
+            ``n_mc``, their product stays about the same: coverage wins while it is small, sharp
+            labels win when it is large (PAV paper, Fig. 13).
+        prover_share: share of the seeds that the provers write, in equal parts.
+        n_mc: rollouts per prefix and rollout policy; ``adaptive`` spends that on average at most.
+            With 0 there are solutions only, for data_gen.likelihood.
+        strategy: ``all_prefixes``; ``first_pit``: of wrong solutions no further than to the first
+            prefix without a right rollout; ``adaptive``: rollouts where the value of a prefix is
+            least known, until it is known well enough (see data_gen/strategies.py).
+        max_labelled_prefixes: label at most so many prefixes of a solution, spread evenly over it,
+            the problem and the last one always; by default all.
+        branches: for data_gen.select_prover: in every state of the base's solutions, the next steps
+            that so many of its rollouts took are labelled, too.
+        concurrency: seed solutions in flight per worker, each with the rollouts of its prefixes.
         seed: run seed; every request's seed is a hash of it and of the request's key.
         hours: stop after so many hours, sealed; the same command goes on.
         dry_run: print what the run would take, from a small pilot, and write nothing.
+        workers: processes with engines of their own. They share the visible GPUs,
+            ``engine.tensor_parallel_size`` each, or the cores; requests and seeds are those of one.
+        ray: address of a Ray cluster that the workers run on (``auto``, ``host:port``), or
+            ``local``; needs the extra ``ray``.
         engine: device settings.
     """
 
     output: str
     task: Task = field(default_factory=Tape)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    prover: PolicyConfig | None = None
+    prover: PolicyConfig | list[PolicyConfig] | None = None
     sampler: Sampler = field(default_factory=Sampler)
     problems: int = 1000
     skip: int = 0
@@ -70,23 +89,58 @@ class RolloutsConfig:
     n_seeds: int = 8
     prover_share: float = 0.5
     n_mc: int = 1
+    strategy: Strategy = "all_prefixes"
+    max_labelled_prefixes: int | None = None
+    branches: int = 0
     concurrency: int = 256
     seed: int = 0
     hours: float | None = None
     dry_run: bool = False
+    workers: int = 1
+    ray: str | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        if self.n_seeds < 1 or self.n_mc < 1:
+        if self.n_seeds < 1 or self.n_mc < 0:
             raise UserError(
-                f"n_seeds is {self.n_seeds}, n_mc is {self.n_mc}; both must be positive"
+                f"n_seeds is {self.n_seeds}, n_mc is {self.n_mc}; give at least one seed, and no "
+                "negative number of rollouts"
+            )
+        most = self.max_labelled_prefixes
+        if most is not None and most < 2:
+            raise UserError(
+                f"max_labelled_prefixes is {most}; give 2 (the problem and the last one) or more"
+            )
+        if not 0 <= self.branches <= self.n_mc:
+            raise UserError(
+                f"branches is {self.branches}; give a number from 0 to n_mc ({self.n_mc}): "
+                "branches are the first steps of rollouts"
+            )
+        if self.branches and self.strategy != "all_prefixes":
+            raise UserError(
+                f"branches is {self.branches} with strategy {self.strategy!r}; data_gen."
+                "select_prover needs strategy all_prefixes"
             )
         if not 0 <= self.prover_share <= 1:
             raise UserError(f"prover_share is {self.prover_share}; give a share from 0 to 1")
         if self.hours is not None and self.hours <= 0:
             raise UserError(f"hours is {self.hours}; give a time above 0, or leave it out")
+        if self.workers < 1:
+            raise UserError(f"workers is {self.workers}; give 1 or more")
         if self.shard is not None:
             _shard(self.shard)
+
+    @property
+    def policies(self) -> list[PolicyConfig]:
+        """The rollout policies, the base first."""
+        given = self.prover if isinstance(self.prover, list) else [self.prover]
+        return [self.policy, *(p for p in given if p is not None and p != self.policy)]
+
+    @property
+    def plan(self) -> Plan:
+        """How rollouts are spent."""
+        names = tuple(policy.label for policy in self.policies)
+        return Plan(names, self.n_mc, self.strategy, self.max_labelled_prefixes, self.branches)
 
     @property
     def directory(self) -> Path:
@@ -107,10 +161,8 @@ def _shard(text: str) -> tuple[int, int]:
 def rollouts(config: RolloutsConfig) -> None:
     """Make or resume a label run (see :class:`RolloutsConfig`)."""
     deadline = inf if config.hours is None else monotonic() + config.hours * 3600
-    policies = [load_policy(config.policy, config.task.step_rule)]
-    if config.prover is not None and config.prover != config.policy:
-        policies.append(load_policy(config.prover, config.task.step_rule))
-        check_policies(*policies)
+    policies = [load_policy(asked(p, config.task), config.task.step_rule) for p in config.policies]
+    check_policies(policies)
     rounds = _rounds(config, policies)
     if config.dry_run:
         from data_gen.pilot import print_plan
@@ -121,17 +173,18 @@ def rollouts(config: RolloutsConfig) -> None:
     manifest = _manifest(config, policies)
     fingerprints = {p.config.label: p.fingerprint for p in policies}
     stopped = False
+    stepper = policies[0].stepper
     with interruptible(), Store(config.directory, manifest) as store:
-        if any(owed(rounds, list(fingerprints), config.n_mc, store)):
+        if any(owed(rounds, config.plan, store, stepper)):
             store.announce(sum(map(len, rounds)))
             with loaded(config, policies) as rollers:
-                labeler = Labeler(config.task, rollers, config.n_mc, config.seed, store, deadline)
+                labeler = Labeler(config.task, rollers, config.plan, config.seed, store, deadline)
                 try:
-                    label(labeler, rounds, config.concurrency)
+                    label(labeler, rounds, config.concurrency * config.workers)
                 except OutOfTime:
                     stopped = True
         store.seal(fingerprints)
-        left = [len(seeds) for seeds in owed(rounds, list(fingerprints), config.n_mc, store)]
+        left = [len(seeds) for seeds in owed(rounds, config.plan, store, stepper)]
         records = Run(config.directory, manifest, store.traces, store.completions,
                       seconds=store.seconds)  # fmt: skip
         _summary(config, records, left, stopped)
@@ -140,11 +193,9 @@ def rollouts(config: RolloutsConfig) -> None:
 @contextmanager
 def loaded(config: RolloutsConfig, policies: list[Policy]) -> Iterator[list[Roller]]:
     """An engine for each policy, shut down at the end, however that comes."""
-    length = config.sampler.max_length
     rollers: list[Roller] = []
     try:
-        for p in policies:
-            engine = Engine(p.path, p.config.dtype, length, config=config.engine)
+        for p, engine in zip(policies, _engines(config, policies), strict=True):
             rollers.append(Roller(p, engine, config.sampler))
         yield rollers
     finally:
@@ -152,15 +203,32 @@ def loaded(config: RolloutsConfig, policies: list[Policy]) -> Iterator[list[Roll
             roller.engine.shutdown()
 
 
-def check_policies(base: Policy, prover: Policy) -> None:
-    """Two policies must share a tokenizer (solution ids are exchanged) and differ in name."""
-    if tokenizer_fingerprint(base.tokenizer) != tokenizer_fingerprint(prover.tokenizer):
-        raise UserError(
-            f"prover {prover.config.model!r} has another tokenizer than policy "
-            f"{base.config.model!r}; choose a prover of the same tokenizer"
-        )
-    if base.config.label == prover.config.label:
-        raise UserError(f"policy and prover are both called {base.config.label!r}; set prover.name")
+def _engines(config: RolloutsConfig, policies: list[Policy]) -> Iterator[Engine | RemoteEngine]:
+    """Engines in this process, one after the other, or those of workers."""
+    length = config.sampler.max_length
+    if config.workers == 1 and config.ray is None:
+        for p in policies:
+            yield Engine(p.path, p.config.dtype, length, config=config.engine)
+        return
+    models = [Model(p.path, p.config.dtype, length, config.engine) for p in policies]
+    note = None if config.dry_run else config.directory / WORKERS
+    yield from open_pool(models, config.workers, config.ray, note).engines
+
+
+def check_policies(policies: list[Policy]) -> None:
+    """Policies must share a tokenizer (solution ids are exchanged) and differ in name."""
+    base, *provers = policies
+    names = {base.config.label: "policy"}
+    for prover in provers:
+        if tokenizer_fingerprint(base.tokenizer) != tokenizer_fingerprint(prover.tokenizer):
+            raise UserError(
+                f"prover {prover.config.model!r} has another tokenizer than policy "
+                f"{base.config.model!r}; choose a prover of the same tokenizer"
+            )
+        name = prover.config.label
+        if name in names:
+            raise UserError(f"{names[name]} and prover are both called {name!r}; set prover.name")
+        names[name] = f"prover {prover.config.model!r}"
 
 
 def _problems(config: RolloutsConfig) -> list[tuple[Split, Problem]]:
@@ -191,7 +259,7 @@ def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
         "task": config.task.fingerprint,
         "task_spec": task_spec(config.task),
         "tokenizer": tokenizer_fingerprint(base.tokenizer),
-        "policy": asdict(config.policy),
+        "policy": asdict(base.config),
         "policy_fingerprint": base.fingerprint,
         "rollout_policies": {p.config.label: p.fingerprint for p in policies},
         "sampler": asdict(config.sampler),
@@ -204,8 +272,11 @@ def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
                 "validation_problems",
                 "n_mc",
                 "shard",
+                "max_labelled_prefixes",
             )
         },
+        "strategy": None if config.strategy == "all_prefixes" else config.strategy,
+        "branches": config.branches or None,
         "n_seeds": None if given else config.n_seeds,
         "prover_share": None if given else config.prover_share,
         "seeds_from": digest(config.seeds_from) if config.seeds_from is not None else None,
@@ -226,9 +297,11 @@ def _rounds(config: RolloutsConfig, policies: list[Policy]) -> list[list[Seed]]:
         ids = {problem.id for _, problem in own}
         here = [[seed for seed in seeds if seed.problem.id in ids] for seeds in given]
         return [seeds for seeds in here if seeds]
-    from_prover = round(config.n_seeds * config.prover_share) if len(policies) > 1 else 0
-    counts = (config.n_seeds - from_prover, from_prover)
-    # A run that is stopped early has both writers by their share, too.
+    provers = len(policies) - 1
+    from_provers = round(config.n_seeds * config.prover_share) if provers else 0
+    counts = [config.n_seeds - from_provers]
+    counts += [from_provers // provers + (i < from_provers % provers) for i in range(provers)]
+    # A run that is stopped early has all writers by their share, too.
     turns = sorted(
         ((index + 0.5) / count, number, index)
         for number, count in enumerate(counts)
@@ -250,8 +323,14 @@ def _summary(config: RolloutsConfig, records: Run, left: list[int], stopped: boo
         )
     print(f"{len(records.traces)} traces, {len(records.completions)} rollouts in {directory}")
     print_health(write_health(records), directory)
+    write_data_card(records)
     if config.shard is None:
-        print(f"next: pav.train --labels '[{directory}]' --output runs/pav.ckpt")
+        following = f"pav.train --labels '[{directory}]' --output runs/pav.ckpt"
+        if config.branches:
+            following = f"data_gen.select_prover {directory}"
+        elif not config.n_mc:
+            following = f"data_gen.likelihood {directory}"
+        print(f"next: {following}")
     else:
         print(
             "next, when all shards are there: "

@@ -2,7 +2,9 @@
 
 A line is a JSON object with the problem (``problem_id`` or ``question``) and the solution (``text``
 or token ``ids``, prompt excluded); ``policy`` names its writer (default ``given``) and
-``truncated: true`` marks a solution that did not end.
+``truncated: true`` marks a solution that did not end. A line may also be a record of a search
+(``beam.jsonl``): all solutions of its final set are seeds then, their writer named after the search
+(``beam-16``). So a verifier is judged, and trained, on the prefixes that searching with it visits.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +45,7 @@ def given_rounds(
     counts: Counter[tuple[str, str]] = Counter()
     per_problem: Counter[str] = Counter()
     rounds: list[list[Seed]] = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"seeds_from {path} line {number}"
-        row = _row(line, where)
+    for where, row in _solution_rows(path):
         named = _text(row, "problem_id" if "problem_id" in row else "question", where)
         pid = named if "problem_id" in row else problem_id(named)
         if pid not in known:
@@ -87,6 +86,43 @@ def _read(path: str) -> bytes:
         ) from error
 
 
+def _solution_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) of every solution in a file."""
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"seeds_from {path} line {number}"
+        row = _row(line, where)
+        if "candidates" in row:
+            yield from _searched(row, where)
+        elif ("text" in row) == ("ids" in row):
+            raise UserError(f"{where}: give the solution either as text or as ids")
+        else:
+            yield where, row
+
+
+def _searched(record: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The final set of a search (:class:`search.records.Record`) as solutions."""
+    writer = f"{record.get('method', 'search')}-{record.get('n', 0)}"
+    candidates = record["candidates"]
+    if not isinstance(candidates, list):
+        raise UserError(
+            f"{where}: candidates is {candidates!r:.60}; it must be a list of solutions"
+        )
+    for number, candidate in enumerate(candidates):
+        if not isinstance(candidate, dict) or "ids" not in candidate:
+            raise UserError(f"{where}: candidates[{number}] has no ids; search wrote it otherwise")
+        yield (
+            f"{where} candidate {number}",
+            {
+                "problem_id": record.get("problem_id"),
+                "ids": candidate["ids"],
+                "truncated": not candidate.get("finished", True),
+                "policy": writer,
+            },
+        )
+
+
 def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
@@ -94,8 +130,6 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object; write one object a line")
-    if ("text" in row) == ("ids" in row):
-        raise UserError(f"{where}: give the solution either as text or as ids")
     return row
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from data_gen.likelihood import read_likelihood
 from data_gen.runs import Run, base_policy, print_wide, read_run, run_on_directories, task_of
 from pav.errors import UserError
 from pav.labels import Trace, prefix_key
@@ -18,6 +19,9 @@ from pav.tasks.base import Task
 @dataclass(frozen=True)
 class ShowConfig:
     """Print the labelled solutions of a problem: k/n, Q and A of every step.
+
+    Where there are likelihoods (data_gen.likelihood), also the log-probability of the reference
+    answer after every step and the step's progress, which is its change.
 
     Args:
         labels: directory of the run (``data_gen.show DIR`` is short for ``--labels DIR``).
@@ -40,12 +44,13 @@ def show(config: ShowConfig) -> None:
         if c.problem_id == traces[0].problem_id:
             counts[c.prefix_key, c.policy][0] += c.correct
             counts[c.prefix_key, c.policy][1] += 1
+    likelihoods = read_likelihood(run.directory)
     print(f"problem {traces[0].problem_id} ({traces[0].split}), answer {traces[0].gold}")
     print(traces[0].question)
     for trace in traces:
         state = "truncated" if trace.truncated else "right" if trace.correct else "wrong"
         print(f"\n{trace.policy} {trace.seed_index}: {state}, answer {trace.answer}")
-        print_wide(_table(trace, policy, list(run.policies), counts))
+        print_wide(_table(trace, policy, list(run.policies), counts, likelihoods))
 
 
 def _traces(run: Run, wanted: str) -> list[Trace]:
@@ -63,7 +68,11 @@ def _traces(run: Run, wanted: str) -> list[Trace]:
 
 
 def _table(
-    trace: Trace, policy: Policy, names: list[str], counts: dict[tuple[str, str], list[int]]
+    trace: Trace,
+    policy: Policy,
+    names: list[str],
+    counts: dict[tuple[str, str], list[int]],
+    likelihoods: dict[tuple[str, str], float],
 ) -> Table:
     """A row per step; Q is the share of right rollouts after it, A what the step changed."""
     table = Table(box=None, pad_edge=False)
@@ -72,7 +81,12 @@ def _table(
     for name in names:
         for column in (f"{name} k/n", "Q", "A"):
             table.add_column(column, justify="right", no_wrap=True)
+    liked = list(dict.fromkeys(name for _, name in likelihoods))
+    for name in liked:
+        for column in (f"lik/{name}", "progress"):
+            table.add_column(column, justify="right", no_wrap=True)
     before: dict[str, float | None] = dict.fromkeys(names)
+    likely: dict[str, float | None] = dict.fromkeys(liked)
     ends = [0, *trace.step_ends]
     for step, end in enumerate(ends):
         ids = trace.ids[ends[step - 1] : end] if step else []
@@ -90,6 +104,11 @@ def _table(
             advantage = "" if q is None or last is None else f"{q - last:+.2f}"
             row += [shown, "" if q is None else f"{q:.2f}", advantage]
             before[name] = q
+        for name in liked:
+            value, last = likelihoods.get((key, name)), likely[name]
+            row.append("" if value is None else f"{value:.2f}")
+            row.append("" if value is None or last is None else f"{value - last:+.2f}")
+            likely[name] = value
         table.add_row(*map(Text, row))
     tail = trace.ids[ends[-1] :]
     if tail:

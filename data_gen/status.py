@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import time
 from typing import Any
 
 from rich.table import Table
 
-from data_gen.label import is_labelled
+from data_gen.pool import worker_lines
 from data_gen.runs import Run, print_wide, read_run, run_on_directories
 from data_gen.store import JOURNAL
+from data_gen.strategies import plan_of, wanted
 from pav.errors import UserError
 
 RECENT = 600.0
@@ -46,15 +48,16 @@ def status(config: StatusConfig) -> None:
                 cell[1] += 1
                 cell[2] += record.truncated
     print_wide(table)
+    for directory in config.labels:
+        for line in worker_lines(Path(directory)):
+            print(line)
     for name, (k, n, cut) in sorted(right.items()):
         print(f"{name}: {k / n:.3f} of {n} right, {cut / n:.1%} truncated")
 
 
 def _row(run: Run) -> list[str]:
-    done = sum(
-        is_labelled(t, run.policies, _n_mc(run.manifest), run.completions)
-        for t in run.traces.values()
-    )
+    plan = plan_of(run.manifest)
+    done = sum(not wanted(plan, t, run.completions) for t in run.traces.values())
     total = run.solutions or _planned(run.manifest)
     per_second, tokens = rates(run)
     # Rollouts are what takes time; solutions come in bursts.
@@ -94,10 +97,6 @@ def rates(run: Run) -> tuple[float, float]:
     if run.sealed and run.seconds:
         return len(run.completions) / run.seconds, run.generated / run.seconds
     return 0.0, 0.0
-
-
-def _n_mc(manifest: dict[str, Any]) -> int:
-    return int(max([manifest.get("n_mc", 1), *(m["n_mc"] for m in manifest.get("merged", []))]))
 
 
 def _planned(manifest: dict[str, Any]) -> int | None:

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from data_gen.label import prefixes
 from data_gen.rollouts import RolloutsConfig, rollouts
 from data_gen.store import Store
+from data_gen.strategies import prefixes
 from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.labels import Completion, LabelSet, Trace, prefix_key, read_labels

@@ -22,7 +22,6 @@ from scipy.stats import binom
 from data_gen import regrade as regrade_module
 from data_gen import runs as runs_module
 from data_gen.health import health_of, label_noise, print_health, write_health
-from data_gen.label import prefixes
 from data_gen.merge import MergeConfig, merge
 from data_gen.regrade import RegradeConfig, regrade
 from data_gen.rollouts import RolloutsConfig, _manifest
@@ -30,6 +29,7 @@ from data_gen.runs import Run, read_run
 from data_gen.show import ShowConfig, main, show
 from data_gen.status import StatusConfig, status
 from data_gen.store import JOURNAL, Store
+from data_gen.strategies import prefixes
 from pav.errors import UserError
 from pav.labels import Completion, Trace, prefix_key, read_labels
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy

@@ -1,0 +1,1 @@
+"""Speed: ratios that are measured side by side, in one process and run."""

@@ -1,0 +1,58 @@
+"""Writes ``benchmarks/results/speed_<name>.{json,csv}`` (format: :mod:`benchmarks.summary`)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parents[1] / "results"
+Target = tuple[str, float] | None
+
+
+def metric(
+    name: str, value: float, target: Target = None, ci95: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """One row, without what all rows of a run share."""
+    op = None if target is None else {"op": target[0], "value": target[1]}
+    return {"metric": name, "value": value, "ci95": ci95 and list(ci95), "target": op}
+
+
+def write(
+    name: str,
+    metrics: Sequence[Mapping[str, Any]],
+    table: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int],
+    n_problems: int,
+    command: str,
+) -> None:
+    """Write metrics (JSON) and measurements (CSV)."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    common = {
+        "seeds": list(seeds),
+        "n_problems": n_problems,
+        "command": command,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} thread(s), {device}, load average {os.getloadavg()[1]:.1f}",
+        "date": date.today().isoformat(),
+        "commit": git.stdout.strip() or "unknown",
+    }
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"speed_{name}.json"
+    target.write_text(json.dumps([{**m, **common} for m in metrics], indent=1) + "\n")
+    with target.with_suffix(".csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    for m in metrics:
+        print(f"{m['metric']}: {m['value']:.4g}")
+    print(f"{len(metrics)} metrics in {target}\nnext: python -m benchmarks.summary")

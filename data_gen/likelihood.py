@@ -1,0 +1,235 @@
+"""``data_gen.likelihood DIR``: log-probability of the reference answer at every step.
+
+A label where rollouts are too dear or answers cannot be checked: how likely the policy finds the
+task's forced answer (``Task.forced_answer``), were it to answer at once. Progress of a step is the
+change that it makes. The rows are a table of their own, ``likelihood``, beside the counts and never
+mixed with them: a log-probability is no chance of success.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedModel
+
+from data_gen.forced_answer import Scorer, answer_ids, one_by_one, scorer_for
+from data_gen.interrupt import interruptible
+from data_gen.runs import Run, policy_config, read_run, run_on_directories, task_of
+from data_gen.store import Store, replace_file
+from data_gen.strategies import prefixes
+from pav.errors import UserError
+from pav.labels import Trace, prefix_key
+from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
+from pav.progress import Reporter
+from pav.tasks.base import Problem, Task
+from pav.trunk import load_trunk
+
+LIKELIHOOD = pa.schema(
+    [
+        ("prefix_key", pa.string()),
+        ("problem_id", pa.string()),
+        ("policy", pa.string()),
+        ("policy_fingerprint", pa.string()),
+        ("answer", pa.string()),
+        ("answer_tokens", pa.int32()),
+        ("logprob", pa.float64()),
+    ]
+)
+FOLDER = "likelihood"
+# Solutions between two parts of the table: what a death costs.
+PART = 256
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig:
+    """Log-probability of the reference answer after every step of the solutions of a label run.
+
+    Args:
+        labels: directory of the run (``data_gen.likelihood DIR`` is short for ``--labels DIR``).
+            One made with ``data_gen.rollouts --n_mc 0`` (and ``--seeds_from``) holds solutions
+            alone.
+        policy: the model that is asked; by default the run's base policy. Its tokenizer must be the
+            run's, its prompt may be its own.
+        task: the run's task, where it is not built in.
+        device: where it runs; ``auto`` takes a GPU if there is one.
+    """
+
+    labels: str
+    policy: PolicyConfig | None = None
+    task: Task | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def likelihood(config: LikelihoodConfig) -> None:
+    """Write the table of likelihoods (see :class:`LikelihoodConfig`); the same command resumes."""
+    run = read_run(config.labels)
+    task = task_of(run, config.task)
+    policy = load_policy(config.policy or policy_config(run.manifest), task.step_rule)
+    if tokenizer_fingerprint(policy.tokenizer) != run.manifest["tokenizer"]:
+        raise UserError(
+            f"policy {policy.config.model!r} has another tokenizer than labels {config.labels!r}; "
+            "choose one of the same tokenizer"
+        )
+    done = {key for key, name in _known(run, policy) if name == policy.config.label}
+    owed = [t for t in run.traces.values() if any(key not in done for key, _ in _boundaries(t))]
+    # The store is opened for its lock alone.
+    with interruptible(), Store(run.directory, run.manifest):
+        if owed:
+            _check(task, run, owed[0])
+            model = _load(policy, config.device)
+            _write(run, task, policy, model, owed, done)
+    _summary(run, policy)
+
+
+def _known(run: Run, policy: Policy) -> dict[tuple[str, str], float]:
+    """What the table holds; a name must stand for one policy."""
+    for row in _rows(run.directory):
+        same = row["policy_fingerprint"] == policy.fingerprint
+        if row["policy"] == policy.config.label and not same:
+            raise UserError(
+                f"labels {str(run.directory)!r} hold likelihoods of another policy called "
+                f"{policy.config.label!r} (fingerprint {row['policy_fingerprint']}, now "
+                f"{policy.fingerprint}); set policy.name, or remove {FOLDER}/ there"
+            )
+    return read_likelihood(run.directory)
+
+
+def read_likelihood(directory: Path) -> dict[tuple[str, str], float]:
+    """(prefix key, policy name) -> log-probability of the forced answer; empty without a table."""
+    return {(row["prefix_key"], row["policy"]): row["logprob"] for row in _rows(directory)}
+
+
+def _rows(directory: Path) -> Iterator[dict[str, Any]]:
+    for file in sorted((directory / FOLDER).glob("*.parquet")):
+        yield from pq.read_table(file).to_pylist()
+
+
+def _boundaries(trace: Trace) -> Iterator[tuple[str, int]]:
+    """(prefix key, solution tokens) of every boundary at which a solution could end at once."""
+    for ids in prefixes(trace):
+        yield prefix_key(trace.problem_id, ids), len(ids)
+
+
+def _check(task: Task, run: Run, trace: Trace) -> None:
+    """The forced answer must be right by the task's own grader, where it grades at all."""
+    problem = Problem(trace.problem_id, trace.question, trace.gold)
+    if problem.gold is None:
+        return  # answer_ids says so
+    text = task.forced_answer(problem)
+    grades = any(t.answer is not None for t in run.traces.values())
+    if grades and not task.grade(text, problem).correct:
+        raise UserError(
+            f"the forced answer {text[:60]!r} of problem {problem.id} is wrong by the grader of "
+            f"task {task.name!r}; define forced_answer(problem) in the task as its solutions end"
+        )
+
+
+def _load(policy: Policy, device: str) -> PreTrainedModel:
+    model = load_trunk(policy.path, getattr(torch, policy.config.dtype)).eval()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device is {device!r}, which cannot be used: {reason}") from error
+
+
+def _write(
+    run: Run, task: Task, policy: Policy, model: PreTrainedModel, owed: list[Trace], done: set[str]
+) -> None:
+    folder = run.directory / FOLDER
+    scorer: Scorer | None = None
+    rows: list[dict[str, Any]] = []
+    with Reporter("likelihood", len(owed), "solutions") as reporter:
+        for number, trace in enumerate(owed, 1):
+            problem = Problem(trace.problem_id, trace.question, trace.gold)
+            answer = answer_ids(task, policy, problem)
+            new = [(key, end) for key, end in _boundaries(trace) if key not in done]
+            prompt = policy.encode(problem)
+            _check_length(model, len(prompt) + max((e for _, e in new), default=0) + len(answer))
+            if new:
+                ids = prompt + trace.ids
+                cuts = [len(prompt) + end for _, end in new]
+                if scorer is None:
+                    scorer = scorer_for(model, ids, cuts, answer)
+                    if scorer is one_by_one:
+                        print(f"{policy.config.model} cannot read boundaries together; one by one")
+                values = scorer(model, ids, cuts, answer)
+                rows += [
+                    {
+                        "prefix_key": key,
+                        "problem_id": problem.id,
+                        "policy": policy.config.label,
+                        "policy_fingerprint": policy.fingerprint,
+                        "answer": policy.text(answer),
+                        "answer_tokens": len(answer),
+                        "logprob": float(value),
+                    }
+                    for (key, _), value in zip(new, values, strict=True)
+                ]
+                done.update(key for key, _ in new)
+            reporter.update(number)
+            if rows and (number % PART == 0 or number == len(owed)):
+                _seal(folder, rows)
+                rows = []
+
+
+def _check_length(model: PreTrainedModel, tokens: int) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise UserError(
+            f"prompt, solution and answer are {tokens} tokens, the model knows {longest} positions;"
+            " choose a model of longer context, or shorter reference answers"
+        )
+
+
+def _seal(folder: Path, rows: list[dict[str, Any]]) -> None:
+    folder.mkdir(exist_ok=True)
+    number = 1 + max((int(p.stem.split("-")[1]) for p in folder.glob("part-*.parquet")), default=-1)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=LIKELIHOOD), sink, compression="zstd")
+    target = folder / f"part-{number:05d}.parquet"
+    try:
+        replace_file(target, sink.getvalue().to_pybytes())
+    except OSError as error:
+        raise UserError(
+            f"{str(target)!r} cannot be written ({error.strerror}); what is finished is safe: make "
+            "room there, then give the same command again"
+        ) from error
+
+
+def _summary(run: Run, policy: Policy) -> None:
+    found = read_likelihood(run.directory)
+    name = policy.config.label
+    traces = list(run.traces.values())
+    print(
+        f"{sum(policy == name for _, policy in found)} likelihoods under {name} of the prefixes of "
+        f"{len(traces)} solutions in {run.directory / FOLDER}"
+    )
+    for label, chosen in (
+        ("right", [t for t in traces if t.correct]),
+        ("wrong", [t for t in traces if not t.correct]),
+    ):
+        ends = [[found[key, name] for key, _ in _boundaries(t)] for t in chosen]
+        if ends:
+            first = np.mean([values[0] for values in ends])
+            last = np.mean([values[-1] for values in ends])
+            print(f"  {len(ends)} {label} solutions: {first:.2f} at step 0, {last:.2f} at the last")
+    print(f"next: data_gen.show {run.directory}")
+
+
+def main() -> None:
+    """Entry point of ``data_gen.likelihood``."""
+    run_on_directories(likelihood, LikelihoodConfig, "data_gen.likelihood")
+
+
+if __name__ == "__main__":
+    main()

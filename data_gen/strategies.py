@@ -1,0 +1,230 @@
+"""Which rollouts a seed solution gets: pure functions of the solution and of what is finished.
+
+The rollouts of a prefix under a policy are numbered 0, 1, ...; a strategy hands out the next
+numbers in rounds, and a decision looks only at outcomes of numbers handed out before. So
+:func:`wanted` can play all rounds again from the start on whatever is finished: the requests of a
+solution are a function of outcomes alone, not of the order of work, of other solutions that share
+its prefixes, of the number of workers, or of the moment at which a run was killed.
+
+``all_prefixes``
+    ``n_mc`` rollouts per prefix and policy.
+``first_pit``
+    all prefixes of right solutions; wrong ones from the problem on to the first pit, the first
+    prefix from which no policy has a right rollout in ``n_mc``, the pit included (PAV paper,
+    Appendix D). What comes after a pit can only be a pit and is not paid for. No right rollout in
+    ``n_mc`` must mean that there is hardly a chance: with few rollouts and weak policies the walk
+    ends at the problem. Differs from the paper in one thing: its wrong solutions also start from
+    states of high value found on the way; all of ours are seeds, which start at the problem.
+``adaptive``
+    ``n_mc`` rollouts per prefix on average at most, in rounds (see :func:`adaptive`). Where the
+    stop depends on outcomes, the mean of k/n over prefixes is biased, but the sum of (k - n Q) is
+    not (optional stopping), and that is what training on counts fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import beta
+
+from data_gen.store import Key
+from pav.labels import Completion, Trace, prefix_key
+from pav.steps import Stepper
+
+Strategy = Literal["all_prefixes", "first_pit", "adaptive"]
+Counts = NDArray[np.int64]
+
+# A label is certain enough when its 90% interval is this narrow, or when Q lies on its side of 0.5
+# (the two buckets that training balances) with this chance.
+WIDTH = 0.3
+BUCKET_CHANCE = 0.95
+# Most rollouts of a prefix, in units of n_mc.
+MOST = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rollouts of a run are spent.
+
+    Attributes:
+        policies: names of the rollout policies, the base first.
+        n_mc: rollouts per prefix and policy; for ``adaptive`` the most on average.
+        strategy: see the module.
+        max_labelled_prefixes: labelled prefixes per solution, spread evenly; None for all.
+        branches: of so many rollouts of the base from every prefix of a base solution, the prefix
+            at the end of the first step is labelled, too.
+    """
+
+    policies: tuple[str, ...]
+    n_mc: int
+    strategy: Strategy = "all_prefixes"
+    max_labelled_prefixes: int | None = None
+    branches: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A rollout to make: number ``index`` of ``policy`` from the solution ids ``prefix``."""
+
+    key: str
+    prefix: list[int]
+    policy: str
+    index: int
+
+
+def prefixes(trace: Trace) -> list[list[int]]:
+    """Solution ids of every prefix to go on from: step 0 and every step but the one that ends."""
+    ends = trace.step_ends if trace.truncated else trace.step_ends[:-1]
+    return [[], *(trace.ids[:end] for end in ends)]
+
+
+def spread(count: int, most: int | None) -> list[int]:
+    """At most ``most`` (2 or more) of the numbers below ``count``: both ends, evenly between."""
+    if most is None or count <= most:
+        return list(range(count))
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+def wanted(
+    plan: Plan, trace: Trace, done: Mapping[Key, Completion], stepper: Stepper | None = None
+) -> list[Request]:
+    """The rollouts that a solution needs next, given those that are done; none when it is labelled.
+
+    Args:
+        plan: how rollouts are spent.
+        trace: the solution.
+        done: finished rollouts, of all solutions.
+        stepper: cuts rollouts into steps; without it branches are left out of account.
+    """
+    everything = prefixes(trace)
+    chosen = [everything[i] for i in spread(len(everything), plan.max_labelled_prefixes)]
+    requests = _play(plan, plan.strategy, trace, chosen, done)
+    if requests or stepper is None or not plan.branches or trace.policy != plan.policies[0]:
+        return requests
+    children: dict[str, list[int]] = {}
+    for prefix in chosen:
+        key = prefix_key(trace.problem_id, prefix)
+        for index in range(plan.branches):
+            child = next_prefix(done[key, plan.policies[0], index], stepper)
+            if child is not None:
+                children[prefix_key(trace.problem_id, child)] = child
+    return _play(plan, "all_prefixes", trace, list(children.values()), done)
+
+
+def next_prefix(rollout: Completion, stepper: Stepper) -> list[int] | None:
+    """Where a rollout stands after its first step; None where that is its end."""
+    whole = rollout.prefix_ids + rollout.ids
+    end = next((e for e in stepper.step_ends(whole) if e > len(rollout.prefix_ids)), None)
+    if end is None or (end == len(whole) and not rollout.truncated):
+        return None
+    return whole[:end]
+
+
+def _play(
+    plan: Plan,
+    strategy: Strategy,
+    trace: Trace,
+    chosen: Sequence[list[int]],
+    done: Mapping[Key, Completion],
+) -> list[Request]:
+    """Play the rounds of a strategy; what is missing of the first round that is not complete."""
+    keys = [prefix_key(trace.problem_id, ids) for ids in chosen]
+    k_RP = np.zeros((len(plan.policies), len(keys)), dtype=np.int64)
+    n_RP = np.zeros_like(k_RP)
+    while True:
+        more_RP = allocate(strategy, k_RP, n_RP, plan.n_mc, trace.correct)
+        if not more_RP.any():
+            return []
+        missing = []
+        for p, r in zip(*np.nonzero(more_RP.T), strict=True):
+            for index in range(n_RP[r, p], n_RP[r, p] + more_RP[r, p]):
+                found = done.get((keys[p], plan.policies[r], index))
+                if found is None:
+                    missing.append(Request(keys[p], chosen[p], plan.policies[r], int(index)))
+                else:
+                    k_RP[r, p] += found.correct
+        if missing:
+            return missing
+        n_RP += more_RP
+
+
+def allocate(strategy: Strategy, k_RP: Counts, n_RP: Counts, n_mc: int, correct: bool) -> Counts:
+    """Rollouts that the next round adds, (policies, prefixes); all zero when there is none.
+
+    Args:
+        strategy: see the module.
+        k_RP: right rollouts so far, under each policy from each prefix in order.
+        n_RP: rollouts so far.
+        n_mc: rollouts per prefix.
+        correct: whether the solution is right.
+    """
+    if strategy == "adaptive":
+        return np.stack([adaptive(k, n, n_mc) for k, n in zip(k_RP, n_RP, strict=True)])
+    if strategy == "all_prefixes" or correct:
+        return n_mc - n_RP
+    more_RP = np.zeros_like(n_RP)
+    p = int((n_RP > 0).all(axis=0).sum())
+    in_pit = p > 0 and not k_RP[:, p - 1].any()
+    if p < n_RP.shape[1] and not in_pit:
+        more_RP[:, p] = n_mc
+    return more_RP
+
+
+def adaptive(k_P: Counts, n_P: Counts, n_mc: int) -> Counts:
+    """Rollouts that the next round adds to the prefixes of a solution under one policy.
+
+    The first round gives every prefix a quarter of ``n_mc``. Each later round doubles the rollouts
+    of those prefixes that are not :func:`settled` yet, of these the half whose value is least known
+    (largest variance of the Beta posterior, earlier prefixes first among equals), down to the last
+    rollout of ``n_mc`` times the number of prefixes. No prefix gets more than four times ``n_mc``.
+    """
+    more_P = np.zeros_like(n_P)
+    left = max(0, n_mc * len(n_P) - int(n_P.sum()))
+    if not n_P.any():
+        return more_P + -(-n_mc // 4)
+    counts = [(int(k), int(n)) for k, n in zip(k_P, n_P, strict=True)]
+    open_P = [p for p, (k, n) in enumerate(counts) if n < MOST * n_mc and not settled(k, n)]
+    open_P.sort(key=lambda p: -_variance(*counts[p]))
+    for p in open_P[: -(-len(open_P) // 2)]:
+        n = counts[p][1]
+        more_P[p] = min(n, MOST * n_mc - n, left)
+        left -= int(more_P[p])
+    return more_P
+
+
+@cache
+def settled(k: int, n: int) -> bool:
+    """Whether more rollouts would hardly change a label of ``k`` right of ``n``.
+
+    Either the 90% interval of Q is narrower than :data:`WIDTH`, or Q lies on one side of 0.5, and
+    the label in one of training's two buckets, with a chance of :data:`BUCKET_CHANCE`; both by the
+    Beta posterior under Jeffreys' prior.
+    """
+    posterior = beta(k + 0.5, n - k + 0.5)
+    below = posterior.cdf(0.5)
+    width = posterior.ppf(0.95) - posterior.ppf(0.05)
+    return bool(width <= WIDTH or max(below, 1 - below) >= BUCKET_CHANCE)
+
+
+def _variance(k: int, n: int) -> float:
+    """Variance of the same posterior."""
+    a, b = k + 0.5, n - k + 0.5
+    return a * b / ((a + b) ** 2 * (a + b + 1))
+
+
+def plan_of(manifest: Mapping[str, Any]) -> Plan:
+    """The plan of a label run; of merged runs the first one's, with the largest ``n_mc``."""
+    parts = [manifest, *manifest.get("merged", [])]
+    first = next((part for part in parts if part.get("strategy")), manifest)
+    return Plan(
+        tuple(manifest["rollout_policies"]),
+        max(part.get("n_mc", 0) for part in parts),
+        first.get("strategy") or "all_prefixes",
+        next((m for part in parts if (m := part.get("max_labelled_prefixes"))), None),
+        max(part.get("branches") or 0 for part in parts),
+    )
