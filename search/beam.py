@@ -4,22 +4,23 @@ The first step draws N*C children; later the kept beams share N*C draws. Finishe
 candidates compete by the same score for the N places; a finished one draws no more. Duplicates are
 merged, so the draws of the next round go to fewer, distinct beams and no width is wasted. The pick
 is among finished candidates only.
+
+With one place (``--n 1``) it is greedy step search: the best of C steps, one after the other.
 """
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from pav.advantage import best_of_k, effective_score
 from pav.engine import Engine
 from pav.policy import Policy, Sampler
 from pav.tasks.base import Problem
-from search.records import Candidate
-from search.scoring import Cost, Scorer, Values
-from search.steps import Step, sample_step
+from search.cost import Cost
+from search.grow import Found, Grower, Prefix, together
+from search.rank import Score, Values, step_score
+from search.records import Candidate, Node
+from search.scoring import StepScorer
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class BeamSettings:
         n: places.
         samples: children per place (C; the paper takes 3).
         alpha: weight of the advantage; 0 ranks by Q_base alone.
-        prover: a head (``q/<policy>``), or ``bo<K>`` for Best-of-K of the base policy.
+        prover: a head (``q/<policy>``), ``bo<K>`` for Best-of-K of the base policy, or a weighted
+            mean (``q/a:0.5,q/b:0.5``).
         base_head: head of Q_base.
+        score_by: what ranks a step.
     """
 
     n: int
@@ -39,37 +42,17 @@ class BeamSettings:
     alpha: float
     prover: str
     base_head: str
-
-    def prover_q(self, values: Values) -> float:
-        """Q of the prover from the heads' values."""
-        if self.prover.startswith("bo"):
-            return best_of_k(values[self.base_head], int(self.prover[2:]))
-        return values[self.prover]
+    score_by: Score = "q+a"
 
     def score(self, before: Values, after: Values) -> float:
         """Score of the step between two states."""
-        return effective_score(
-            after[self.base_head], self.prover_q(before), self.prover_q(after), self.alpha
-        )
+        return step_score(before, after, self.base_head, self.prover, self.alpha, self.score_by)
 
 
-@dataclass(frozen=True)
-class Beam:
-    """A state of the search: a candidate with what scoring its children needs."""
-
-    candidate: Candidate
-    values: Values
-    logprobs: np.ndarray
-
-
-@dataclass(frozen=True)
-class BeamResult:
-    """Final set, what was cut or merged, and every scored child by round."""
-
-    candidates: list[Candidate]
-    truncated: int
-    merged: int
-    steps: list[list[tuple[int, bool, float, str]]]
+BeamResult = Found
+# Changes the scores of a round's children before they are ranked: (places, children by the index
+# of their parent among them) -> the children.
+Rescore = Callable[[Sequence[Prefix], list[tuple[int, Prefix]]], list[tuple[int, Prefix]]]
 
 
 async def beam_search(
@@ -78,110 +61,73 @@ async def beam_search(
     engine: Engine,
     policy: Policy,
     sampler: Sampler,
-    scorer: Scorer,
+    scorer: StepScorer,
     seed: int,
     cost: Cost,
-) -> BeamResult:
-    """Search one problem; ``cost`` is charged as it goes."""
+    name: tuple[object, ...] = ("beam",),
+    rescore: Rescore | None = None,
+) -> Found:
+    """Search one problem; ``cost`` is charged as it goes.
+
+    Seeds derive from (seed, problem, ``name``, round, prefix, index).
+    """
     prompt = policy.encode(problem)
     if len(prompt) >= sampler.max_length:
         # Every draw is cut before its first token.
-        return BeamResult([], settings.n * settings.samples, 0, [])
-    root_values: Values = {}
-    if not scorer.fused:
-        root_values = await scorer.read(problem, [], [], cost)
-    root = Candidate(
-        ids=[],
-        ends=[],
-        q={h: [v] for h, v in root_values.items()},
-        score=0.0,
-        finished=False,
-        truncated=False,
-    )
-    places = [Beam(root, root_values, np.zeros(0, dtype=np.float32))]
+        return Found([], settings.n * settings.samples, 0, [], [])
+    grower = Grower(problem, prompt, engine, policy, sampler, scorer, cost, settings.score)
+    places = [await grower.root()]
     truncated: list[Candidate] = []
     merged = 0
     steps: list[list[tuple[int, bool, float, str]]] = []
+    nodes: list[list[Node]] = []
     round_number = 0
 
-    async def grow(parent: int, index: int) -> tuple[int, Beam | Candidate | None]:
+    async def grow(parent: int, index: int) -> tuple[int, Prefix | Candidate | None]:
         """One child of a place, scored; a bare candidate if truncated, None if a duplicate."""
-        beam = places[parent]
-        ids = beam.candidate.ids
-        step = await sample_step(
-            engine,
-            policy,
-            sampler,
-            prompt + ids,
-            (seed, problem.id, "beam", round_number, *ids, index),
-            cost,
-            scorer.fused,
-        )
-        # An empty solution has no step to score.
-        if step.truncated or (step.finished and not ids and len(step.ids) == 1):
-            cut = replace(beam.candidate, ids=ids + step.ids, truncated=True, score=float("-inf"))
-            return parent, cut
+        prefix = places[parent]
+        ids = prefix.candidate.ids
+        step = await grower.draw(prefix, (seed, problem.id, *name, round_number, *ids, index))
+        if isinstance(step, Candidate):
+            return parent, step
         if (key := tuple(ids + step.ids)) in claimed:
             return parent, None
         # Claimed before it is scored: a duplicate costs the verifier nothing.
         claimed.add(key)
-        return parent, await _score(problem, beam, step, settings, scorer, cost)
+        return parent, await grower.grown(prefix, step)
 
-    while any(not b.candidate.finished for b in places):
-        active = [i for i, b in enumerate(places) if not b.candidate.finished]
+    while any(not p.candidate.finished for p in places):
+        active = [i for i, p in enumerate(places) if not p.candidate.finished]
         draws = settings.samples * (settings.n - (len(places) - len(active)))
         shares = [draws // len(active) + (j < draws % len(active)) for j in range(len(active))]
         claimed: set[tuple[int, ...]] = set()
-        grown = await asyncio.gather(
-            *(grow(i, c) for i, share in zip(active, shares, strict=True) for c in range(share))
+        grown = await together(
+            grow(i, c) for i, share in zip(active, shares, strict=True) for c in range(share)
         )
         truncated += [c for _, c in grown if isinstance(c, Candidate)]
         merged += sum(c is None for _, c in grown)
-        children = [(parent, c) for parent, c in grown if isinstance(c, Beam)]
-        contenders = [(-1, b) for b in places if b.candidate.finished] + children
+        children = [(parent, c) for parent, c in grown if isinstance(c, Prefix)]
+        if rescore is not None:
+            children = rescore(places, children)
+        contenders = [(-1, p) for p in places if p.candidate.finished] + children
         # Sorting is stable: ties go to the earlier contender.
         contenders.sort(key=lambda c: -c[1].candidate.score)
+        ranked = [(rank, i, p) for rank, (i, p) in enumerate(contenders) if i >= 0]
         steps.append(
             [
-                (parent, rank < settings.n, b.candidate.score, _last_step(policy, b.candidate))
-                for rank, (parent, b) in enumerate(contenders)
-                if parent >= 0
+                (i, rank < settings.n, p.candidate.score, grower.last_step(p.candidate))
+                for rank, i, p in ranked
             ]
         )
-        places = [b for _, b in contenders[: settings.n]]
+        nodes.append([grower.node(p, [rank] if rank < settings.n else []) for rank, _, p in ranked])
+        places = [p for _, p in contenders[: settings.n]]
         round_number += 1
-    return BeamResult([b.candidate for b in places], len(truncated), merged, steps)
+    return Found([p.candidate for p in places], len(truncated), merged, steps, nodes)
 
 
-async def _score(
-    problem: Problem, beam: Beam, step: Step, settings: BeamSettings, scorer: Scorer, cost: Cost
-) -> Beam:
-    ids = beam.candidate.ids + step.ids
-    ends = [*beam.candidate.ends, len(ids)]
-    before, logprobs = beam.values, beam.logprobs
-    if scorer.fused:
-        if step.logprobs is None or step.first_heads is None or step.last_heads is None:
-            raise RuntimeError("a fused engine returned a step without scores")
-        logprobs = np.concatenate([logprobs, step.logprobs])
-        if not before:
-            before = scorer.values(step.first_heads, logprobs[:0], [], [])
-        after = scorer.values(step.last_heads, logprobs, ids, ends)
-    else:
-        after = await scorer.read(problem, ids, ends, cost)
-    candidate = Candidate(
-        ids=ids,
-        ends=ends,
-        q={h: [*(beam.candidate.q.get(h) or [before[h]]), v] for h, v in after.items()},
-        score=settings.score(before, after),
-        finished=step.finished,
-        truncated=False,
-    )
-    return Beam(candidate, after, logprobs)
-
-
-def _last_step(policy: Policy, candidate: Candidate) -> str:
-    start = candidate.ends[-2] if len(candidate.ends) > 1 else 0
-    return policy.text(candidate.ids[start:]).rstrip("\n")
+def with_score(prefix: Prefix, score: float) -> Prefix:
+    """The prefix under another score."""
+    return replace(prefix, candidate=replace(prefix.candidate, score=score))
 
 
 def main() -> None:

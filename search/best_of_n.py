@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from pav.engine import Engine, seed_of
 from pav.policy import Policy, Sampler
 from pav.tasks.base import Problem
+from search.cost import Cost
+from search.grow import together
+from search.rank import Values
 from search.records import Candidate
-from search.scoring import Cost, Scorer, Values
+from search.scoring import StepScorer
 
 
 async def sample_traces(
@@ -17,7 +18,7 @@ async def sample_traces(
     engine: Engine,
     policy: Policy,
     sampler: Sampler,
-    scorer: Scorer | None,
+    scorer: StepScorer | None,
     seed: int,
     cost: Cost,
     every_step: bool = False,
@@ -52,7 +53,7 @@ async def sample_traces(
             seed=seed_of(seed, problem.id, "trace", index),
             scores=fused,
         )
-        cost.policy_tokens += len(out.ids)
+        cost.sampled(out)
         ends = policy.stepper.step_ends(out.ids)
         finished = out.stopped and bool(ends) and ends[-1] == len(out.ids)
         q: dict[str, list[float]] = {}
@@ -76,7 +77,7 @@ async def sample_traces(
             tokens=len(out.ids),
         )
 
-    return list(await asyncio.gather(*(one(i) for i in range(n))))
+    return await together(one(i) for i in range(n))
 
 
 def main() -> None:

@@ -1,124 +1,61 @@
-"""The search commands: ``search.beam`` and ``search.best_of_n``."""
+"""The search commands; :mod:`search.configs` holds their settings."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from pav.engine import EngineConfig
 from pav.errors import UserError
-from pav.policy import PolicyConfig, Sampler
-from pav.tasks.base import Problem, Split, Task
-from search.pick import Pick
-from search.records import Record, open_run
-from search.scoring import Scorer
-from search.session import Scoring, Session, load_checked, open_session, sibling_orm
-from search.solve import beam_record, beam_settings, repick, traces_record
-from search.stats import bootstrap
+from pav.tasks.base import Problem
+from search.configs import (
+    AlphaLlmConfig,
+    BeamConfig,
+    BestOfNConfig,
+    DvtsConfig,
+    SearchConfig,
+    SmcConfig,
+)
+from search.opened import Opened, Row, card_of, claim, open_search, print_rows, serve
+from search.oracle import by_oracle, pass_at
+from search.records import Record
+from search.reward_text import RewardModelConfig
+from search.scoring import StepScorer
+from search.session import Session, load_checked, sibling_orm
+from search.smc import SmcSettings
+from search.solve import beam_record, beam_settings, repick, smc_record, traces_record
+
+__all__ = [
+    "AlphaLlmConfig",
+    "BeamConfig",
+    "BestOfNConfig",
+    "DvtsConfig",
+    "SearchConfig",
+    "SmcConfig",
+    "alphallm",
+    "beam",
+    "best_of_n",
+    "dvts",
+    "smc",
+]
 
 
-@dataclass(frozen=True)
-class SearchConfig:
-    """Fields of every search command.
-
-    Args:
-        verifier: checkpoint that pav.train wrote, or ``pav:reference``.
-        n: beam width, or number of solutions.
-        problems: how many problems of ``split``.
-        split: never choose settings on ``test``.
-        pick: rule for the final pick; by default the one chosen on validation.
-        scoring: ``fused`` where the trunk is the policy, else ``separate``; ``auto`` decides.
-        surprise: use the calibrators that read the trunk's log-probabilities.
-        seed: run seed.
-        output: run directory; by default beside the verifier.
-        task: needed only where the verifier's task is not built in.
-        policy: another policy than the verifier was made for (warns).
-        sampler: another sampler than the verifier was made for (warns).
-        trunk: new place of the trunk, if it moved.
-        concurrency: problems in flight.
-        engine: device settings.
-    """
-
-    verifier: str
-    n: int = 4
-    problems: int = 64
-    split: Split = "test"
-    pick: Pick | None = None
-    scoring: Scoring = "auto"
-    surprise: bool = True
-    seed: int = 0
-    output: str | None = None
-    task: Task | None = None
-    policy: PolicyConfig | None = None
-    sampler: Sampler | None = None
-    trunk: str | None = None
-    concurrency: int = 32
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        if self.n < 1 or self.problems < 1:
-            raise UserError(f"n is {self.n}, problems is {self.problems}; both must be positive")
-
-
-@dataclass(frozen=True)
-class BeamConfig(SearchConfig):
-    """Beam search by Q_base + alpha * A_prover.
-
-    Args:
-        samples: children per place and step (C).
-        alpha: weight of the advantage; by default the verifier's.
-        prover: a head such as q/prover, or bo4 for Best-of-4 of the base policy; by default the
-            verifier's.
-        baseline: ``orm`` also runs best-of-N by the ORM, at the same N and at the tokens that beam
-            spent, and majority vote.
-        baseline_verifier: the ORM; by default orm.ckpt beside the verifier.
-    """
-
-    samples: int = 3
-    alpha: float | None = None
-    prover: str | None = None
-    baseline: Literal["orm"] | None = None
-    baseline_verifier: str | None = None
-
-
-@dataclass(frozen=True)
-class BestOfNConfig(SearchConfig):
-    """Best-of-N: independent solutions, ranked at their last position."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the printed table."""
-
-    method: str
-    n: int
-    records: list[Record]
-    seconds: float
+Job = Callable[[Problem], Coroutine[Any, Any, Record]]
 
 
 def beam(config: BeamConfig) -> None:
     """Run beam search, and its baselines if asked for (see :class:`BeamConfig`)."""
-    verifier = load_checked(config.verifier, "pav")
-    session = open_session(verifier, config.task, config.policy, config.sampler, config.engine)
-    settings = beam_settings(verifier.card, config.n, config.samples, config.alpha, config.prover)
-    rule: Pick = config.pick or verifier.card.pick  # type: ignore[assignment]
-    directory = _run_directory(config, f"beam-n{config.n}", verifier.path)
-    open_run(directory, _manifest(config, verifier.digest))
-    scorer = session.scorer(verifier, config.scoring, config.surprise, config.trunk)
-    orm = None
-    if config.baseline:
-        name = config.baseline_verifier or sibling_orm(verifier.path)
-        orm = session.scorer(load_checked(name, "orm"), "separate", config.surprise, None)
-    session.sampling_engine(scorer)
-    if orm is not None:
-        # The ORM is never fused: best-of-N samples from the plain policy, which must be loaded now.
-        session.sampling_engine(orm)
+    opened = open_search(config, "pav")
+    settings = beam_settings(
+        card_of(opened), config.n, config.samples, config.alpha, config.prover, config.score
+    )
+    directory = claim(config, opened, f"beam-n{config.n}")
+    scorer = serve(config, opened)
+    orm = _baseline_scorer(config, opened)
+    session, rule = opened.session, opened.rule
     problems = session.problems(config.split, config.problems)
 
     async def search(problem: Problem) -> Record:
@@ -131,13 +68,31 @@ def beam(config: BeamConfig) -> None:
     if orm is not None:
         rows += _baselines(config, session, orm, problems, records, directory)
     session.shutdown()
-    _print(rows, directory, config.split)
+    print_rows(rows, directory, config.split)
+
+
+def _baseline_scorer(config: BeamConfig, opened: Opened) -> StepScorer | None:
+    if not config.baseline:
+        return None
+    session, name = opened.session, config.baseline_verifier
+    if name is None:
+        if opened.verifier is None:
+            raise UserError("no ORM baseline is known without a verifier; name --baseline_verifier")
+        name = sibling_orm(opened.verifier.path)
+    orm: StepScorer
+    if Path(name).is_dir():
+        orm = session.reward_model(RewardModelConfig(name))
+    else:
+        orm = session.scorer(load_checked(name, "orm"), "separate", config.surprise, None)
+    # The ORM is never fused: best-of-N samples from the plain policy, which must be loaded now.
+    session.sampling_engine(orm)
+    return orm
 
 
 def _baselines(
     config: BeamConfig,
     session: Session,
-    orm: Scorer,
+    orm: StepScorer,
     problems: list[Problem],
     beam_records: list[Record],
     directory: Path,
@@ -175,30 +130,93 @@ def _baselines(
             ("majority vote", "majority"),
         ):
             rows.append(Row(label, n, [repick(r, rule) for r in records], took))  # type: ignore[arg-type]
+        rows.append(Row("oracle (pass@N)", n, [by_oracle(r) for r in records], took))
     return rows
+
+
+def dvts(config: DvtsConfig) -> None:
+    """Run diverse verifier tree search (see :class:`DvtsConfig`)."""
+    opened = open_search(config, "pav")
+    settings = beam_settings(
+        card_of(opened), config.n, config.samples, config.alpha, config.prover, config.score
+    )
+
+    def job(scorer: StepScorer) -> Job:
+        async def search(problem: Problem) -> Record:
+            return await beam_record(
+                opened.session, scorer, settings, opened.rule, "dvts", config.seed, problem
+            )
+
+        return search
+
+    _tree(config, opened, "dvts", "DVTS", job)
+
+
+def alphallm(config: AlphaLlmConfig) -> None:
+    """Run beam search by Q and AlphaLLM's bonus (see :class:`AlphaLlmConfig`)."""
+    opened = open_search(config, "pav")
+    settings = beam_settings(card_of(opened), config.n, config.samples, 0.0, None, "q")
+
+    def job(scorer: StepScorer) -> Job:
+        async def search(problem: Problem) -> Record:
+            return await beam_record(
+                opened.session,
+                scorer,
+                settings,
+                opened.rule,
+                "alphallm",
+                config.seed,
+                problem,
+                bonus=config.bonus,
+            )
+
+        return search
+
+    _tree(config, opened, "alphallm", "AlphaLLM bonus", job)
+
+
+def smc(config: SmcConfig) -> None:
+    """Run particle filtering (see :class:`SmcConfig`)."""
+    opened = open_search(config, "pav")
+    card = card_of(opened)
+    head = config.head or card.base_head
+    if head not in card.heads:
+        raise UserError(f"head is {head!r}; the verifier has {', '.join(card.heads)}")
+    settings = SmcSettings(config.n, head, config.weight, config.resampling)
+
+    def job(scorer: StepScorer) -> Job:
+        async def search(problem: Problem) -> Record:
+            return await smc_record(
+                opened.session, scorer, settings, opened.rule, config.seed, problem, opened.score
+            )
+
+        return search
+
+    _tree(config, opened, "smc", "particle filtering", job)
 
 
 def best_of_n(config: BestOfNConfig) -> None:
     """Run best-of-N (see :class:`BestOfNConfig`)."""
-    from pav.verifier import load_verifier
-
-    verifier = load_verifier(config.verifier)
-    session = open_session(verifier, config.task, config.policy, config.sampler, config.engine)
-    rule: Pick = config.pick or verifier.card.pick  # type: ignore[assignment]
-    if rule in ("last", "min", "vote") and not verifier.card.base_head:
-        raise UserError(
-            f"pick {rule} reads a Q head, which {config.verifier!r} does not have; choose orm, "
-            "orm_vote or majority"
-        )
-    directory = _run_directory(config, f"best-of-{config.n}", verifier.path)
-    open_run(directory, _manifest(config, verifier.digest))
-    scorer = session.scorer(verifier, config.scoring, config.surprise, config.trunk)
-    session.sampling_engine(scorer)
+    opened = open_search(config, None)
+    directory = claim(config, opened, f"best-of-{config.n}")
+    session, rule = opened.session, opened.rule
+    scorer = None
+    if opened.card is None:
+        session.sampling_engine(None)
+    else:
+        scorer = serve(config, opened)
     problems = session.problems(config.split, config.problems)
 
     async def search(problem: Problem) -> Record:
         return await traces_record(
-            session, scorer, config.n, rule, "best-of-N", config.seed, problem
+            session,
+            scorer,
+            config.n,
+            rule,
+            "best-of-N",
+            config.seed,
+            problem,
+            score=opened.score,
         )
 
     records, seconds = session.run(
@@ -207,58 +225,33 @@ def best_of_n(config: BestOfNConfig) -> None:
     session.shutdown()
     rows = [Row(f"best-of-N ({rule})", config.n, records, seconds)]
     rows.append(Row("majority vote", config.n, [repick(r, "majority") for r in records], seconds))
-    _print(rows, directory, config.split)
+    rows.append(Row("oracle (pass@N)", config.n, [by_oracle(r) for r in records], seconds))
+    print_rows(rows, directory, config.split)
+    counts = [2**i for i in range(config.n.bit_length())]
+    line = ", ".join(f"{k}: {pass_at(records, k).mean():.3f}" for k in counts)
+    print(f"oracle pass@k, unbiased from {config.n} samples: {line}")
 
 
-def _run_directory(config: SearchConfig, name: str, verifier: Path) -> Path:
-    if config.output:
-        return Path(config.output)
-    parent = Path("runs") if "assets" in verifier.parts else verifier.parent
-    return parent / "search" / f"{verifier.stem}-{name}-s{config.seed}"
-
-
-def _manifest(config: SearchConfig, digest: str) -> dict[str, Any]:
-    from dataclasses import fields, is_dataclass
-
-    from pav.tasks.base import task_spec
-
-    plain: dict[str, Any] = {"verifier_digest": digest}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name in ("output", "concurrency"):
-            continue
-        if isinstance(value, Task):
-            value = task_spec(value)
-        elif is_dataclass(value) and not isinstance(value, type):
-            value = {k.name: str(getattr(value, k.name)) for k in fields(value)}
-        plain[f.name] = value
-    return plain
-
-
-def _print(rows: list[Row], directory: Path, split: str) -> None:
-    table = Table(title=f"{len(rows[0].records)} {split} problems")
-    for column in (
-        "method",
-        "N",
-        "accuracy [95%]",
-        "in final set",
-        "policy tokens",
-        "verifier tokens",
-        "seconds",
-    ):
-        table.add_column(column)
-    for row in rows:
-        right = bootstrap(np.array([[r.correct] for r in row.records], dtype=float))
-        oracle = np.mean([any(c.correct for c in r.candidates) for r in row.records])
-        table.add_row(
-            row.method,
-            str(row.n),
-            str(right),
-            f"{oracle:.3f}",
-            f"{np.mean([r.policy_tokens for r in row.records]):.0f}",
-            f"{np.mean([r.verifier_tokens for r in row.records]):.0f}",
-            f"{row.seconds:.1f}",
-        )
-    Console(width=120).print(table)
-    print("tokens are means per problem; seconds are nan for a resumed run")
-    print(f"records: {directory}\nnext: search.compare --help")
+def _tree(
+    config: SearchConfig,
+    opened: Opened,
+    name: str,
+    label: str,
+    job: Callable[[StepScorer], Job],
+) -> None:
+    """Run one search of its own directory and print its row."""
+    directory = claim(config, opened, f"{name}-n{config.n}")
+    scorer = serve(config, opened)
+    session = opened.session
+    records, seconds = session.run(
+        directory / f"{name}.jsonl",
+        session.problems(config.split, config.problems),
+        job(scorer),
+        config.concurrency,
+        f"{label} N={config.n}",
+    )
+    session.shutdown()
+    rows = [Row(f"{label} ({opened.rule})", config.n, records, seconds)]
+    rows.append(Row(f"{label} (majority)", config.n, [repick(r, "majority") for r in records],
+                    seconds))  # fmt: skip
+    print_rows(rows, directory, config.split)

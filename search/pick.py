@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal, get_args
 
+from pav.errors import UserError
 from pav.verifier import ORM
+from search.rank import Values
 from search.records import Candidate
 
-Pick = Literal["last", "min", "orm", "vote", "orm_vote", "majority"]
+Pick = Literal["last", "min", "pav", "orm", "vote", "orm_vote", "majority"]
+# Rules that need the values of all steps, not of the last one alone.
+EVERY_STEP: tuple[Pick, ...] = ("min", "pav")
+ORM_RULES: tuple[Pick, ...] = ("orm", "orm_vote")
+# Score of a step from the values before and after it.
+StepScore = Callable[[Values, Values], float]
 
 
-def pick(candidates: Sequence[Candidate], rule: Pick, head: str) -> int | None:
+def pick(
+    candidates: Sequence[Candidate], rule: Pick, head: str, score: StepScore | None = None
+) -> int | None:
     """Index of the pick; None where nothing finished. Ties go to the earlier candidate.
 
     Args:
         candidates: the final set; unfinished ones are never picked.
-        rule: ``last`` Q of the last step, ``min`` over all steps, ``orm`` head, ``vote`` weighted
-            by the last Q, ``orm_vote`` weighted by the ORM, ``majority``.
+        rule: ``last`` Q of the last step, ``min`` Q over all steps, ``pav`` the lowest step score
+            (PAV as ORM: paper, Section 4.5), ``orm`` head, ``vote`` weighted by the last Q,
+            ``orm_vote`` weighted by the ORM, ``majority``.
         head: the Q head that ``last``, ``min`` and ``vote`` read.
+        score: the step score that ``pav`` reads.
     """
     finished = [i for i, c in enumerate(candidates) if c.finished]
     if not finished:
@@ -29,11 +41,15 @@ def pick(candidates: Sequence[Candidate], rule: Pick, head: str) -> int | None:
         c = candidates[i]
         if rule == "majority":
             return 1.0
-        if rule in ("orm", "orm_vote"):
+        if rule in ORM_RULES:
             return c.q[ORM][-1]
+        if rule == "pav":
+            if score is None:
+                raise ValueError("the pick pav needs a step score")
+            return lowest_step(c, score)
         return min(c.q[head][1:]) if rule == "min" else c.q[head][-1]
 
-    if rule in ("last", "min", "orm"):
+    if rule in ("last", "min", "pav", "orm"):
         return max(finished, key=weight)
     votes: dict[str | None, float] = defaultdict(float)
     for i in finished:
@@ -44,3 +60,33 @@ def pick(candidates: Sequence[Candidate], rule: Pick, head: str) -> int | None:
         return finished[0]
     winner = max(votes, key=lambda a: votes[a])
     return max((i for i in finished if candidates[i].answer == winner), key=weight)
+
+
+def lowest_step(candidate: Candidate, score: StepScore) -> float:
+    """The lowest score of a candidate's steps; its values after every step must be there."""
+    states = [
+        dict(zip(candidate.q, values, strict=True))
+        for values in zip(*candidate.q.values(), strict=True)
+    ]
+    return min(score(before, after) for before, after in pairwise(states))
+
+
+def check_pick(rule: Pick, heads: Sequence[str], base_head: str, scorer: str) -> None:
+    """Refuse a rule that reads what a scorer does not give.
+
+    Raises:
+        UserError: naming the rules that can be used.
+    """
+    missing = "an ORM head" if rule in ORM_RULES and ORM not in heads else ""
+    if rule not in (*ORM_RULES, "majority") and not base_head:
+        missing = "a Q head"
+    if missing:
+        usable = [
+            r
+            for r in get_args(Pick)
+            if r == "majority" or (ORM in heads if r in ORM_RULES else base_head)
+        ]
+        raise UserError(
+            f"pick {rule} reads {missing}, which {scorer!r} does not have; choose "
+            f"{', '.join(usable[:-1])} or {usable[-1]}"
+        )

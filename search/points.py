@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from pav.policy import Policy
 from pav.tasks.base import Split
-from search.stats import Interval, bootstrap
+from pav.verifier import ORM
+from search.cost import record_flops, shape_of
+from search.pick import ORM_RULES
+from search.records import Record
+from search.scoring import Scorer
+from search.stats import Interval, bootstrap, mcnemar
+from search.table import print_table, result_row
 
 
 @dataclass(frozen=True)
@@ -24,24 +31,37 @@ class Point:
     Attributes:
         method: its name.
         n: width or sample count.
-        matched: the beam width whose tokens this sample count matches; None where ``n`` was asked.
+        matched: the beam width whose policy tokens this sample count matches; None for none.
+        matched_flops: the beam width whose total FLOPs it matches; None for none.
         correct_PS: (problems, seeds) right or wrong.
         oracle_PS: whether the final set holds a right answer.
-        policy_tokens, verifier_tokens, verifier_cached: means per problem.
+        believed_PS: what the verifier says of the final pick, 0 where nothing was picked; NaN
+            without a verifier.
+        policy_tokens, policy_prefilled, policy_cached, verifier_tokens, verifier_cached: means per
+            problem.
+        policy_flops, verifier_flops: means per problem; NaN where an earlier version searched.
         seconds: per problem; NaN where it was measured by an earlier start.
         settings: of the first record.
+        base: whether the base policy was sampled (else another one, shown beside it).
     """
 
     method: str
     n: int
     matched: int | None
+    matched_flops: int | None
     correct_PS: NDArray[np.float64]
     oracle_PS: NDArray[np.float64]
+    believed_PS: NDArray[np.float64]
     policy_tokens: float
+    policy_prefilled: float
+    policy_cached: float
     verifier_tokens: float
     verifier_cached: float
+    policy_flops: float
+    verifier_flops: float
     seconds: float
     settings: dict[str, Any]
+    base: bool = True
 
     @property
     def is_beam(self) -> bool:
@@ -53,52 +73,116 @@ class Point:
         """Accuracy with its 95% interval over problems."""
         return bootstrap(self.correct_PS)
 
+    @property
+    def traces(self) -> int:
+        """N as the paper counts it when it compares compute: a beam pays for C children."""
+        return int(self.settings.get("places", self.n)) * int(self.settings.get("samples", 1))
 
-def write_csv(points: list[Point], path: Path) -> None:
-    """One tidy row per point."""
+    @property
+    def flops(self) -> float:
+        """Forward FLOPs per problem of policy and verifier."""
+        return self.policy_flops + self.verifier_flops
+
+
+def make_point(
+    method: str,
+    n: int,
+    by_seed: Sequence[Sequence[Record]],
+    seconds: float,
+    policy: Policy,
+    scorer: Scorer | None,
+) -> Point:
+    """The point of one method at one N from its records, a list per seed."""
+    flat = [r for records in by_seed for r in records]
+    trunk = None if scorer is None else shape_of(scorer.trunk.path)
+    rows = 0 if scorer is None else len(scorer.engine.score_ids)
+    flops = np.array([record_flops(r, shape_of(policy.path), trunk, rows) for r in flat])
+
+    def table(value: Any) -> np.ndarray:
+        return np.array([[value(r) for r in records] for records in by_seed], dtype=float).T
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(r, name) for r in flat]))
+
+    base_head = "" if scorer is None else scorer.verifier.card.base_head
+    return Point(
+        method=method,
+        n=n,
+        matched=None,
+        matched_flops=None,
+        correct_PS=table(lambda r: r.correct),
+        oracle_PS=table(lambda r: any(c.correct for c in r.candidates)),
+        believed_PS=table(lambda r: believed(r, base_head)),
+        policy_tokens=mean("policy_tokens"),
+        policy_prefilled=mean("policy_prefilled"),
+        policy_cached=mean("policy_cached"),
+        verifier_tokens=mean("verifier_tokens"),
+        verifier_cached=mean("verifier_cached"),
+        policy_flops=float(flops[:, 0].mean()),
+        verifier_flops=float(flops[:, 1].mean()),
+        seconds=seconds / len(flat),
+        settings=flat[0].settings,
+    )
+
+
+def believed(record: Record, base_head: str) -> float:
+    """The verifier's chance that the picked solution is right: its value after the last step.
+
+    0 where nothing could be picked, as accuracy counts it; NaN where no verifier took part.
+    """
+    rule = record.settings.get("pick")
+    head = ORM if rule in ORM_RULES else base_head
+    if rule == "majority" or not head:
+        return math.nan
+    if record.picked is None:
+        return 0.0
+    values = record.candidates[record.picked].q.get(head)
+    return values[-1] if values else math.nan
+
+
+def write_csv(points: Sequence[Point], path: Path) -> None:
+    """One tidy row per point; costs are means per problem, ``believed`` the mean verifier score."""
     with path.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(
-            [
-                "method",
-                "n",
-                "matched_to_beam_n",
-                "accuracy",
-                "low",
-                "high",
-                "oracle",
-                "policy_tokens",
-                "verifier_tokens",
-                "verifier_cached",
-                "seconds",
-                "problems",
-                "seeds",
-                "settings",
-            ]
-        )
-        for p in points:
-            a = p.accuracy
-            writer.writerow(
-                [
-                    p.method,
-                    p.n,
-                    p.matched or "",
-                    f"{a.mean:.4f}",
-                    f"{a.low:.4f}",
-                    f"{a.high:.4f}",
-                    f"{p.oracle_PS.mean():.4f}",
-                    f"{p.policy_tokens:.1f}",
-                    f"{p.verifier_tokens:.1f}",
-                    f"{p.verifier_cached:.1f}",
-                    f"{p.seconds:.4f}",
-                    *p.correct_PS.shape,
-                    json.dumps(p.settings),
-                ]
-            )
+        rows = [_row(p) for p in points]
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def paired(points: list[Point]) -> list[dict[str, Any]]:
-    """Paired differences: beam against best-of-N at its tokens, and each method's own doubling."""
+def _row(p: Point) -> dict[str, Any]:
+    a = p.accuracy
+    count, seeds = p.correct_PS.shape
+    return {
+        "method": p.method,
+        "n": p.n,
+        "matched_to_beam_n": p.matched or "",
+        "accuracy": f"{a.mean:.4f}",
+        "low": f"{a.low:.4f}",
+        "high": f"{a.high:.4f}",
+        "oracle": f"{p.oracle_PS.mean():.4f}",
+        "policy_tokens": f"{p.policy_tokens:.1f}",
+        "verifier_tokens": f"{p.verifier_tokens:.1f}",
+        "verifier_cached": f"{p.verifier_cached:.1f}",
+        "seconds": f"{p.seconds:.4f}",
+        "problems": count,
+        "seeds": seeds,
+        "settings": json.dumps(p.settings),
+        "believed": f"{p.believed_PS.mean():.4f}",
+        "policy_prefilled": f"{p.policy_prefilled:.1f}",
+        "policy_cached": f"{p.policy_cached:.1f}",
+        "policy_flops": f"{p.policy_flops:.4g}",
+        "verifier_flops": f"{p.verifier_flops:.4g}",
+        "total_flops": f"{p.flops:.4g}",
+        "flops_matched_to_beam_n": p.matched_flops or "",
+    }
+
+
+def paired(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Paired differences, each with its 95% interval and exact McNemar p.
+
+    A beam against best-of-N at its policy tokens, at its total FLOPs and, as the paper's figures
+    do, at its N; and each method's own doubling.
+    """
     out: list[dict[str, Any]] = []
 
     def add(kind: str, a: Point, b: Point) -> None:
@@ -112,59 +196,64 @@ def paired(points: list[Point]) -> list[dict[str, Any]]:
                 "b_n": b.n,
                 "difference": d.mean,
                 "ci95": [d.low, d.high],
+                "mcnemar_p": mcnemar(a.correct_PS, b.correct_PS),
             }
         )
 
     beams = [p for p in points if p.is_beam]
+    orm = baseline(points)
     for a in beams:
         for b in points:
             if not b.is_beam and b.matched == a.n:
                 add("equal tokens", a, b)
+            if not b.is_beam and b.matched_flops == a.n:
+                add("equal FLOPs", a, b)
+            if b.method == orm and b.n == a.n:
+                add("equal N", a, b)
             if b.method == a.method and b.n == 2 * a.n:
                 add("doubling", b, a)
     return out
 
 
-def oracle_line(points: list[Point]) -> list[tuple[float, Interval]]:
-    """(policy tokens, share of problems with a right answer among the base policy's samples)."""
-    sampled = [p for p in points if not p.is_beam]
-    if not sampled:
-        return []
-    name = sampled[0].method
-    return [(p.policy_tokens, bootstrap(p.oracle_PS)) for p in sampled if p.method == name]
+def baseline(points: Sequence[Point]) -> str | None:
+    """The ORM baseline: the first best-of-N method whose pick is the ORM's argmax."""
+    found = (p.method for p in points if not p.is_beam and p.settings.get("pick") == "orm")
+    return next(found, None)
+
+
+def oracle_points(points: Sequence[Point]) -> list[Point]:
+    """The points of one method that ranks the base policy's samples: they hold pass@N."""
+    sampled = [p for p in points if not p.is_beam and p.base]
+    return [p for p in sampled if p.method == sampled[0].method]
 
 
 def print_points(points: list[Point], differences: list[dict[str, Any]], split: Split) -> None:
     """Two tables: all points, and the paired differences."""
-    console = Console(width=130)
     count, seeds = points[0].correct_PS.shape
-    table = Table(title=f"{count} {split} problems, {seeds} seed(s); tokens per problem")
-    for column in (
-        "method",
-        "N",
-        "accuracy [95%]",
-        "in final set",
-        "policy tokens",
-        "verifier tokens",
-        "seconds",
-    ):
-        table.add_column(column)
+    rows = []
     for p in points:
-        n = f"{p.n} (tokens of beam {p.matched})" if p.matched else str(p.n)
-        table.add_row(
-            p.method,
-            n,
-            str(p.accuracy),
-            f"{p.oracle_PS.mean():.3f}",
-            f"{p.policy_tokens:.0f}",
-            f"{p.verifier_tokens:.0f}",
-            f"{p.seconds:.3f}",
+        matches = [
+            f"{what} of beam {n}"
+            for what, n in (("tokens", p.matched), ("FLOPs", p.matched_flops))
+            if n
+        ]
+        n = f"{p.n} ({', '.join(matches)})" if matches else str(p.n)
+        oracle = float(p.oracle_PS.mean())
+        row = result_row(
+            p.method, n, p.accuracy, oracle, p.policy_tokens, p.verifier_tokens, p.seconds
         )
-    console.print(table)
-    table = Table(title="paired differences [95%]")
-    for column in ("", "this", "minus", "difference"):
-        table.add_column(column)
-    for d in differences:
-        interval = Interval(d["difference"], *d["ci95"])
-        table.add_row(d["kind"], f"{d['a']} N={d['a_n']}", f"{d['b']} N={d['b_n']}", str(interval))
-    console.print(table)
+        flops = f"{p.policy_flops / 1e6:.0f} + {p.verifier_flops / 1e6:.0f}"
+        more = {"believed": f"{p.believed_PS.mean():.3f}", "MFLOPs policy + verifier": flops}
+        rows.append(row | more)
+    print_table(f"{count} {split} problems, {seeds} seed(s); costs per problem", rows, 150)
+    compared = [
+        {
+            "": d["kind"],
+            "this": f"{d['a']} N={d['a_n']}",
+            "minus": f"{d['b']} N={d['b_n']}",
+            "difference": str(Interval(d["difference"], *d["ci95"])),
+            "p": f"{d['mcnemar_p']:.2g}",
+        }
+        for d in differences
+    ]
+    print_table("paired differences [95%], exact McNemar p", compared, 150)

@@ -40,6 +40,22 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Node:
+    """What a search tree's viewer needs to know of a scored child, beside its entry in ``steps``.
+
+    Attributes:
+        places: where it stood in the next round, which its children name as their parent; empty if
+            it was pruned.
+        finished: complete.
+        q: Q of every head after its step.
+    """
+
+    places: list[int]
+    finished: bool
+    q: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Record:
     """The search of one problem.
 
@@ -53,8 +69,9 @@ class Record:
         candidates: the final set.
         truncated: candidates cut by the cap, wherever they were.
         merged: duplicates that were merged.
-        policy_tokens, verifier_tokens, verifier_cached: cost.
+        policy_tokens .. verifier_logits: what it cost (:class:`search.cost.Cost`).
         steps: one list per round of [parent, kept, score, text] for every scored child.
+        nodes: one list per round, beside ``steps``.
         error: why the problem failed; counts as wrong.
     """
 
@@ -72,9 +89,16 @@ class Record:
     truncated: int = 0
     merged: int = 0
     policy_tokens: int = 0
+    policy_requests: int = 0
+    policy_prefilled: int = 0
+    policy_cached: int = 0
+    policy_context: int = 0
     verifier_tokens: int = 0
     verifier_cached: int = 0
+    verifier_context: int = 0
+    verifier_logits: int = 0
     steps: list[list[tuple[int, bool, float, str]]] = field(default_factory=list)
+    nodes: list[list[Node]] = field(default_factory=list)
     error: str | None = None
 
 
@@ -82,6 +106,16 @@ def append(path: Path, record: Record) -> None:
     """Add one line."""
     with path.open("a") as stream:
         stream.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+
+
+def rewrite(path: Path, records: list[Record]) -> None:
+    """Replace a file by these records, at once."""
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    for record in records:
+        append(temporary, record)
+    temporary.replace(path)
 
 
 def read(path: Path) -> list[Record]:
@@ -100,7 +134,8 @@ def read(path: Path) -> list[Record]:
         good += len(line)
         candidates = [Candidate(**c) for c in plain.pop("candidates")]
         steps = [[tuple(step) for step in children] for children in plain.pop("steps")]
-        records.append(Record(**plain, candidates=candidates, steps=steps))
+        nodes = [[Node(**node) for node in children] for children in plain.pop("nodes", [])]
+        records.append(Record(**plain, candidates=candidates, steps=steps, nodes=nodes))
     if good < path.stat().st_size:
         with path.open("r+b") as stream:
             stream.truncate(good)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,23 +14,34 @@ from pav.policy import Policy
 from pav.steps import scoring_position
 from pav.tasks.base import Problem
 from pav.verifier import Verifier
+from search.cost import Cost
+from search.rank import Values
 
-Values = dict[str, float]
 
+class StepScorer(Protocol):
+    """What a search asks of a verifier."""
 
-@dataclass
-class Cost:
-    """What one problem cost.
+    @property
+    def fused(self) -> bool:
+        """Whether scores come back with the sampled tokens."""
 
-    Attributes:
-        policy_tokens: sampled tokens, those of merged, truncated and pruned candidates included.
-        verifier_tokens: tokens that a verifier engine computed (0 when fused).
-        verifier_cached: tokens it took from its prefix cache.
-    """
+    @property
+    def described(self) -> dict[str, Any]:
+        """Settings that belong in a record."""
 
-    policy_tokens: int = 0
-    verifier_tokens: int = 0
-    verifier_cached: int = 0
+    @property
+    def base_head(self) -> str:
+        """Head of Q_base."""
+
+    def values(
+        self, logits_H: np.ndarray, logprobs: np.ndarray, ids: Sequence[int], ends: Sequence[int]
+    ) -> Values:
+        """Values after the last step, from fused scores."""
+
+    async def read(
+        self, problem: Problem, ids: Sequence[int], ends: Sequence[int], cost: Cost
+    ) -> Values:
+        """Values after the last step, read by an engine of the scorer's own."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,20 @@ class Scorer:
         card = self.verifier.card
         made = {h: card.calibrator(h, self.reads_surprise) for h in card.heads}
         object.__setattr__(self, "calibrators", made)
+
+    @property
+    def base_head(self) -> str:
+        """Head of Q_base, empty for an ORM."""
+        return self.verifier.card.base_head
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Settings that belong in a record."""
+        return {
+            "scoring": "fused" if self.fused else "separate",
+            "surprise": self.reads_surprise,
+            "trunk": self.verifier.card.trunk,
+        }
 
     def values(
         self, logits_H: np.ndarray, logprobs: np.ndarray, ids: Sequence[int], ends: Sequence[int]
@@ -85,7 +111,6 @@ class Scorer:
         stop = scoring_position(len(prompt), end) + 1
         sequence = [*prompt, *ids][:stop]
         out = await self.engine.read(sequence, surprise=self.reads_surprise and bool(ends))
-        cost.verifier_tokens += out.computed
-        cost.verifier_cached += out.cached
+        cost.read(out)
         logprobs = np.zeros(0, np.float32) if out.logprobs is None else out.logprobs
         return self.values(out.heads, logprobs[len(prompt) - 1 :], ids, ends)

@@ -28,8 +28,11 @@ from pav.policy import (
 from pav.progress import Reporter
 from pav.tasks.base import Problem, Split, Task
 from pav.verifier import Card, Verifier, load_verifier, prompt_from, resolve_task, trunk_path
-from search.records import Record, append, read
-from search.scoring import Scorer
+from search.failures import troubles
+from search.records import Record, append, read, rewrite
+from search.reward_models import RewardModel
+from search.reward_text import RewardModelConfig
+from search.scoring import Scorer, StepScorer
 
 Scoring = Literal["auto", "fused", "separate"]
 
@@ -44,6 +47,7 @@ class Session:
         sampler: how it samples.
         engine_config: device settings.
         engines: by model directory.
+        readers: third-party reward models, by model directory.
     """
 
     task: Task
@@ -51,6 +55,7 @@ class Session:
     sampler: Sampler
     engine_config: EngineConfig
     engines: dict[str, Engine] = field(default_factory=dict)
+    readers: dict[str, RewardModel] = field(default_factory=dict)
 
     def problems(self, split: Split, count: int, skip: int = 0) -> list[Problem]:
         """``count`` problems of ``split`` after the first ``skip``.
@@ -66,9 +71,9 @@ class Session:
             )
         return found
 
-    def sampling_engine(self, scorer: Scorer | None, policy: Policy | None = None) -> Engine:
+    def sampling_engine(self, scorer: StepScorer | None, policy: Policy | None = None) -> Engine:
         """The engine that samples: a fused verifier's own, else the plain policy's."""
-        if scorer is not None and scorer.fused:
+        if isinstance(scorer, Scorer) and scorer.fused:
             return scorer.engine
         policy = policy or self.policy
         return self._engine(policy.path, policy.config.dtype, [])
@@ -105,6 +110,12 @@ class Session:
         engine = self._engine(str(directory), card.dtype, score_ids)
         return Scorer(verifier, engine, fused, with_surprise, policy)
 
+    def reward_model(self, config: RewardModelConfig) -> RewardModel:
+        """Put a third-party reward model into service."""
+        if config.model not in self.readers:
+            self.readers[config.model] = RewardModel(config, self.policy)
+        return self.readers[config.model]
+
     def _why_not_fused(self, card: Card) -> str:
         """Why the policy's own pass does not give this verifier's scores; empty if it does."""
         if not card.frozen:
@@ -128,13 +139,21 @@ class Session:
     ) -> tuple[list[Record], float]:
         """Search what ``path`` lacks; (records in problem order, seconds of all starts).
 
-        Seconds are NaN where an earlier start died before it could write down its own.
+        Seconds are NaN where an earlier start died before it could write down its own. A problem
+        whose search raised counts as wrong, is named at the end, and is owed at the next start.
+
+        Raises:
+            UserError: if the search raised for every problem.
         """
-        done = {r.problem_id: r for r in read(path)}
+        found = read(path)
+        done = {r.problem_id: r for r in found if r.error is None}
+        if len(done) < len(found):
+            rewrite(path, list(done.values()))
         owed = [p for p in problems if p.id not in done]
-        before = _seconds_of(path, len(done))
+        before = _seconds_of(path, len(found))
         started = monotonic()
-        for engine in self.engines.values():
+        served: list[Engine | RewardModel] = [*self.engines.values(), *self.readers.values()]
+        for engine in served:
             engine.reset_prefix_cache()
         with Reporter(what, len(problems), "problems") as reporter:
 
@@ -146,14 +165,19 @@ class Session:
 
             jobs = [partial(job, problem) for problem in owed]
             try:
-                drive(list(self.engines.values()), jobs, keep, concurrency)
+                drive(served, jobs, keep, concurrency)
             finally:
                 seconds = before + (monotonic() - started if owed else 0.0)
                 _clock(path).write_text(json.dumps({"records": len(done), "seconds": seconds}))
-        return [done[p.id] for p in problems], seconds
+        records = [done[p.id] for p in problems]
+        for trouble in troubles(records, path, self.sampler.max_length):
+            warn(f"{what}: {trouble}")
+        return records, seconds
 
     def shutdown(self) -> None:
         """Free all devices."""
+        for reader in self.readers.values():
+            reader.shutdown()
         for engine in self.engines.values():
             engine.shutdown()
 
@@ -173,6 +197,13 @@ def _seconds_of(path: Path, records: int) -> float:
     except (OSError, ValueError):
         return float("nan")
     return float(kept["seconds"]) if kept["records"] == records else float("nan")
+
+
+def plain_session(
+    task: Task, policy: PolicyConfig, sampler: Sampler, engine: EngineConfig
+) -> Session:
+    """Session without a verifier of ours that would remember task, policy and sampler."""
+    return Session(task, load_policy(policy, task.step_rule), sampler, engine)
 
 
 def open_session(

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from pav.errors import UserError
 from pav.policy import Policy
 from pav.tasks.base import Problem
-from pav.verifier import ORM, Card
+from search.alphallm import alphallm
 from search.beam import BeamSettings, beam_search
 from search.best_of_n import sample_traces
-from search.pick import Pick, pick
+from search.cost import Cost
+from search.dvts import dvts
+from search.grow import Found
+from search.pick import EVERY_STEP, Pick, StepScore, pick
+from search.rank import Defaults, Score, check_prover
 from search.records import Candidate, Record
-from search.scoring import Cost, Scorer
+from search.scoring import StepScorer
 from search.session import Session
+from search.smc import SmcSettings, particle_filter
 
 
 def beam_settings(
-    card: Card, n: int, samples: int, alpha: float | None, prover: str | None
+    card: Defaults,
+    n: int,
+    samples: int,
+    alpha: float | None,
+    prover: str | None,
+    score: Score | None = None,
 ) -> BeamSettings:
     """Settings with the verifier's own defaults filled in.
 
     Raises:
-        UserError: if the prover is neither a head of the verifier nor ``bo<K>``.
+        UserError: if the prover cannot be computed from the verifier's heads.
     """
     chosen = prover or card.prover_head
-    is_bok = chosen.startswith("bo") and chosen[2:].isdigit() and int(chosen[2:]) >= 1
-    if not is_bok and chosen not in card.heads:
-        raise UserError(
-            f"prover is {chosen!r}; give bo<K> (e.g. bo4) or one of the verifier's heads: "
-            f"{', '.join(h for h in card.heads if h != ORM)}"
-        )
+    check_prover(chosen, card.heads)
     if samples < 1:
         raise UserError(f"samples is {samples}; give at least 1")
     weight = card.alpha if alpha is None else alpha
-    return BeamSettings(n, samples, weight, chosen, card.base_head)
+    return BeamSettings(n, samples, weight, chosen, card.base_head, score or "q+a")
 
 
 def graded(session: Session, problem: Problem, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -50,135 +55,203 @@ def graded(session: Session, problem: Problem, candidates: Sequence[Candidate]) 
     return out
 
 
-def make_record(
+async def searched(
+    session: Session,
     problem: Problem,
     method: str,
     n: int,
     seed: int,
     settings: dict[str, Any],
-    candidates: list[Candidate],
-    rule: Pick,
+    score: StepScore | None,
     head: str,
-    cost: Cost,
-    **extra: Any,
+    search: Callable[[Cost], Awaitable[Found]],
 ) -> Record:
-    """The record of a finished search."""
-    chosen = pick(candidates, rule, head)
-    return Record(
-        problem_id=problem.id,
-        question=problem.question,
-        gold=problem.gold,
-        method=method,
-        n=n,
-        seed=seed,
-        settings=settings,
+    """The graded record of one search. Where it raises, it counts as wrong: see ``error``.
+
+    Args:
+        session: policy, task and engines.
+        problem: what is searched.
+        method: of the record.
+        n: of the record.
+        seed: of the record.
+        settings: of the record; ``pick`` is the rule of the final pick.
+        score: the step score, for the pick ``pav``.
+        head: the Q head of the pick.
+        search: charges the cost that it is given.
+
+    Raises:
+        UserError: from the search: what the user can mend is wrong for every problem.
+    """
+    cost = Cost()
+    settings = {**settings, "sampler": asdict(session.sampler)}
+    record = Record(problem.id, problem.question, problem.gold, method, n, seed, settings)
+    try:
+        found = await search(cost)
+        candidates = graded(session, problem, found.candidates)
+        chosen = pick(candidates, settings["pick"], head, score)
+    except UserError:
+        raise
+    except Exception as error:
+        return replace(failed(record, error), **asdict(cost))
+    return replace(
+        record,
         answer=None if chosen is None else candidates[chosen].answer,
         correct=chosen is not None and candidates[chosen].correct,
         picked=chosen,
         candidates=candidates,
-        policy_tokens=cost.policy_tokens,
-        verifier_tokens=cost.verifier_tokens,
-        verifier_cached=cost.verifier_cached,
-        **extra,
+        truncated=found.truncated,
+        merged=found.merged,
+        steps=found.steps,
+        nodes=found.nodes,
+        **asdict(cost),
+    )
+
+
+def failed(record: Record, error: Exception) -> Record:
+    """``record`` as that of a search that raised: wrong, without candidates."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return replace(
+        record, candidates=[], answer=None, correct=False, picked=None, error=said.rstrip(": ")
     )
 
 
 async def beam_record(
     session: Session,
-    scorer: Scorer,
+    scorer: StepScorer,
     settings: BeamSettings,
     rule: Pick,
     method: str,
     seed: int,
     problem: Problem,
+    n: int | None = None,
+    bonus: float | None = None,
 ) -> Record:
-    """Beam search of one problem, graded."""
-    cost = Cost()
-    result = await beam_search(
-        problem,
-        settings,
-        session.sampling_engine(scorer),
-        session.policy,
-        session.sampler,
-        scorer,
-        seed,
-        cost,
-    )
+    """Beam search of one problem, graded; or another search that steps with beam's settings.
+
+    Args:
+        session: policy, task and engines.
+        scorer: the verifier.
+        settings: of the search.
+        rule: the final pick.
+        method: ``beam``, ``greedy``, ``dvts`` or ``alphallm``.
+        seed: run seed.
+        problem: what is searched.
+        n: what the record calls N, where that is not the places: those of ``greedy`` are 1, and it
+            draws as many children a round as a beam of N.
+        bonus: weight of AlphaLLM's bonus.
+    """
+    engine = session.sampling_engine(scorer)
+    shared = (engine, session.policy, session.sampler, scorer, seed)
+
+    def search(cost: Cost) -> Awaitable[Found]:
+        if method == "dvts":
+            return dvts(problem, settings, *shared, cost)
+        if bonus is not None:
+            return alphallm(problem, settings, bonus, *shared, cost)
+        return beam_search(problem, settings, *shared, cost)
+
+    called = settings.n if n is None else n
     described = {
-        "samples": settings.samples,
+        # Children a round of a greedy search are N * C at its one place.
+        "samples": settings.samples * settings.n // called,
         "alpha": settings.alpha,
         "prover": settings.prover,
+        "score": settings.score_by if bonus is None else "q+bonus",
         "pick": rule,
-        "scoring": "fused" if scorer.fused else "separate",
-        "surprise": scorer.reads_surprise,
-        "trunk": scorer.verifier.card.trunk,
+        **scorer.described,
     }
-    return make_record(
+    if bonus is not None:
+        described["bonus"] = bonus
+    if called != settings.n:
+        described["places"] = settings.n
+    return await searched(
+        session,
         problem,
         method,
-        settings.n,
+        called,
         seed,
         described,
-        graded(session, problem, result.candidates),
-        rule,
+        settings.score,
         settings.base_head,
-        cost,
-        truncated=result.truncated,
-        merged=result.merged,
-        steps=result.steps,
+        search,
+    )
+
+
+async def smc_record(
+    session: Session,
+    scorer: StepScorer,
+    settings: SmcSettings,
+    rule: Pick,
+    seed: int,
+    problem: Problem,
+    score: StepScore | None = None,
+) -> Record:
+    """Particle filtering of one problem, graded."""
+    engine = session.sampling_engine(scorer)
+
+    def search(cost: Cost) -> Awaitable[Found]:
+        return particle_filter(
+            problem, settings, engine, session.policy, session.sampler, scorer, seed, cost
+        )
+
+    described = {
+        "samples": 1,
+        "head": settings.head,
+        "weight": settings.weight,
+        "resampling": settings.resampling,
+        "pick": rule,
+        **scorer.described,
+    }
+    return await searched(
+        session, problem, "smc", settings.n, seed, described, score, scorer.base_head, search
     )
 
 
 async def traces_record(
     session: Session,
-    scorer: Scorer | None,
+    scorer: StepScorer | None,
     n: int,
     rule: Pick,
     method: str,
     seed: int,
     problem: Problem,
     policy: Policy | None = None,
+    score: StepScore | None = None,
 ) -> Record:
     """``n`` independent solutions of one problem, graded, one of them picked."""
-    cost = Cost()
-    found = await sample_traces(
-        problem,
-        n,
-        session.sampling_engine(scorer, policy),
-        policy or session.policy,
-        session.sampler,
-        scorer,
-        seed,
-        cost,
-        rule == "min",
-    )
-    head = scorer.verifier.card.base_head if scorer is not None else ""
+    engine = session.sampling_engine(scorer, policy)
+
+    async def search(cost: Cost) -> Found:
+        found = await sample_traces(
+            problem,
+            n,
+            engine,
+            policy or session.policy,
+            session.sampler,
+            scorer,
+            seed,
+            cost,
+            rule in EVERY_STEP,
+        )
+        return Found(found, sum(c.truncated for c in found), 0, [], [])
+
     described: dict[str, Any] = {"pick": rule}
     if scorer is not None:
-        described |= {
-            "scoring": "fused" if scorer.fused else "separate",
-            "surprise": scorer.reads_surprise,
-            "trunk": scorer.verifier.card.trunk,
-        }
-    candidates = graded(session, problem, found)
-    return make_record(
-        problem,
-        method,
-        n,
-        seed,
-        described,
-        candidates,
-        rule,
-        head,
-        cost,
-        truncated=sum(c.truncated for c in candidates),
-    )
+        described |= scorer.described
+    head = scorer.base_head if scorer is not None else ""
+    return await searched(session, problem, method, n, seed, described, score, head, search)
 
 
-def repick(record: Record, rule: Pick, first: int | None = None, head: str = "") -> Record:
+def repick(
+    record: Record,
+    rule: Pick,
+    first: int | None = None,
+    head: str = "",
+    score: StepScore | None = None,
+) -> Record:
     """The record under another pick rule, on its ``first`` candidates."""
     candidates = record.candidates[:first]
-    chosen = pick(candidates, rule, head)
+    chosen = pick(candidates, rule, head, score)
     return replace(
         record,
         n=len(candidates),

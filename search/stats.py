@@ -1,4 +1,4 @@
-"""Intervals over problems. Axes: P problems, S seeds."""
+"""Intervals and tests over problems. Axes: P problems, S seeds."""
 
 from __future__ import annotations
 
@@ -36,3 +36,17 @@ def bootstrap(values_PS: NDArray[np.float64], seed: int = 0) -> Interval:
         means[start : start + 500] = per_problem[draws].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(per_problem.mean()), float(low), float(high))
+
+
+def mcnemar(a_PS: NDArray[np.float64], b_PS: NDArray[np.float64]) -> float:
+    """Two-sided exact McNemar p of two methods on the same problems and seeds.
+
+    Only problems on which they differ count: are they won by either as often as by a fair coin?
+    With several seeds a problem is won by whoever is right more often, so that the seeds of a
+    problem do not pass for independent evidence.
+    """
+    from scipy.stats import binomtest
+
+    difference = np.asarray(a_PS).mean(axis=1) - np.asarray(b_PS).mean(axis=1)
+    won, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0

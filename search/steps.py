@@ -9,7 +9,7 @@ import numpy as np
 from pav.engine import Engine, seed_of
 from pav.policy import Policy, Sampler
 from pav.steps import MAX_BLANK_RESUMES
-from search.scoring import Cost
+from search.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ async def sample_step(
             seed=seed_of(*key, resumes),
             scores=fused,
         )
-        cost.policy_tokens += len(out.ids)
+        cost.sampled(out)
         step += out.ids
         if out.heads is not None and out.logprobs is not None:
             logprobs.append(out.logprobs)

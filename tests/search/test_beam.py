@@ -6,8 +6,8 @@ import asyncio
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,25 +16,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pav.engine import EngineConfig, Sampled, drive
+from pav.engine import EngineConfig, drive
 from pav.errors import UserError
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.steps import StepRule
 from pav.tasks.base import Problem
 from pav.verifier import load_verifier
-from search import beam as beam_module
+from search import grow
 from search.beam import BeamResult, BeamSettings, beam_search
 from search.commands import BeamConfig, BestOfNConfig, beam, best_of_n
 from search.records import Candidate, Record, read
-from search.scoring import Cost, Values
+from search.scoring import Cost
 from search.session import Session, open_session
 from search.solve import beam_record
 from search.steps import Step
+from tests.search.scripted import EOS, PROBLEM, Scripted
 
 REPOSITORY = Path(__file__).parents[2]
 ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)
 SAMPLER = Sampler(max_length=56)
-EOS = 2
 N, C = 3, 3
 
 
@@ -75,7 +75,7 @@ def searched(
     """A fused search: its directory, its records and every step that was drawn for it."""
     directory = tmp_path_factory.mktemp("searched") / "run"
     draws: list[Draw] = []
-    sample_step = beam_module.sample_step
+    sample_step = grow.sample_step
 
     async def spy(*args: Any) -> Step:
         step = await sample_step(*args)
@@ -84,7 +84,7 @@ def searched(
         return step
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(beam_module, "sample_step", spy)
+        patch.setattr(grow, "sample_step", spy)
         beam(config(verifier, directory))
     return directory, read(directory / "beam.jsonl"), draws
 
@@ -163,6 +163,22 @@ def test_pick_is_a_finished_candidate_and_an_unfinished_one_is_never_right(
         else:
             assert record.answer == record.candidates[record.picked].answer
     assert any(record.picked is not None for record in searched[1])
+
+
+def test_lineage_leads_from_every_child_to_the_root(
+    searched: tuple[Path, list[Record], list[Draw]],
+) -> None:
+    for record in searched[1]:
+        assert [len(r) for r in record.nodes] == [len(r) for r in record.steps]
+        at: dict[int, str] = {0: ""}
+        whole = set()
+        for steps, nodes in zip(record.steps, record.nodes, strict=True):
+            paths = [at[parent] + text + "\n" for parent, _, _, text in steps]
+            assert [bool(n.places) for n in nodes] == [kept for _, kept, _, _ in steps]
+            whole |= {p.rstrip("\n") for p, n in zip(paths, nodes, strict=True) if n.finished}
+            at = {i: p for p, n in zip(paths, nodes, strict=True) for i in n.places}
+            assert all(n.q.keys() == {"q/base", "q/prover", "orm"} for n in nodes)
+        assert {c.text.rstrip("\n") for c in record.candidates} <= whole
 
 
 def test_fused_and_separate_scores_agree_where_the_trunk_is_the_policy(
@@ -309,52 +325,9 @@ def test_fused_scoring_is_refused_where_the_trunk_is_asked_in_another_way(
 # -- a scripted engine -----------------------------------------------------------------------------
 
 
-@dataclass
-class Scripted:
-    """Stands in for engine and verifier: continuations and values by the text of the solution.
-
-    Attributes:
-        policy: tokenizer and step rule.
-        script: text so far -> continuations, drawn in turn; "$" ends a solution, and what ends
-            neither so nor with a newline ran into the length cap.
-        q: text -> Q of both heads; 0.5 where it is not named.
-    """
-
-    policy: Policy
-    script: dict[str, list[str]]
-    q: dict[str, tuple[float, float]] = field(default_factory=dict)
-    drawn: list[tuple[str, str]] = field(default_factory=list)
-    fused: bool = False
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.policy.tokenizer.encode(text, add_special_tokens=False))
-
-    async def sample(
-        self, ids: Sequence[int], sampler: Sampler, *, stop_ids: Sequence[int], max_tokens: int,
-        seed: int, scores: bool,
-    ) -> Sampled:  # fmt: skip
-        before = self.policy.text(ids).removeprefix("1+1\n")
-        text = self.script[before][sum(b == before for b, _ in self.drawn)]
-        self.drawn.append((before, text))
-        whole = self._ids(text.removesuffix("$")) + ([EOS] if text.endswith("$") else [])
-        assert len(whole) <= max_tokens
-        return Sampled(whole, whole[-1] in stop_ids)
-
-    async def read(
-        self, problem: Problem, ids: Sequence[int], ends: Sequence[int], cost: Cost
-    ) -> Values:
-        text = self.policy.text(ids) + ("$" if ids and ids[-1] == EOS else "")
-        base, prover = self.q.get(text, (0.5, 0.5))
-        cost.verifier_tokens += 1
-        return {"q/base": base, "q/prover": prover}
-
-
 @pytest.fixture(scope="module")
 def policy(tiny_model: Callable[..., Path]) -> Policy:
     return load_policy(PolicyConfig(str(tiny_model("llama"))), StepRule())
-
-
-PROBLEM = Problem("p", "1+1", "2")
 
 
 def search(
@@ -455,8 +428,6 @@ def test_none_finished_counts_as_wrong(policy: Policy) -> None:
     scripted_any: Any = scripted
     session = Session(task, policy, Sampler(max_length=cap), ENGINE)  # type: ignore[arg-type]
     session.sampling_engine = lambda *_: scripted_any  # type: ignore[method-assign]
-    scripted_any.verifier = SimpleNamespace(card=SimpleNamespace(trunk="t"))
-    scripted_any.reads_surprise = False
     settings = BeamSettings(2, 1, 0.0, "q/prover", "q/base")
     record = asyncio.run(beam_record(session, scripted_any, settings, "last", "beam", 0, PROBLEM))
     assert record.candidates == [] and record.picked is None

@@ -18,7 +18,8 @@ from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.policy import PolicyConfig, Sampler
 from pav.tasks.tape import Tape
-from search.compare import CompareConfig, Method, compare
+from pav.verifier import load_verifier
+from search.compare import CompareConfig, Method, compare, manifest
 from search.records import read
 
 SAMPLER = Sampler(max_length=56)
@@ -36,6 +37,9 @@ def config(
     made = CompareConfig(
         methods=[
             Method("beam", verifier=str(folder / "pav.ckpt")),
+            Method("dvts", "dvts", str(folder / "pav.ckpt"), n=[2], score="a"),
+            Method("alphallm", "alphallm", str(folder / "pav.ckpt"), n=[2]),
+            Method("smc", "smc", str(folder / "pav.ckpt"), n=[2], pick="pav"),
             Method("best", "best_of_n", str(folder / "orm.ckpt"), pick="orm"),
             Method("vote", "best_of_n", str(folder / "orm.ckpt"), pick="orm_vote"),
             Method("majority", "best_of_n", pick="majority"),
@@ -71,7 +75,62 @@ def test_every_method_is_there_at_every_n_and_at_the_tokens_of_every_beam(
             # Rounded up: one trace fewer would be under the budget (up to sampling noise).
             assert float(row["policy_tokens"]) > 0.8 * tokens
             assert not one or float(one[0]["policy_tokens"]) < 1.2 * tokens
-    assert (Path(config.output) / "compare.png").stat().st_size > 10_000
+    for name in ("compare", "compare_n", "compare_flops", "optimisation"):
+        assert (Path(config.output) / f"{name}.png").stat().st_size > 10_000
+
+
+def test_every_method_names_what_both_models_cost(config: CompareConfig) -> None:
+    found = rows(config)
+    for row in found:
+        policy, verifier, total = (
+            float(row[f"{x}_flops"]) for x in ("policy", "verifier", "total")
+        )
+        assert total == pytest.approx(policy + verifier, rel=2e-3)
+        # Two layers of hidden 64: 73728 weights, each worth two FLOPs a token.
+        assert policy > 2 * 73_728 * float(row["policy_tokens"])
+        assert float(row["policy_prefilled"]) > 0
+        separate = row["method"] in ("best", "vote")
+        assert (verifier > policy / 10) == separate
+        # A fused search pays for three heads and the reference row, votes without a verifier not.
+        assert (verifier > 0) == (row["method"] not in ("majority", "other"))
+    fused = next(r for r in found if r["method"] == "beam")
+    rows_cost = 2 * 64 * 4 * float(fused["policy_tokens"])
+    assert float(fused["verifier_flops"]) == pytest.approx(rows_cost, rel=2e-3)
+
+
+def test_believed_is_the_picks_own_value(config: CompareConfig) -> None:
+    records = [
+        r
+        for seed in (0, 1)
+        for r in read(next(Path(config.output).glob(f"beam-*-n2-s{seed}.jsonl")))
+    ]
+    values = [0.0 if r.picked is None else r.candidates[r.picked].q["q/base"][-1] for r in records]
+    (row,) = (r for r in rows(config) if r["method"] == "beam" and r["n"] == "2")
+    assert float(row["believed"]) == pytest.approx(np.mean(values), abs=1e-4)
+    assert all(r["believed"] == "nan" for r in rows(config) if r["method"] == "majority")
+
+
+def test_best_of_n_is_also_shown_at_the_flops_of_every_beam(config: CompareConfig) -> None:
+    found = rows(config)
+    spent = {int(r["n"]): float(r["total_flops"]) for r in found if r["method"] == "beam"}
+    matched = [r for r in found if r["flops_matched_to_beam_n"]]
+    assert matched and {r["method"] for r in matched} <= {"best", "vote", "majority", "other"}
+    for row in matched:
+        n, flops = int(row["n"]), float(row["total_flops"])
+        budget = spent[int(row["flops_matched_to_beam_n"])]
+        assert flops > 0.8 * budget
+        assert n == 1 or flops * (n - 1) / n < 1.2 * budget
+
+
+def test_other_searches_are_compared_too(config: CompareConfig) -> None:
+    settings = {r["method"]: json.loads(r["settings"]) for r in rows(config)}
+    assert (settings["dvts"]["score"], settings["dvts"]["samples"]) == ("a", 3)
+    assert settings["alphallm"]["bonus"] > 0
+    assert (settings["smc"]["resampling"], settings["smc"]["pick"]) == ("systematic", "pav")
+    for kind in ("dvts", "alphallm", "smc"):
+        files = list(Path(config.output).glob(f"{kind}-*-n2-s*.jsonl"))
+        assert len(files) == 2
+        assert all(r.method == kind and r.n == 2 for f in files for r in read(f))
 
 
 def test_smaller_sets_are_the_start_of_larger_ones(config: CompareConfig) -> None:
@@ -89,11 +148,13 @@ def test_smaller_sets_are_the_start_of_larger_ones(config: CompareConfig) -> Non
 def test_paired_differences_are_those_of_the_records(config: CompareConfig) -> None:
     found = json.loads((Path(config.output) / "compare.json").read_text())
     accuracy = {(r["method"], int(r["n"])): float(r["accuracy"]) for r in rows(config)}
-    assert {d["kind"] for d in found} == {"doubling", "equal tokens"}
+    assert {"doubling", "equal tokens", "equal N"} <= {d["kind"] for d in found}
+    assert {d["b"] for d in found if d["kind"] == "equal N"} == {"best"}
     for d in found:
         expected = accuracy[d["a"], d["a_n"]] - accuracy[d["b"], d["b_n"]]
         assert d["difference"] == pytest.approx(expected, abs=2e-4)
         assert d["ci95"][0] <= d["difference"] <= d["ci95"][1]
+        assert 0 < d["mcnemar_p"] <= 1
 
 
 def test_a_finished_comparison_is_not_run_again_and_another_is_refused(
@@ -104,14 +165,46 @@ def test_a_finished_comparison_is_not_run_again_and_another_is_refused(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished run was searched again")
 
-    monkeypatch.setattr("search.compare.beam_record", refuse)
-    monkeypatch.setattr("search.compare.traces_record", refuse)
+    monkeypatch.setattr("search.sweep.beam_record", refuse)
+    monkeypatch.setattr("search.sampled.traces_record", refuse)
     compare(config)
     assert {p.name: p.read_bytes() for p in Path(config.output).glob("*.jsonl")} == before
     # The seconds of the first start are remembered, though nothing was searched by this one.
     assert all(float(r["seconds"]) > 0 for r in rows(config))
     with pytest.raises(UserError, match="seeds"):
         compare(replace(config, seeds=[0]))
+
+
+def test_a_run_of_the_first_version_is_resumed(config: CompareConfig, tmp_path: Path) -> None:
+    """Its records lack the counts that FLOPs depend on, its manifest the later settings."""
+    method = {"name": "beam", "kind": "beam", "verifier": config.methods[0].verifier, "pick": None,
+              "alpha": None, "prover": None, "samples": 3, "n": None, "surprise": True,
+              "scoring": "auto", "policy": None}  # fmt: skip
+    made = replace(config, methods=config.methods[:1], output=str(tmp_path / "run"))
+    verifier = load_verifier(str(config.methods[0].verifier))
+    old = {"methods": [method], "verifiers": {str(config.methods[0].verifier): verifier.digest},
+           "n": [1, 2], "seeds": [0, 1], "problems": 6, "skip": 0, "split": "test",
+           "sampler": None, "max_traces": 128}  # fmt: skip
+    assert manifest(made, {str(config.methods[0].verifier): verifier}) == old
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(old))
+    later = {"policy_requests", "policy_prefilled", "policy_cached", "policy_context",
+             "verifier_context", "verifier_logits"}  # fmt: skip
+    for file in Path(config.output).glob("beam-*"):
+        if file.suffix == ".jsonl":
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            kept = [{k: v for k, v in line.items() if k not in later} for line in lines]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+        else:
+            text = file.read_text()
+        (tmp_path / "run" / file.name).write_text(text)
+    compare(made)
+    found = rows(made)
+    assert [r["accuracy"] for r in found] == [
+        r["accuracy"] for r in rows(config) if r["method"] == "beam"
+    ]
+    assert all(r["total_flops"] == "nan" and float(r["policy_tokens"]) > 0 for r in found)
+    assert (tmp_path / "run" / "compare_flops.png").exists()
 
 
 def test_seconds_of_a_run_that_died_are_unknown(config: CompareConfig, tmp_path: Path) -> None:

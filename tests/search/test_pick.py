@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from search.pick import Pick, pick
+from pav.errors import UserError
+from search.pick import Pick, check_pick, lowest_step, pick
 from search.records import Candidate
 
-RULES: tuple[Pick, ...] = get_args(Pick)
+# The rules that read values alone; ``pav`` reads a step score as well.
+RULES: tuple[Pick, ...] = tuple(r for r in get_args(Pick) if r != "pav")
+
+# Time is the machine's: it fails no test.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def candidate(
@@ -57,6 +63,35 @@ def test_ties_go_to_the_earlier_candidate(rule: Pick) -> None:
     assert pick([candidate("6", [0, 0], finished=False), *same], rule, "q/base") == 1
 
 
+def test_pav_takes_the_best_lowest_step_score() -> None:
+    # Q + A under one head: 2 Q - (Q before). Lowest steps: .1, .3, .2.
+    found = [candidate("1", [0.5, 0.3, 0.9]), candidate("2", [0.5, 0.4, 0.6]),
+             candidate("3", [0.2, 0.2, 0.9])]  # fmt: skip
+    found = [replace(c, q={"q/base": c.q["q/base"]}) for c in found]
+
+    def score(before: dict[str, float], after: dict[str, float]) -> float:
+        return 2 * after["q/base"] - before["q/base"]
+
+    lowest = [lowest_step(c, score) for c in found]
+    assert lowest == pytest.approx([0.1, 0.3, 0.2])
+    assert pick(found, "pav", "q/base", score) == 1
+    unfinished = [replace(found[1], finished=False), found[0], found[2]]
+    assert pick(unfinished, "pav", "q/base", score) == 2
+
+
+def test_rule_that_reads_what_is_not_there_is_refused() -> None:
+    for rule in get_args(Pick):
+        check_pick(rule, ["q/base", "orm"], "q/base", "v")
+    with pytest.raises(UserError) as error:
+        check_pick("orm", ["q/base"], "q/base", "v")
+    assert str(error.value) == (
+        "pick orm reads an ORM head, which 'v' does not have; choose last, min, pav, vote or "
+        "majority"
+    )
+    with pytest.raises(UserError, match=r"a Q head, .* choose orm, orm_vote or majority"):
+        check_pick("pav", ["orm"], "", "v")
+
+
 # Eighths: sums are exact, ties happen.
 values = st.integers(0, 8).map(lambda i: i / 8)
 candidates = st.lists(
@@ -79,6 +114,7 @@ def weight(rule: Pick, c: Candidate) -> float:
     }[rule]  # fmt: skip
 
 
+@patient
 @given(candidates, st.sampled_from(["last", "min", "orm"]))
 def test_ranking_rules_take_the_earliest_best_finished_candidate(
     found: list[Candidate], rule: Pick
@@ -89,6 +125,7 @@ def test_ranking_rules_take_the_earliest_best_finished_candidate(
     assert pick(found, rule, "q/base") == wanted
 
 
+@patient
 @given(candidates, st.sampled_from(["vote", "orm_vote", "majority"]))
 def test_voting_rules_take_the_best_candidate_of_the_heaviest_answer(
     found: list[Candidate], rule: Pick
@@ -114,6 +151,7 @@ def test_voting_rules_take_the_best_candidate_of_the_heaviest_answer(
     assert chosen == next(i for i in same if weight(rule, found[i]) == best)
 
 
+@patient
 @given(candidates, st.sampled_from(RULES))
 def test_unfinished_candidates_have_no_say(found: list[Candidate], rule: Pick) -> None:
     finished = [c for c in found if c.finished]

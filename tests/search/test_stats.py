@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from search.stats import bootstrap
+from search.stats import bootstrap, mcnemar
 
 outcomes = arrays(
     np.float64,
@@ -70,3 +70,30 @@ def test_repeat_is_identical() -> None:
     values = np.random.default_rng(2).random((50, 3))
     assert bootstrap(values) == bootstrap(values)
     assert str(bootstrap(np.ones((4, 1)))) == "1.000 [1.000, 1.000]"
+
+
+def test_mcnemar_counts_only_problems_on_which_two_methods_differ() -> None:
+    a_PS = np.zeros((40, 1))
+    b_PS = np.zeros((40, 1))
+    a_PS[:9] = 1.0
+    b_PS[9:10] = 1.0
+    # Nine to one under a fair coin: (1 + 10) * 2 of 2^10 outcomes are as uneven.
+    assert mcnemar(a_PS, b_PS) == pytest.approx(22 / 1024)
+    assert mcnemar(b_PS, a_PS) == mcnemar(a_PS, b_PS)
+    assert mcnemar(a_PS, a_PS) == 1.0
+    both = np.ones((1000, 1))
+    assert mcnemar(np.vstack([a_PS, both]), np.vstack([b_PS, both])) == mcnemar(a_PS, b_PS)
+
+
+def test_mcnemar_does_not_take_the_seeds_of_a_problem_for_evidence() -> None:
+    """With no true difference p is small no more often than it says, however many the seeds."""
+    rng = np.random.default_rng(0)
+    small = 0
+    for _ in range(300):
+        chance_P1 = rng.choice([0.05, 0.95], size=(60, 1))
+        other_P1 = rng.permutation(chance_P1)
+        a_PS, b_PS = (
+            (rng.random((60, 8)) < chance).astype(np.float64) for chance in (chance_P1, other_P1)
+        )
+        small += mcnemar(a_PS, b_PS) < 0.05
+    assert small / 300 <= 0.07

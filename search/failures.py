@@ -1,0 +1,50 @@
+"""What went wrong in a run of searches, said loudly: problems that raised, candidates cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pav.errors import UserError
+from search.records import Record
+
+# Above this share the results say more about the cap than about the search.
+TRUNCATION_WARNING = 0.05
+NAMED = 3
+
+
+def troubles(records: Sequence[Record], path: Path, max_length: int) -> list[str]:
+    """Warnings about the finished run whose records are in ``path``.
+
+    Raises:
+        UserError: if every problem failed.
+    """
+    said = []
+    failed = [r for r in records if r.error is not None]
+    if failed:
+        named = "; ".join(f"{r.problem_id}: {r.error}" for r in failed[:NAMED])
+        more = "; ..." if len(failed) > NAMED else ""
+        summary = f"{len(failed)} of {len(records)} problems failed ({named}{more})"
+        if len(failed) == len(records):
+            raise UserError(f"{summary}; mend the cause and start the same command again")
+        said.append(
+            f"{summary}. They count as wrong; {str(path)!r} holds each error, and the same command "
+            "tries them again"
+        )
+    share = truncated_share(records)
+    if share > TRUNCATION_WARNING:
+        said.append(
+            f"{share:.1%} of what was sampled hit sampler.max_length ({max_length}) and counts as "
+            "wrong; raise it"
+        )
+    return said
+
+
+def truncated_share(records: Sequence[Record]) -> float:
+    """Share of the drawn steps (of the solutions, in best-of-N) that were cut by the length cap."""
+    truncated = sum(r.truncated for r in records)
+    drawn = truncated + sum(
+        r.merged + sum(map(len, r.steps)) if r.steps else sum(c.finished for c in r.candidates)
+        for r in records
+    )
+    return truncated / drawn if drawn else 0.0

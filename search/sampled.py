@@ -1,0 +1,196 @@
+"""Best-of-N in a comparison: one sample set per policy and seed, one scoring pass per verifier.
+
+Points of all N and pick rules come from them. They are shown at every N of the comparison, and at
+the policy tokens and the total FLOPs that the reference beam (the first search) really spent, trace
+count rounded up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+
+import numpy as np
+
+from pav.errors import UserError
+from pav.policy import Policy, load_policy
+from pav.tasks.base import Problem
+from search.cost import Cost
+from search.pick import EVERY_STEP, Pick
+from search.plan import Method
+from search.points import Point, make_point
+from search.records import Candidate, Record
+from search.scoring import Scorer
+from search.solve import beam_settings, failed, repick, traces_record
+from search.sweep import Sweep, rule_of
+
+
+def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
+    """All best-of-N points: one sample set per policy and seed, one scoring pass per verifier."""
+    config, session = sweep.config, sweep.session
+    methods = [m for m in config.methods if m.kind == "best_of_n"]
+    reference = [p for p in beams if p.method == beams[0].method]  # empty without beams
+    points: list[Point] = []
+    for chosen in {_policy_key(m): m.policy for m in methods}.values():
+        own = [m for m in methods if m.policy == chosen]
+        other = None if chosen is None else load_policy(chosen, session.task.step_rule)
+        label = session.policy.config.label if chosen is None else chosen.label
+        # A small first set tells how long a trace is; its traces are the first of the full set.
+        few = min(4, max(config.n))
+        pilot, _ = _sample_set(sweep, other, label, config.seeds[0], few)
+        per_trace = float(np.mean([c.tokens for r in pilot for c in r.candidates]))
+        matched = {_rounded_up(b.policy_tokens / per_trace): b.n for b in reversed(reference)}
+        counts = {*config.n, *matched}
+        total = min(max(counts), config.max_traces)
+        sets, seconds = [], 0.0
+        for seed in config.seeds:
+            records, took = _sample_set(sweep, other, label, seed, total)
+            sets.append(records)
+            seconds += took
+        for method in own:
+            scored, extra, scorer = sets, 0.0, None
+            if method.verifier:
+                scored, extra, scorer = _scored_sets(sweep, method, label, sets)
+            rule = rule_of(sweep, method)
+
+            def at(
+                n: int,
+                method: Method = method,
+                scored: list[list[Record]] = scored,
+                scorer: Scorer | None = scorer,
+                rule: Pick = rule,
+                took: float = seconds + extra,
+                policy: Policy = other or session.policy,
+                total: int = total,
+            ) -> Point:
+                head, score = "", None
+                if scorer is not None:
+                    card = scorer.verifier.card
+                    head = card.base_head
+                    if rule == "pav":
+                        score = beam_settings(card, 1, 1, method.alpha, method.prover).score
+                picked = [
+                    [_first(repick(r, rule, n, head, score), r, rule, n, total) for r in records]
+                    for records in scored
+                ]
+                share = took * n / total
+                point = make_point(method.name, n, picked, share, policy, scorer)
+                return replace(point, base=method.policy is None)
+
+            each = at(total).flops / total
+            flops = {} if math.isnan(each) else {
+                _rounded_up(b.flops / each): b.n
+                for b in reversed(reference) if not math.isnan(b.flops)
+            }  # fmt: skip
+            points += [
+                replace(at(n), matched=matched.get(n), matched_flops=flops.get(n))
+                for n in sorted({*counts, *flops})
+                if n <= total
+            ]
+    return points
+
+
+def _rounded_up(traces: float) -> int:
+    return max(1, math.ceil(traces))
+
+
+def _policy_key(method: Method) -> str:
+    return json.dumps(None if method.policy is None else asdict(method.policy), sort_keys=True)
+
+
+def _first(record: Record, whole: Record, rule: Pick, n: int, total: int) -> Record:
+    """Costs of the first ``n`` of ``total`` traces; scoring reads each trace once."""
+    # Of each trace its own sampled tokens are known.
+    shared = [f.name for f in fields(Cost) if f.name != "policy_tokens"]
+    return replace(
+        record,
+        n=n,
+        settings={**whole.settings, "pick": rule},
+        **{name: round(getattr(whole, name) * n / total) for name in shared},
+    )
+
+
+def _sample_set(
+    sweep: Sweep, policy: Policy | None, label: str, seed: int, n: int
+) -> tuple[list[Record], float]:
+    session = sweep.session
+
+    async def sample(problem: Problem) -> Record:
+        return await traces_record(session, None, n, "majority", "samples", seed, problem, policy)
+
+    session.sampling_engine(None, policy)
+    return session.run(
+        sweep.file("samples", label, f"n{n}", f"s{seed}"),
+        sweep.problems,
+        sample,
+        sweep.config.concurrency,
+        f"{n} samples of {label}, seed {seed}",
+    )
+
+
+def _scored_sets(
+    sweep: Sweep, method: Method, label: str, sets: list[list[Record]]
+) -> tuple[list[list[Record]], float, Scorer]:
+    verifier = sweep.verifiers[str(method.verifier)]
+    # Sampled ids do not depend on the verifier, so scoring is always a pass of its own.
+    scorer = sweep.session.scorer(verifier, "separate", method.surprise, None)
+    every_step = rule_of(sweep, method) in EVERY_STEP
+    out, seconds = [], 0.0
+    for seed, records in zip(sweep.config.seeds, sets, strict=True):
+        by_problem = {r.problem_id: r for r in records}
+
+        async def judge(problem: Problem, by_problem: dict[str, Record] = by_problem) -> Record:
+            return await score_record(scorer, problem, by_problem[problem.id], every_step)
+
+        path = sweep.file(
+            "scored",
+            verifier.path.stem,
+            verifier.digest,
+            "surprise" if method.surprise else "plain",
+            "steps" if every_step else "last",
+            label,
+            f"n{records[0].n}",
+            f"s{seed}",
+        )
+        what = f"scoring by {verifier.path.stem}, seed {seed}"
+        concurrency = sweep.config.concurrency
+        scored, took = sweep.session.run(path, sweep.problems, judge, concurrency, what)
+        out.append(scored)
+        seconds += took
+    return out, seconds, scorer
+
+
+async def score_record(
+    scorer: Scorer, problem: Problem, record: Record, every_step: bool
+) -> Record:
+    """The record with its finished candidates valued by ``scorer``; failed where that raises."""
+    cost = Cost()
+    try:
+        scored = replace(
+            record, candidates=await _valued(scorer, problem, record, every_step, cost)
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        scored = failed(record, error)
+    sampler = {k: v for k, v in record.settings.items() if k == "sampler"}
+    reading = {k: v for k, v in asdict(cost).items() if k.startswith("verifier_")}
+    return replace(scored, settings=sampler | scorer.described, **reading)
+
+
+async def _valued(
+    scorer: Scorer, problem: Problem, record: Record, every_step: bool, cost: Cost
+) -> list[Candidate]:
+    candidates: list[Candidate] = []
+    for c in record.candidates:
+        if not c.finished:
+            candidates.append(c)
+            continue
+        rows = []
+        for j in range(0 if every_step else len(c.ends), len(c.ends) + 1):
+            ids = c.ids[: c.ends[j - 1]] if j else []
+            rows.append(await scorer.read(problem, ids, c.ends[:j], cost))
+        candidates.append(replace(c, q={h: [r[h] for r in rows] for h in rows[0]}))
+    return candidates

@@ -1,0 +1,215 @@
+"""``search.select``: alpha and prover of a beam, chosen on the validation split and nowhere else.
+
+The paper's procedure (Section 4 and Appendix D): alpha with beam 16 and the base policy as prover,
+first by halving it from 10 until the beam beats alpha 0, then on a grid of ten steps up to there;
+then, with that alpha, the prover, Best-of-K of the base policy for several K. Heads of other
+policies that the verifier has compete with them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pav.cli import run
+from pav.engine import EngineConfig
+from pav.errors import UserError
+from pav.policy import Sampler
+from pav.tasks.base import Task
+from pav.verifier import Card
+from search.pick import Pick
+from search.plan import CompareConfig, Method, Selectable, Selection
+from search.points import Point
+from search.records import open_run
+from search.session import Scoring, load_checked, open_session
+from search.sweep import Sweep, search_points
+
+COARSE = (10.0, 5.0, 2.5, 1.25, 0.625, 0.3125)
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Choose alpha and prover on validation problems.
+
+    Args:
+        verifier: checkpoint that pav.train wrote, or ``pav:reference``.
+        output: run directory; the same command resumes it.
+        select: what to choose, ``alpha``, ``K`` (the prover) or both.
+        selection: how.
+        pick: final pick; by default the verifier's.
+        samples: children per place and step (C).
+        surprise: use the calibrators with surprise.
+        scoring: fused, separate or auto.
+        task: needed only where the verifier's task is not built in.
+        sampler: another sampler than the verifier was made for (warns).
+        concurrency: problems in flight.
+        engine: device settings.
+    """
+
+    verifier: str
+    output: str
+    select: list[Selectable] = field(default_factory=lambda: ["alpha", "K"])
+    selection: Selection = field(default_factory=Selection)
+    pick: Pick | None = None
+    samples: int = 3
+    surprise: bool = True
+    scoring: Scoring = "auto"
+    task: Task | None = None
+    sampler: Sampler | None = None
+    concurrency: int = 32
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if not self.select:
+            raise UserError("select is empty; give [alpha], [K] or [alpha,K]")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and every search that was tried for it.
+
+    Attributes:
+        alpha, prover: None where it was not to be chosen.
+        tried: (stage, point) in the order of the search.
+    """
+
+    alpha: float | None
+    prover: str | None
+    tried: list[tuple[str, Point]]
+
+
+def select(config: SelectConfig) -> None:
+    """Choose, write the choice and print the flags (see :class:`SelectConfig`)."""
+    verifier = load_checked(config.verifier, "pav")
+    session = open_session(verifier, config.task, None, config.sampler, config.engine)
+    method = Method(
+        "select",
+        verifier=config.verifier,
+        pick=config.pick,
+        samples=config.samples,
+        surprise=config.surprise,
+        scoring=config.scoring,
+    )
+    output = Path(config.output)
+    plan = CompareConfig([method], config.output, concurrency=config.concurrency)
+    known = {
+        "verifier_digest": verifier.digest,
+        "sampler": None if config.sampler is None else asdict(config.sampler),
+        "method": asdict(method),
+    }
+    open_run(output, known | manifest(config.select, config.selection))
+    sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
+    choice = choose(sweep, method, config.select, config.selection)
+    session.shutdown()
+    write_choice(choice, output)
+    print_choice(choice, config.selection)
+    flags = [f"--{k} {v}" for k, v in _chosen(choice).items()]
+    print(
+        f"results: {output}/choice.yaml, select.csv, one .jsonl per run\n"
+        f"next: search.beam --verifier {config.verifier} {' '.join(flags)}"
+    )
+
+
+def manifest(chosen: list[Selectable], selection: Selection) -> dict[str, Any]:
+    """The settings of a choice, for a run's manifest."""
+    return {"select": list(chosen), "selection": asdict(selection)}
+
+
+def choose(sweep: Sweep, method: Method, what: list[Selectable], how: Selection) -> Choice:
+    """Choose for one beam method; only validation problems are searched.
+
+    Args:
+        sweep: session, verifiers and where records go; its problems are not used.
+        method: the beam; its own alpha and prover are kept where they are not to be chosen.
+        what: ``alpha``, ``K`` or both.
+        how: problems and grids.
+    """
+    card = sweep.verifiers[str(method.verifier)].card
+    problems = sweep.session.problems("validation", how.problems)
+    sweep = replace(
+        sweep,
+        config=replace(sweep.config, seeds=how.seeds, split="validation"),
+        problems=problems,
+    )
+    sweep.output.mkdir(parents=True, exist_ok=True)
+    tried: list[tuple[str, Point]] = []
+
+    def accuracy(stage: str, alpha: float, prover: str) -> float:
+        named = replace(
+            method, name=f"alpha {alpha:g}, {prover}", alpha=alpha, prover=prover, n=[how.n]
+        )
+        (point,) = search_points(sweep, named)
+        tried.append((stage, point))
+        return point.accuracy.mean
+
+    alpha = card.alpha if method.alpha is None else method.alpha
+    if "alpha" in what:
+        alphas = how.alphas or _grid(lambda a: accuracy("coarse", a, "bo1"))
+        # Of equals the smallest: the least that is added to Q.
+        alpha = _best(sorted(alphas), lambda a: accuracy("alpha", a, "bo1"))
+    prover = method.prover
+    if "K" in what:
+        prover = _best(_provers(card, how), lambda p: accuracy("K", alpha, p))
+    return Choice(alpha if "alpha" in what else None, prover if "K" in what else None, tried)
+
+
+def _grid(accuracy: Any) -> list[float]:
+    """Ten steps up to the first alpha, halved from 10, that beats alpha 0."""
+    plain = accuracy(0.0)
+    top = next((a for a in COARSE if accuracy(a) > plain), COARSE[-1])
+    return [round(top * i / 10, 6) for i in range(11)]
+
+
+def _provers(card: Card, how: Selection) -> list[str]:
+    others = [h for h in card.heads if h.startswith("q/") and h != card.base_head]
+    return [*(f"bo{k}" for k in sorted(how.ks)), *others]
+
+
+def _best(values: list[Any], accuracy: Any) -> Any:
+    # max() keeps the first of equals.
+    return max([(v, accuracy(v)) for v in values], key=lambda pair: pair[1])[0]
+
+
+def _chosen(choice: Choice) -> dict[str, Any]:
+    plain = {"alpha": choice.alpha, "prover": choice.prover}
+    return {k: v for k, v in plain.items() if v is not None}
+
+
+def write_choice(choice: Choice, output: Path) -> None:
+    """``choice.yaml``, JSON that search.beam takes as --config, and ``select.csv``."""
+    (output / "choice.yaml").write_text(json.dumps(_chosen(choice)) + "\n")
+    with (output / "select.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["stage", "alpha", "prover", "n", "accuracy", "low", "high", "settings"])
+        for stage, p in choice.tried:
+            a, s = p.accuracy, p.settings
+            writer.writerow(
+                [stage, s["alpha"], s["prover"], p.n, a.mean, a.low, a.high, json.dumps(s)]
+            )
+
+
+def print_choice(choice: Choice, how: Selection) -> None:
+    """A table of what was tried."""
+    table = Table(title=f"{how.problems} validation problems, beam N={how.n}")
+    for column in ("stage", "alpha", "prover", "accuracy [95%]"):
+        table.add_column(column)
+    for stage, p in choice.tried:
+        table.add_row(stage, f"{p.settings['alpha']:g}", p.settings["prover"], str(p.accuracy))
+    Console(width=100).print(table)
+    chosen = ", ".join(f"{k} {v}" for k, v in _chosen(choice).items())
+    print(f"chosen on validation: {chosen}")
+
+
+def main() -> None:
+    """Entry point of ``search.select``."""
+    run(select, SelectConfig, "search.select")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The searches behind a comparison, each in a file that a repeat resumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pav.tasks.base import Problem
+from pav.verifier import Verifier
+from search.alphallm import WEIGHT
+from search.beam import BeamSettings
+from search.pick import Pick, check_pick
+from search.plan import CompareConfig, Method
+from search.points import Point, make_point
+from search.records import Record
+from search.session import Session
+from search.smc import SmcSettings
+from search.solve import beam_record, beam_settings, repick, smc_record
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What every search of a comparison needs.
+
+    Attributes:
+        config: the comparison.
+        verifiers: by the name that methods give.
+        session: policy, task and engines.
+        problems: what is searched.
+        output: where records go.
+    """
+
+    config: CompareConfig
+    verifiers: dict[str, Verifier]
+    session: Session
+    problems: list[Problem]
+    output: Path
+
+    def file(self, *parts: object) -> Path:
+        """Where the records of one search go, named by what changes them."""
+        text = "-".join(map(str, parts))
+        return self.output / (
+            "".join(c if c.isalnum() or c in "-." else "_" for c in text) + ".jsonl"
+        )
+
+
+def search_points(sweep: Sweep, method: Method) -> list[Point]:
+    """A search (all but best-of-N) at all its widths."""
+    config, session = sweep.config, sweep.session
+    verifier = sweep.verifiers[str(method.verifier)]
+    scorer = session.scorer(verifier, method.scoring, method.surprise, None)
+    session.sampling_engine(scorer)
+    rule = rule_of(sweep, method)
+    check_pick(rule, verifier.card.heads, verifier.card.base_head, str(method.verifier))
+    points = []
+    for n in method.n or config.n:
+        settings = _beam_settings(sweep, method, n)
+        # N of a greedy search is its share of children, not its places.
+        places = {"places": 1} if method.kind == "greedy" else {}
+        by_seed, seconds = [], 0.0
+        for seed in config.seeds:
+
+            async def search(
+                problem: Problem,
+                seed: int = seed,
+                settings: BeamSettings = settings,
+                n: int = n,
+            ) -> Record:
+                if method.kind == "smc":
+                    particles = _particles(method, settings)
+                    return await smc_record(
+                        session, scorer, particles, rule, seed, problem, settings.score
+                    )
+                bonus = WEIGHT if method.kind == "alphallm" else None
+                return await beam_record(
+                    session, scorer, settings, rule, method.kind, seed, problem, n, bonus
+                )
+
+            # Named by what was searched: methods that differ in the pick alone share a search.
+            path = sweep.file(
+                method.kind,
+                verifier.path.stem,
+                verifier.digest,
+                *_searched_by(method, settings),
+                "surprise" if method.surprise else "plain",
+                "fused" if scorer.fused else "separate",
+                f"n{n}",
+                f"s{seed}",
+            )
+            what = f"{method.name} N={n} seed {seed}"
+            found, took = session.run(path, sweep.problems, search, config.concurrency, what)
+            by_seed.append(
+                [
+                    replace(
+                        repick(r, rule, None, settings.base_head, settings.score),
+                        n=r.n,
+                        settings={**r.settings, "pick": rule, **places},
+                    )
+                    for r in found
+                ]
+            )
+            seconds += took
+        points.append(make_point(method.name, n, by_seed, seconds, session.policy, scorer))
+    return points
+
+
+def _beam_settings(sweep: Sweep, method: Method, n: int) -> BeamSettings:
+    card = sweep.verifiers[str(method.verifier)].card
+    if method.kind == "alphallm":
+        return beam_settings(card, n, method.samples, 0.0, None, "q")
+    width, children = (1, n * method.samples) if method.kind == "greedy" else (n, method.samples)
+    return beam_settings(card, width, children, method.alpha, method.prover, method.score)
+
+
+def _particles(method: Method, settings: BeamSettings) -> SmcSettings:
+    return SmcSettings(
+        settings.n,
+        settings.base_head,
+        method.weight or "change",
+        method.resampling or "systematic",
+    )
+
+
+def _searched_by(method: Method, settings: BeamSettings) -> list[str]:
+    """What distinguishes the searches of one kind, verifier and width."""
+    if method.kind == "smc":
+        return [settings.base_head, *filter(None, (method.weight, method.resampling))]
+    if method.kind == "alphallm":
+        return [f"c{settings.samples}"]
+    parts = [f"a{settings.alpha:g}", settings.prover, f"c{settings.samples}"]
+    return [*parts, settings.score_by] if settings.score_by != "q+a" else parts
+
+
+def rule_of(sweep: Sweep, method: Method) -> Pick:
+    """The final pick of a method."""
+    if method.pick or not method.verifier:
+        return method.pick or "majority"
+    return sweep.verifiers[method.verifier].card.pick  # type: ignore[return-value]

@@ -1,0 +1,224 @@
+"""Choosing alpha and prover: the paper's stages, validation problems alone, one engine load."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from pav.cli import run
+from pav.engine import Engine, EngineConfig
+from pav.errors import UserError
+from pav.policy import Sampler
+from pav.tasks.base import Problem, Split
+from pav.tasks.tape import Tape
+from search.commands import BeamConfig
+from search.compare import CompareConfig, Method, compare
+from search.plan import Selection
+from search.records import read
+from search.select import COARSE, Choice, SelectConfig, choose, select
+from search.stats import Interval
+from search.sweep import Sweep
+
+ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)
+SAMPLER = Sampler(max_length=56)
+
+
+# -- the procedure, on given accuracies ------------------------------------------------------------
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, accuracy: Callable[[float, str], float], what: list[Any],
+    method: Method | None = None, **how: Any,
+) -> tuple[Choice, list[tuple[float, str]]]:  # fmt: skip
+    """What is chosen where a beam with (alpha, prover) is right that often, and what was tried."""
+    tried: list[tuple[float, str]] = []
+
+    def search_points(sweep: Sweep, method: Method) -> list[Any]:
+        assert sweep.config.split == "validation" and method.n == [16]
+        assert method.alpha is not None and method.prover is not None
+        tried.append((method.alpha, method.prover))
+        mean = accuracy(method.alpha, method.prover)
+        return [SimpleNamespace(accuracy=Interval(mean, mean, mean))]
+
+    def problems(split: Split, count: int) -> list[Problem]:
+        assert split == "validation"
+        return [Problem(str(i), "1+1") for i in range(count)]
+
+    monkeypatch.setattr("search.select.search_points", search_points)
+    session: Any = SimpleNamespace(problems=problems)
+    card = SimpleNamespace(alpha=0.5, heads=["q/base", "q/prover", "orm"], base_head="q/base")
+    verifiers: Any = {"v": SimpleNamespace(card=card)}
+    made = method or Method("beam", verifier="v")
+    sweep = Sweep(CompareConfig([made], "unused"), verifiers, session, [], Path("/tmp"))
+    return choose(sweep, made, what, Selection(**how)), tried
+
+
+def test_alpha_is_halved_from_ten_until_it_beats_zero_and_then_refined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def accuracy(alpha: float, prover: str) -> float:
+        # Better than alpha 0 below 1.8, best at 0.6, under the base policy as prover.
+        assert prover == "bo1"
+        return 0.5 + 0.1 * (1 - abs(alpha - 0.6)) if 0 < alpha < 1.8 else 0.5
+
+    found, tried = chosen(monkeypatch, accuracy, ["alpha"])
+    assert tried[:5] == [(a, "bo1") for a in (0.0, 10.0, 5.0, 2.5, 1.25)]
+    assert [a for a, _ in tried[5:]] == pytest.approx([0.125 * i for i in range(11)])
+    assert (found.alpha, found.prover) == (0.625, None)
+
+
+def test_prover_is_chosen_with_the_chosen_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"bo4": 0.7, "q/prover": 0.6}
+
+    def accuracy(alpha: float, prover: str) -> float:
+        if prover == "bo1":
+            return 0.5 + (alpha == 0.3)
+        assert alpha == 0.3
+        return table.get(prover, 0.4) + 1
+
+    found, tried = chosen(monkeypatch, accuracy, ["alpha", "K"], alphas=[0.0, 0.3], ks=[8, 4])
+    assert tried == [(0.0, "bo1"), (0.3, "bo1"), (0.3, "bo4"), (0.3, "bo8"), (0.3, "q/prover")]
+    assert (found.alpha, found.prover) == (0.3, "bo4")
+    # Chosen alone, K takes the alpha that is set, or the verifier's.
+    fixed = Method("beam", verifier="v", alpha=0.3)
+    alone, _ = chosen(monkeypatch, accuracy, ["K"], fixed, ks=[4, 8])
+    assert (alone.alpha, alone.prover) == (None, "bo4")
+
+
+def test_of_equal_alphas_the_smallest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, tried = chosen(monkeypatch, lambda alpha, prover: 0.5, ["alpha"])
+    assert found.alpha == 0.0
+    # Where no alpha beats 0 the coarse stage ends at its last.
+    assert [a for a, _ in tried[1:7]] == list(COARSE)
+    assert max(a for a, _ in tried[7:]) == COARSE[-1]
+
+
+# -- on a tiny model -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def verifier(
+    tiny_model: Callable[..., Path], make_verifier: Any, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    path = tmp_path_factory.mktemp("select") / "pav.ckpt"
+    make_verifier(tiny_model("llama"), path, heads=("q/base", "q/prover", "orm"), sampler=SAMPLER)
+    return str(path)
+
+
+@pytest.fixture
+def no_test_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Tape.problems
+
+    def problems(self: Tape, split: Split) -> Iterator[Problem]:
+        assert split == "validation", f"{split} problems were read"
+        return plain(self, split)
+
+    monkeypatch.setattr(Tape, "problems", problems)
+
+
+HOW = Selection(n=2, problems=3, alphas=[0.0, 0.5], ks=[1, 2])
+
+
+@pytest.mark.usefixtures("no_test_problems")
+def test_choice_is_made_without_test_problems_and_search_beam_takes_it(
+    verifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SelectConfig(verifier, str(tmp_path / "run"), selection=HOW, engine=ENGINE)
+    select(config)
+    found = yaml.safe_load((tmp_path / "run" / "choice.yaml").read_text())
+    with (tmp_path / "run" / "select.csv").open(newline="") as stream:
+        tried = list(csv.DictReader(stream))
+    assert [(t["stage"], t["prover"]) for t in tried] == [
+        ("alpha", "bo1"), ("alpha", "bo1"), ("K", "bo1"), ("K", "bo2"), ("K", "q/prover"),
+    ]  # fmt: skip
+    provers = [(float(t["accuracy"]), t["prover"]) for t in tried if t["stage"] == "K"]
+    assert next(p for a, p in provers if a == max(provers)[0]) == found["prover"]
+    taken: list[BeamConfig] = []
+    argv = ["--config", str(tmp_path / "run" / "choice.yaml"), "--verifier", verifier]
+    run(taken.append, BeamConfig, "search.beam", argv)
+    assert (taken[0].alpha, taken[0].prover) == (found["alpha"], found["prover"])
+    # Equal searches are searched once, and a repeat searches nothing.
+    runs = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.jsonl")}
+    assert len(runs) == 4
+
+    async def never(*_: Any) -> None:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr("search.sweep.beam_record", never)
+    select(config)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.jsonl")} == runs
+    with pytest.raises(UserError, match="another selection"):
+        select(replace(config, selection=replace(HOW, problems=4)))
+
+
+def test_comparison_chooses_on_validation_and_tests_with_the_choice_in_one_engine_load(
+    verifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load = Engine.__post_init__
+
+    def counting(engine: Engine) -> None:
+        loaded.append(engine.model)
+        load(engine)
+
+    monkeypatch.setattr(Engine, "__post_init__", counting)
+    compare(
+        CompareConfig(
+            [
+                Method("chosen", verifier=verifier),
+                Method("fixed", verifier=verifier, alpha=0.25, prover="bo8"),
+                Method("half", verifier=verifier, prover="bo8", pick="min"),
+            ],
+            str(tmp_path / "run"),
+            n=[1],
+            problems=2,
+            select=["alpha", "K"],
+            selection=HOW,
+            engine=ENGINE,
+        )
+    )
+    assert len(loaded) == 1
+    with (tmp_path / "run" / "compare.csv").open(newline="") as stream:
+        found = {r["method"]: json.loads(r["settings"]) for r in csv.DictReader(stream)}
+    first, second = (
+        yaml.safe_load((tmp_path / "run" / "select" / i / "choice.yaml").read_text()) for i in "01"
+    )
+    assert {k: found["chosen"][k] for k in ("alpha", "prover")} == first
+    assert (found["fixed"]["alpha"], found["fixed"]["prover"]) == (0.25, "bo8")
+    # What a method sets is left alone.
+    assert set(second) == {"alpha"} and found["half"]["prover"] == "bo8"
+    assert found["half"]["alpha"] == second["alpha"]
+    test = {p.id for p, _ in zip(Tape().problems("test"), range(2), strict=False)}
+    validation = {p.id for p, _ in zip(Tape().problems("validation"), range(3), strict=False)}
+    for file in (tmp_path / "run").glob("*.jsonl"):
+        assert {r.problem_id for r in read(file)} == test
+    for file in (tmp_path / "run" / "select").glob("*/*.jsonl"):
+        assert {r.problem_id for r in read(file)} == validation
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match=r"selection.ks is \[0\]"):
+        Selection(ks=[0])
+    with pytest.raises(UserError, match=r"selection.alphas is \[\]"):
+        Selection(alphas=[])
+    with pytest.raises(UserError, match="select is empty"):
+        SelectConfig("v", "o", select=[])
+
+
+def test_command_line_names_what_is_to_be_chosen() -> None:
+    taken: list[Any] = []
+    method = '[{"name": "beam", "verifier": "v"}]'
+    argv = ["--methods", method, "--output", "o", "--select", "[alpha,K]", "--selection.n", "4"]
+    run(taken.append, CompareConfig, "search.compare", argv)
+    assert taken[0].select == ["alpha", "K"]
+    assert taken[0].selection == Selection(n=4)
+    with pytest.raises(SystemExit):
+        run(taken.append, CompareConfig, "search.compare", [*argv[:-3], "[beta]"])
