@@ -11,8 +11,8 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 # Set before vLLM is imported: one process, so that a repeat of a run is bit-identical.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -30,6 +30,8 @@ SCORE_BIAS = -100.0
 # Head rows are served divided by this (a power of two, hence exact) so that they weigh next to
 # nothing in the softmax's normaliser and log-probabilities stay those of the model itself.
 SCORE_SCALE = 8.0
+# A resolved request reaches its job in a few turns; far more without any work is a dead end.
+IDLE_TURNS = 1000
 _ON_CPU = not torch.cuda.is_available()
 if _ON_CPU:
     # The only compiled function left on the CPU path counts ranks, which we do not read; eager
@@ -73,12 +75,16 @@ class Sampled:
         logprobs: (tokens,) log-probability of each token in the served softmax (score rows
             included); only where scores were asked for.
         heads: (tokens, heads) logit of every head at the position that predicts each token.
+        prefilled: tokens of the given prefix that were computed.
+        cached: tokens of it taken from the prefix cache.
     """
 
     ids: list[int]
     stopped: bool
     logprobs: np.ndarray | None = None
     heads: np.ndarray | None = None
+    prefilled: int = 0
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -246,7 +252,13 @@ class Engine:
         self._next += 1
         self._engine.add_request(key, {"prompt_token_ids": list(ids)}, parameters)
         self._futures[key] = (future, convert)
+        future.add_done_callback(lambda done: self._abort(key) if done.cancelled() else None)
         return future
+
+    def _abort(self, key: str) -> None:
+        """Take a request that nobody waits for out of the batch."""
+        if self._futures.pop(key, None) is not None:
+            self._engine.abort_request([key])
 
     def step(self) -> None:
         """One vLLM step; resolves what it finished."""
@@ -265,9 +277,7 @@ class Engine:
     def _sampled(self, output: Any) -> Sampled:
         completion = output.outputs[0]
         logprobs, heads = _split(completion.logprobs)
-        return Sampled(
-            list(completion.token_ids), completion.finish_reason == "stop", logprobs, heads
-        )
+        return replace(_plain(output), logprobs=logprobs, heads=heads)
 
     def _read(self, output: Any) -> Read:
         _, heads = _split(output.outputs[0].logprobs)
@@ -293,7 +303,13 @@ class Engine:
 
 def _plain(output: Any) -> Sampled:
     completion = output.outputs[0]
-    return Sampled(list(completion.token_ids), completion.finish_reason == "stop")
+    cached = output.num_cached_tokens or 0
+    return Sampled(
+        list(completion.token_ids),
+        completion.finish_reason == "stop",
+        prefilled=len(output.prompt_token_ids) - cached,
+        cached=cached,
+    )
 
 
 def _split(flat: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -306,8 +322,17 @@ def _split(flat: Any) -> tuple[np.ndarray, np.ndarray]:
     return rows[:, 0], (rows[:, 1:-1] - rows[:, -1:]) * np.float32(SCORE_SCALE)
 
 
+class Driven(Protocol):
+    """What :func:`drive` turns: an :class:`Engine`, or one that is in another process."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    def step(self) -> None: ...
+
+
 def drive(
-    engines: Sequence[Engine],
+    engines: Sequence[Driven],
     jobs: Iterable[Callable[[], Coroutine[Any, Any, T]]],
     on_result: Callable[[T], None],
     concurrency: int,
@@ -316,6 +341,9 @@ def drive(
 
     No clock takes part: a repeat on the same machine takes the same course. An exception in a job
     ends the run; what ``on_result`` was given is done.
+
+    Raises:
+        RuntimeError: if jobs wait for something that none of ``engines`` will answer.
     """
 
     async def loop() -> None:
@@ -323,6 +351,7 @@ def drive(
         # Ordered: results that one step finished are reported in the order of their jobs.
         active: dict[asyncio.Task[T], None] = {}
         exhausted = False
+        idle = 0
         while True:
             while not exhausted and len(active) < concurrency:
                 job = next(waiting, None)
@@ -335,10 +364,18 @@ def drive(
             # A resolved future wakes its coroutine through gather: a few turns of the event loop.
             for _ in range(4):
                 await asyncio.sleep(0)
+            stepped = False
             for engine in engines:
                 if engine.busy:
                     engine.step()
+                    stepped = True
             finished = [task for task in active if task.done()]
+            idle = 0 if stepped or finished else idle + 1
+            if idle > IDLE_TURNS:
+                raise RuntimeError(
+                    f"{len(active)} jobs wait and no engine is busy; jobs may wait for the engines "
+                    "that drive() was given and for nothing else"
+                )
             for task in finished:
                 del active[task]
                 on_result(task.result())

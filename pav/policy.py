@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from pav.errors import UserError
 from pav.steps import Stepper, StepRule, compile_rule
-from pav.tasks.base import Problem
+from pav.tasks.base import Problem, Task
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ASSET_PREFIX = "pav:"
@@ -106,6 +106,13 @@ class PolicyConfig:
     def label(self) -> str:
         """Name of the policy in labels and heads."""
         return self.name or self.model.removeprefix(ASSET_PREFIX).rstrip("/").rsplit("/", 1)[-1]
+
+
+def asked(policy: PolicyConfig, task: Task) -> PolicyConfig:
+    """The policy with the task's own template, unless it has one of its own."""
+    if policy.prompt.template != Prompt.template:
+        return policy
+    return replace(policy, prompt=replace(policy.prompt, template=task.template))
 
 
 def asset(name: str) -> Path:

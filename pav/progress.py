@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 60.0
@@ -20,6 +22,7 @@ class Reporter:
         self.start = self.last = time.monotonic()
         self.first: int | None = None
         self.bar: Progress | None = None
+        self.lines: Sequence[str] = ()
         if Console().is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"),
@@ -29,20 +32,29 @@ class Reporter:
                 TextColumn("{task.fields[note]}"),
             )
             self.task = self.bar.add_task(what, total=total, note="")
+            bar = self.bar
+            self.live = Live(get_renderable=lambda: Group(bar, *self.lines))
 
     def __enter__(self) -> Reporter:
         if self.bar:
-            self.bar.start()
+            self.live.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self.bar:
-            self.bar.stop()
+            self.live.stop()
 
-    def update(self, done: int, note: str = "") -> None:
-        """``done`` counts from the start of the work, resumed parts included."""
+    def update(self, done: int, note: str = "", lines: Sequence[str] = ()) -> None:
+        """Say how far it is.
+
+        Args:
+            done: counts from the start of the work, resumed parts included.
+            note: stands at the end of the line.
+            lines: stand below the bar; on a terminal only.
+        """
         if self.first is None:
             self.first = done
+        self.lines = lines
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)
             return

@@ -323,7 +323,8 @@ def test_fused_scoring_with_a_trunk_that_is_not_the_policy(
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("data_gen.rollouts", ["--output", "x", "--n_mc", "0"], "n_mc is 0; both must be positive"),
+        ("data_gen.rollouts", ["--output", "x", "--n_mc", "-1"],
+         "n_mc is -1; give at least one seed"),
         ("data_gen.rollouts", ["--output", "x", "--prover_share", "2"],
          "prover_share is 2.0; give a share from 0 to 1"),
         ("data_gen.rollouts", ["--output", "x", "--sampler.temperature", "0"],
