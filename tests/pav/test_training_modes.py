@@ -293,9 +293,9 @@ def test_warm_up_rises_and_the_cosine_ends_at_max_steps(
     train(replace(config, trunk_mode="full", lr=0.01, warmup=4, max_steps=12, max_epochs=50,
                   patience=50, tokens_per_batch=512, precision="bf16-mixed"))  # fmt: skip
     assert len(rates) == 12
-    assert rates[:4] == pytest.approx([0.0036, 0.0052, 0.0068, 0.0084], abs=2e-3)
-    assert rates[4] >= rates[3]
-    assert rates[4:] == sorted(rates[4:], reverse=True)
+    # The first step had a fifth of the peak; what is noted is the rate of the next step.
+    assert rates[:4] == pytest.approx([0.004, 0.006, 0.008, 0.01])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
     assert rates[-1] < 1e-3
 
 

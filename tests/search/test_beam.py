@@ -482,5 +482,5 @@ def test_ties_go_to_the_earlier_child(policy: Policy) -> None:
 
 
 def test_prover_that_is_no_head_is_refused(verifier: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"prover is 'bo0'; give bo<K> .* q/base, q/prover"):
+    with pytest.raises(UserError, match=r"prover is 'bo0'; give bo<K> .*q/base, q/prover"):
         beam(config(verifier, tmp_path / "run", prover="bo0"))
