@@ -61,7 +61,8 @@ def collect(config: MainConfig) -> None:
         "date": date.today().isoformat(),
         "commit": _commit(),
     }
-    metrics = [*_leads(differences), *_doublings(differences), *_accuracies(rows)]
+    ratios = _ratios(_json(run_directory / "efficiency.json"))
+    metrics = [*_leads(differences), *_doublings(differences), *ratios, *_accuracies(rows)]
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / "tape_main.json"
     target.write_text(json.dumps([{**m, **common} for m in metrics], indent=1) + "\n")
@@ -70,6 +71,7 @@ def collect(config: MainConfig) -> None:
         writer.writeheader()
         writer.writerows(rows)
     shutil.copy(run_directory / "compare.png", RESULTS / "tape_main.png")
+    shutil.copy(run_directory / "optimisation.png", RESULTS / "tape_main_optimisation.png")
     shutil.copy(Path(config.ablations) / "compare.png", RESULTS / "tape_main_ablations.png")
     print(f"{len(metrics)} metrics in {target}\nnext: python -m benchmarks.summary")
 
@@ -104,6 +106,20 @@ def _doublings(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         for d in differences
         if d["kind"] == "doubling" and d["a"] == BEAM
+    ]
+
+
+def _ratios(efficiency: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How much less the beam spends to be as good as the largest best-of-N by the ORM."""
+    return [
+        _metric(
+            f"{BEAM}: {e['axis']} of {ARGMAX} at its best over those of the beam that is as good",
+            e["ratio"],
+            [e["low"], e["high"]],
+            None,
+        )
+        for e in efficiency
+        if e["method"] == BEAM and e["baseline"] == ARGMAX
     ]
 
 
