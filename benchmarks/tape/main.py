@@ -51,8 +51,10 @@ def collect(config: MainConfig) -> None:
     """Write the metrics, each against its target."""
     run_directory = Path(config.compare)
     differences = _json(run_directory / "compare.json")
-    rows = [*_csv(run_directory), *_csv(Path(config.ablations))]
+    main_rows, ablation_rows = _csv(run_directory), _csv(Path(config.ablations))
+    rows = [*main_rows, *ablation_rows]
     manifest = _json(run_directory / "manifest.json")
+    ablation_seeds = _json(Path(config.ablations) / "manifest.json")["seeds"]
     common = {
         "seeds": manifest["seeds"],
         "n_problems": manifest["problems"],
@@ -62,10 +64,11 @@ def collect(config: MainConfig) -> None:
         "commit": _commit(),
     }
     ratios = _ratios(_json(run_directory / "efficiency.json"))
-    metrics = [*_leads(differences), *_doublings(differences), *ratios, *_accuracies(rows)]
+    metrics = [*_leads(differences), *_doublings(differences), *ratios, *_accuracies(main_rows)]
+    metrics += [{**m, "seeds": ablation_seeds} for m in _accuracies(ablation_rows)]
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / "tape_main.json"
-    target.write_text(json.dumps([{**m, **common} for m in metrics], indent=1) + "\n")
+    target.write_text(json.dumps([{**common, **m} for m in metrics], indent=1) + "\n")
     with (RESULTS / "tape_main.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
