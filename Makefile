@@ -47,11 +47,16 @@ setup: .venv/.installed
 demo: export OMP_NUM_THREADS ?= 1
 demo: setup
 	@if [ -e runs/demo ]; then echo "removing the last demo in runs/demo"; rm -rf runs/demo; fi
-	$(BIN)/data_gen.rollouts --config configs/tape/demo/rollouts.yaml
-	$(BIN)/pav.train --config configs/tape/demo/pav.yaml
-	$(BIN)/pav.train --config configs/tape/demo/orm.yaml
-	$(BIN)/search.compare --config configs/tape/demo/compare.yaml
-	$(BIN)/search.compare --config configs/tape/demo/compare_reference.yaml
+	@mkdir -p runs/demo
+	@echo "on the second core: search.compare --config configs/tape/demo/compare_reference.yaml (its table comes last)"
+	@$(BIN)/search.compare --config configs/tape/demo/compare_reference.yaml >runs/demo/compare_reference.log 2>&1 & \
+	reference=$$!; trap "kill $$reference 2>/dev/null" EXIT INT TERM; set -ex; \
+	$(BIN)/data_gen.rollouts --config configs/tape/demo/rollouts.yaml; \
+	$(BIN)/pav.train --config configs/tape/demo/pav.yaml; \
+	$(BIN)/pav.train --config configs/tape/demo/orm.yaml; \
+	$(BIN)/search.compare --config configs/tape/demo/compare.yaml; \
+	{ wait $$reference; } || { cat runs/demo/compare_reference.log; exit 1; }; \
+	cat runs/demo/compare_reference.log
 
 # .jsonl or .jsonl.gz files, or a data set of the hub (owner/name:config) that has both splits.
 GSM8K_TRAIN ?= openai/gsm8k:main
