@@ -113,7 +113,9 @@ def test_users_own_task_and_chat_model_go_from_rollouts_to_search(directory: Pat
                        "--problems", "3", "--engine.kv_gib", "0.05")  # fmt: skip
     assert searched.returncode == 0, searched.stderr
     assert "PAV beam" in searched.stdout
-    assert "WARNING" not in searched.stderr
+    # A random model often runs into the length cap, and that is said; nothing else is out of place.
+    warned = [line for line in searched.stderr.splitlines() if "WARNING" in line]
+    assert all("hit sampler.max_length" in line for line in warned)
     (found,) = directory.glob("search/*/beam.jsonl")
     records = read(found)
     assert len(records) == 3 and all(r.question.startswith("What is") for r in records)
