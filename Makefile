@@ -50,7 +50,7 @@ demo: setup
 	@mkdir -p runs/demo
 	@echo "on the second core: search.compare --config configs/tape/demo/compare_reference.yaml (its table comes last)"
 	@$(BIN)/search.compare --config configs/tape/demo/compare_reference.yaml >runs/demo/compare_reference.log 2>&1 & \
-	reference=$$!; trap "kill $$reference 2>/dev/null" EXIT INT TERM; set -ex; \
+	reference=$$!; trap "kill $$reference 2>/dev/null || :" EXIT INT TERM; set -ex; \
 	$(BIN)/data_gen.rollouts --config configs/tape/demo/rollouts.yaml; \
 	$(BIN)/pav.train --config configs/tape/demo/pav.yaml; \
 	$(BIN)/pav.train --config configs/tape/demo/orm.yaml; \
