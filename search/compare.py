@@ -14,7 +14,7 @@ from search.efficiency import print_ratios, ratios, write_ratios
 from search.investment import invested_flops
 from search.plan import CompareConfig, Investment, Method, Selectable
 from search.plot import plot_accuracy, plot_optimisation
-from search.points import Point, paired, print_points, write_csv
+from search.points import PICKS, Point, paired, print_points, write_csv, write_picks
 from search.records import open_run
 from search.sampled import sample_points
 from search.select import Choice, choose, print_choice, write_choice
@@ -48,6 +48,7 @@ def compare(config: CompareConfig) -> None:
             points += search_points(sweep, method)
     points += sample_points(sweep, points)
     session.shutdown()
+    write_picks(points, [p.id for p in problems], output / PICKS)
     _report(config, points, invested)
 
 

@@ -23,6 +23,9 @@ from search.scoring import Scorer
 from search.stats import Interval, bootstrap, mcnemar
 from search.table import print_table, result_row
 
+# What every point picked, in a comparison's directory.
+PICKS = "picks.json"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -43,6 +46,8 @@ class Point:
         seconds: per problem; NaN where it was measured by an earlier start.
         settings: of the first record.
         base: whether the base policy was sampled (else another one, shown beside it).
+        picked_PS: index of the pick among the final set, -1 where nothing was picked.
+        files: file of records of every seed.
     """
 
     method: str
@@ -62,6 +67,8 @@ class Point:
     seconds: float
     settings: dict[str, Any]
     base: bool = True
+    picked_PS: NDArray[np.int64] | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def is_beam(self) -> bool:
@@ -91,8 +98,9 @@ def make_point(
     seconds: float,
     policy: Policy,
     scorer: Scorer | None,
+    files: Sequence[Path],
 ) -> Point:
-    """The point of one method at one N from its records, a list per seed."""
+    """The point of one method at one N from its records, a list (and a file) per seed."""
     flat = [r for records in by_seed for r in records]
     trunk = None if scorer is None else shape_of(scorer.trunk.path)
     rows = 0 if scorer is None else len(scorer.engine.score_ids)
@@ -122,6 +130,8 @@ def make_point(
         verifier_flops=float(flops[:, 1].mean()),
         seconds=seconds / len(flat),
         settings=flat[0].settings,
+        picked_PS=table(lambda r: -1 if r.picked is None else r.picked).astype(np.int64),
+        files=tuple(f.name for f in files),
     )
 
 
@@ -175,6 +185,27 @@ def _row(p: Point) -> dict[str, Any]:
         "total_flops": f"{p.flops:.4g}",
         "flops_matched_to_beam_n": p.matched_flops or "",
     }
+
+
+def write_picks(points: Sequence[Point], problem_ids: Sequence[str], path: Path) -> None:
+    """What every point picked, for a reader of its records: they hold the pick of one rule alone.
+
+    JSON: ``problems`` in order, and ``points`` with ``method``, ``n``, ``pick`` (the rule) and, a
+    list item per seed, ``files`` of records and ``picked``: per problem the index among its first
+    ``n`` candidates, -1 for none.
+    """
+    picked = [
+        {
+            "method": p.method,
+            "n": p.n,
+            "pick": p.settings.get("pick"),
+            "files": p.files,
+            "picked": p.picked_PS.T.tolist(),
+        }
+        for p in points
+        if p.picked_PS is not None
+    ]
+    path.write_text(json.dumps({"problems": list(problem_ids), "points": picked}))
 
 
 def paired(points: Sequence[Point]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -39,20 +40,21 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
         label = session.policy.config.label if chosen is None else chosen.label
         # A small first set tells how long a trace is; its traces are the first of the full set.
         few = min(4, max(config.n))
-        pilot, _ = _sample_set(sweep, other, label, config.seeds[0], few)
+        pilot, _, _ = _sample_set(sweep, other, label, config.seeds[0], few)
         per_trace = float(np.mean([c.tokens for r in pilot for c in r.candidates]))
         matched = {_rounded_up(b.policy_tokens / per_trace): b.n for b in reversed(reference)}
         counts = {*config.n, *matched}
         total = min(max(counts), config.max_traces)
-        sets, seconds = [], 0.0
+        sets, files, seconds = [], [], 0.0
         for seed in config.seeds:
-            records, took = _sample_set(sweep, other, label, seed, total)
+            records, took, path = _sample_set(sweep, other, label, seed, total)
             sets.append(records)
+            files.append(path)
             seconds += took
         for method in own:
-            scored, extra, scorer = sets, 0.0, None
+            scored, extra, scorer, read_from = sets, 0.0, None, files
             if method.verifier:
-                scored, extra, scorer = _scored_sets(sweep, method, label, sets)
+                scored, extra, scorer, read_from = _scored_sets(sweep, method, label, sets)
             rule = rule_of(sweep, method)
 
             def at(
@@ -64,6 +66,7 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
                 took: float = seconds + extra,
                 policy: Policy = other or session.policy,
                 total: int = total,
+                read_from: list[Path] = read_from,
             ) -> Point:
                 head, score = "", None
                 if scorer is not None:
@@ -76,7 +79,7 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
                     for records in scored
                 ]
                 share = took * n / total
-                point = make_point(method.name, n, picked, share, policy, scorer)
+                point = make_point(method.name, n, picked, share, policy, scorer, read_from)
                 return replace(point, base=method.policy is None)
 
             each = at(total).flops / total
@@ -114,30 +117,32 @@ def _first(record: Record, whole: Record, rule: Pick, n: int, total: int) -> Rec
 
 def _sample_set(
     sweep: Sweep, policy: Policy | None, label: str, seed: int, n: int
-) -> tuple[list[Record], float]:
+) -> tuple[list[Record], float, Path]:
     session = sweep.session
+    path = sweep.file("samples", label, f"n{n}", f"s{seed}")
 
     async def sample(problem: Problem) -> Record:
         return await traces_record(session, None, n, "majority", "samples", seed, problem, policy)
 
     session.sampling_engine(None, policy)
-    return session.run(
-        sweep.file("samples", label, f"n{n}", f"s{seed}"),
+    records, seconds = session.run(
+        path,
         sweep.problems,
         sample,
         sweep.config.concurrency,
         f"{n} samples of {label}, seed {seed}",
     )
+    return records, seconds, path
 
 
 def _scored_sets(
     sweep: Sweep, method: Method, label: str, sets: list[list[Record]]
-) -> tuple[list[list[Record]], float, Scorer]:
+) -> tuple[list[list[Record]], float, Scorer, list[Path]]:
     verifier = sweep.verifiers[str(method.verifier)]
     # Sampled ids do not depend on the verifier, so scoring is always a pass of its own.
     scorer = sweep.session.scorer(verifier, "separate", method.surprise, None)
     every_step = rule_of(sweep, method) in EVERY_STEP
-    out, seconds = [], 0.0
+    out, files, seconds = [], [], 0.0
     for seed, records in zip(sweep.config.seeds, sets, strict=True):
         by_problem = {r.problem_id: r for r in records}
 
@@ -158,8 +163,9 @@ def _scored_sets(
         concurrency = sweep.config.concurrency
         scored, took = sweep.session.run(path, sweep.problems, judge, concurrency, what)
         out.append(scored)
+        files.append(path)
         seconds += took
-    return out, seconds, scorer
+    return out, seconds, scorer, files
 
 
 async def score_record(

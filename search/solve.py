@@ -156,6 +156,7 @@ async def beam_record(
         "samples": settings.samples * settings.n // called,
         "alpha": settings.alpha,
         "prover": settings.prover,
+        "base_head": settings.base_head,
         "score": settings.score_by if bonus is None else "q+bonus",
         "pick": rule,
         **scorer.described,

@@ -57,7 +57,7 @@ def search_points(sweep: Sweep, method: Method) -> list[Point]:
         settings = _beam_settings(sweep, method, n)
         # N of a greedy search is its share of children, not its places.
         places = {"places": 1} if method.kind == "greedy" else {}
-        by_seed, seconds = [], 0.0
+        by_seed, files, seconds = [], [], 0.0
         for seed in config.seeds:
 
             async def search(
@@ -88,6 +88,7 @@ def search_points(sweep: Sweep, method: Method) -> list[Point]:
                 f"s{seed}",
             )
             what = f"{method.name} N={n} seed {seed}"
+            files.append(path)
             found, took = session.run(path, sweep.problems, search, config.concurrency, what)
             by_seed.append(
                 [
@@ -100,7 +101,7 @@ def search_points(sweep: Sweep, method: Method) -> list[Point]:
                 ]
             )
             seconds += took
-        points.append(make_point(method.name, n, by_seed, seconds, session.policy, scorer))
+        points.append(make_point(method.name, n, by_seed, seconds, session.policy, scorer, files))
     return points
 
 
