@@ -2,7 +2,8 @@
 
 Requests wait in one queue per model. A worker gets a lease, a run of successive requests (which
 mostly share a prefix), while it holds fewer than it can run and a lease more. What a dead worker
-held goes back to the front, to whoever has room; only the first answer to a request counts.
+held goes back to the front, to whoever has room; only the first answer to a request counts. A worker
+that holds requests says every half a minute that its engine still steps; silence is a death.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from data_gen.store import replace_file
 from pav.engine import EngineConfig, Sampled, Usage
 from pav.errors import UserError
 from pav.policy import Dtype, Sampler
+from pav.processes import Died
 
 WORKERS = "workers.json"
 # A worker that dies so often within so many seconds ends the run.
 DEATHS, DEATH_SECONDS = 3, 600.0
+# A worker with requests is heard of so often, and ended when it was silent for so long: a single
+# step of an engine takes seconds at most.
+BEAT_SECONDS, SILENT_SECONDS = 30.0, 600.0
 _POLL_SECONDS = 0.2
 _NOTE_SECONDS = 10.0
 _PATIENCE_SECONDS = 60.0
@@ -70,20 +75,18 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Alive:
+    """A worker's engines step, though nothing has finished for a while."""
+
+
+@dataclass(frozen=True)
 class Refused:
     """A worker cannot load a model, for a reason that another try does not mend."""
 
     error: str
 
 
-@dataclass(frozen=True)
-class Died:
-    """A worker is gone; all that it sent before was received before."""
-
-    reason: str
-
-
-Message = Started | Finished | Refused | Died
+Message = Started | Alive | Finished | Refused | Died
 
 
 class Transport(Protocol):
@@ -98,6 +101,9 @@ class Transport(Protocol):
     def receive(self, seconds: float) -> list[tuple[int, Message]]:
         """(worker, message) of what comes within ``seconds``; returns with the first of it."""
 
+    def end(self, worker: int) -> None:
+        """End a worker that does not answer; it may be started again, and is not heard of before."""
+
     def close(self) -> None:
         """End all workers, within seconds."""
 
@@ -107,6 +113,7 @@ class _Worker:
     held: list[dict[int, Call]]
     started: Started | None = None
     since: float = 0.0
+    heard: float = 0.0
     rollouts: int = 0
     tokens: int = 0
     tokens_here: int = 0
@@ -189,9 +196,12 @@ class Pool:
             self._give(queue)
         for number, message in self._transport.receive(_POLL_SECONDS):
             worker = self._workers[number]
+            worker.heard = monotonic()
             match message:
                 case Started():
                     worker.started, worker.since, worker.tokens_here = message, monotonic(), 0
+                case Alive():
+                    pass
                 case Finished():
                     for request, answer in message.answers:
                         self._resolve(worker, request, answer)
@@ -200,6 +210,10 @@ class Pool:
                 case Died():
                     self._bury(number, message.reason)
         now = monotonic()
+        for number, worker in enumerate(self._workers):
+            if worker.started and worker.holds and now - worker.heard > SILENT_SECONDS:
+                self._transport.end(number)
+                self._bury(number, f"silent for {SILENT_SECONDS / 60:.0f} minutes, ended")
         if any(w.started for w in self._workers):
             self._idle_since = now
         elif now - self._idle_since > _PATIENCE_SECONDS:
@@ -218,6 +232,8 @@ class Pool:
             if len(held) + self._lease > self._most_held:
                 return
             lease = [queue.popleft() for _ in range(min(self._lease, len(queue)))]
+            if not worker.holds:  # it had nothing to say anything of
+                worker.heard = monotonic()
             held.update((request.number, request) for request in lease)
             self._transport.send(number, lease)
 

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from data_gen.pool import Call, Died, Message, Model
+from data_gen.pool import Call, Message, Model
 from data_gen.workers import serve
 from pav.cli import quiet
 from pav.errors import UserError
+from pav.processes import Died
 
 
 class _Worker:
@@ -117,9 +118,13 @@ class Actors:
         return found
 
     def _died(self, worker: int, error: Exception) -> Died:
+        self.end(worker)
+        return Died(str(error).strip().splitlines()[-1])
+
+    def end(self, worker: int) -> None:
+        """End a worker that does not answer."""
         self._awaited = {a: w for a, w in self._awaited.items() if w != worker}
         self._ray.kill(self._actors.pop(worker))
-        return Died(str(error).strip().splitlines()[-1])
 
     def close(self) -> None:
         """End all workers; a cluster that was there before stays."""

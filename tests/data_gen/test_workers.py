@@ -24,7 +24,6 @@ from data_gen.pool import (
     DEATHS,
     WORKERS,
     Call,
-    Died,
     Finished,
     Message,
     Model,
@@ -36,10 +35,10 @@ from data_gen.pool import (
 from data_gen.rollouts import RolloutsConfig, rollouts
 from data_gen.status import StatusConfig, status
 from data_gen.store import JOURNAL, journal_lines
-from data_gen.workers import placement
 from pav.engine import Engine, EngineConfig, Sampled, drive
 from pav.errors import UserError
 from pav.policy import PolicyConfig, Sampler
+from pav.processes import Died, placement
 from pav.progress import Reporter
 
 Asked = Counter[tuple[tuple[int, ...], int, int]]
