@@ -16,6 +16,7 @@ from search.plan import CompareConfig, Investment, Method, Selectable
 from search.plot import plot_accuracy, plot_optimisation
 from search.points import PICKS, Point, paired, print_points, write_csv, write_picks
 from search.records import open_run
+from search.report import write_report
 from search.sampled import sample_points
 from search.select import Choice, choose, print_choice, write_choice
 from search.select import manifest as selected
@@ -48,7 +49,7 @@ def compare(config: CompareConfig) -> None:
             points += search_points(sweep, method)
     points += sample_points(sweep, points)
     session.shutdown()
-    write_picks(points, [p.id for p in problems], output / PICKS)
+    write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
     _report(config, points, invested)
 
 
@@ -101,11 +102,13 @@ def _report(config: CompareConfig, points: list[Point], invested: dict[str, floa
     plot_accuracy(points, "n", output / "compare_n.png", title)
     plot_accuracy(points, "flops", output / "compare_flops.png", title)
     plot_optimisation(points, output / "optimisation.png", title)
+    page = write_report(output)
     print_points(points, differences, config.split)
     print_ratios(found)
     print(
         f"results: {output}/compare.csv, compare.json, efficiency.json, compare.png, "
         "compare_n.png, compare_flops.png, optimisation.png, one .jsonl per run\n"
+        f"report: {page}\n"
         f"next: search.beam --verifier {config.methods[0].verifier or 'pav:reference'} "
         "--baseline orm --n 8"
     )

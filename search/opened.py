@@ -15,6 +15,7 @@ from search.configs import SearchConfig, manifest, run_directory
 from search.pick import Pick, StepScore, check_pick
 from search.rank import Defaults
 from search.records import Record, open_run
+from search.report import write_report
 from search.scoring import StepScorer
 from search.session import Session, load_checked, open_session, plain_session
 from search.solve import beam_settings
@@ -140,4 +141,4 @@ def print_rows(rows: list[Row], directory: Path, split: str) -> None:
         )
     print_table(f"{len(rows[0].records)} {split} problems", table)
     print("tokens are means per problem; seconds are nan for a resumed run")
-    print(f"records: {directory}\nnext: search.compare --help")
+    print(f"records: {directory}\nreport: {write_report(directory)}\nnext: search.compare --help")

@@ -187,12 +187,14 @@ def _row(p: Point) -> dict[str, Any]:
     }
 
 
-def write_picks(points: Sequence[Point], problem_ids: Sequence[str], path: Path) -> None:
+def write_picks(
+    points: Sequence[Point], problem_ids: Sequence[str], seeds: Sequence[int], path: Path
+) -> None:
     """What every point picked, for a reader of its records: they hold the pick of one rule alone.
 
-    JSON: ``problems`` in order, and ``points`` with ``method``, ``n``, ``pick`` (the rule) and, a
-    list item per seed, ``files`` of records and ``picked``: per problem the index among its first
-    ``n`` candidates, -1 for none.
+    JSON: ``problems`` and ``seeds`` in order, and ``points`` with ``method``, ``n``, ``pick`` (the
+    rule) and, a list item per seed, ``files`` of records and ``picked``: per problem the index
+    among its first ``n`` candidates, -1 for none.
     """
     picked = [
         {
@@ -205,7 +207,8 @@ def write_picks(points: Sequence[Point], problem_ids: Sequence[str], path: Path)
         for p in points
         if p.picked_PS is not None
     ]
-    path.write_text(json.dumps({"problems": list(problem_ids), "points": picked}))
+    plain = {"problems": list(problem_ids), "seeds": list(seeds), "points": picked}
+    path.write_text(json.dumps(plain))
 
 
 def paired(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -261,23 +264,38 @@ def oracle_points(points: Sequence[Point]) -> list[Point]:
 def print_points(points: list[Point], differences: list[dict[str, Any]], split: Split) -> None:
     """Two tables: all points, and the paired differences."""
     count, seeds = points[0].correct_PS.shape
-    rows = []
-    for p in points:
-        matches = [
-            f"{what} of beam {n}"
-            for what, n in (("tokens", p.matched), ("FLOPs", p.matched_flops))
-            if n
-        ]
-        n = f"{p.n} ({', '.join(matches)})" if matches else str(p.n)
-        oracle = float(p.oracle_PS.mean())
-        row = result_row(
-            p.method, n, p.accuracy, oracle, p.policy_tokens, p.verifier_tokens, p.seconds
-        )
-        flops = f"{p.policy_flops / 1e6:.0f} + {p.verifier_flops / 1e6:.0f}"
-        more = {"believed": f"{p.believed_PS.mean():.3f}", "MFLOPs policy + verifier": flops}
-        rows.append(row | more)
+    rows = [shown_row(_row(p)) for p in points]
     print_table(f"{count} {split} problems, {seeds} seed(s); costs per problem", rows, 150)
-    compared = [
+    compared = difference_rows(differences)
+    print_table("paired differences [95%], exact McNemar p", compared, 150)
+
+
+def shown_row(row: dict[str, Any]) -> dict[str, str]:
+    """A row of ``compare.csv`` as a table shows it."""
+    matches = [
+        f"{what} of beam {row[key]}"
+        for what, key in (("tokens", "matched_to_beam_n"), ("FLOPs", "flops_matched_to_beam_n"))
+        if row[key]
+    ]
+    accuracy = Interval(float(row["accuracy"]), float(row["low"]), float(row["high"]))
+    policy, verifier = (float(row[f"{of}_flops"]) / 1e6 for of in ("policy", "verifier"))
+    return result_row(
+        row["method"],
+        f"{row['n']} ({', '.join(matches)})" if matches else str(row["n"]),
+        accuracy,
+        float(row["oracle"]),
+        float(row["policy_tokens"]),
+        float(row["verifier_tokens"]),
+        float(row["seconds"]),
+    ) | {
+        "believed": f"{float(row['believed']):.3f}",
+        "MFLOPs policy + verifier": f"{policy:.0f} + {verifier:.0f}",
+    }
+
+
+def difference_rows(differences: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Paired differences as a table shows them."""
+    return [
         {
             "": d["kind"],
             "this": f"{d['a']} N={d['a_n']}",
@@ -287,4 +305,3 @@ def print_points(points: list[Point], differences: list[dict[str, Any]], split: 
         }
         for d in differences
     ]
-    print_table("paired differences [95%], exact McNemar p", compared, 150)

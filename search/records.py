@@ -119,9 +119,23 @@ def rewrite(path: Path, records: list[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """All whole lines of a file; a torn last line is searched again."""
+    """All whole lines of a file; a torn last line is cut off, to be searched again."""
     if not path.exists():
         return []
+    records, good = _whole(path)
+    if good < path.stat().st_size:
+        with path.open("r+b") as stream:
+            stream.truncate(good)
+    return records
+
+
+def peek(path: Path) -> list[Record]:
+    """All whole lines of a file that another process may be writing."""
+    return _whole(path)[0]
+
+
+def _whole(path: Path) -> tuple[list[Record], int]:
+    """Records, and the bytes that they take."""
     records = []
     good = 0
     for line in path.read_bytes().splitlines(keepends=True):
@@ -136,10 +150,7 @@ def read(path: Path) -> list[Record]:
         steps = [[tuple(step) for step in children] for children in plain.pop("steps")]
         nodes = [[Node(**node) for node in children] for children in plain.pop("nodes", [])]
         records.append(Record(**plain, candidates=candidates, steps=steps, nodes=nodes))
-    if good < path.stat().st_size:
-        with path.open("r+b") as stream:
-            stream.truncate(good)
-    return records
+    return records, good
 
 
 def open_run(directory: Path, manifest: dict[str, Any]) -> None:
