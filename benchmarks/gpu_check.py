@@ -302,7 +302,9 @@ def compare(subject: Subject, engine: Engine, report: Report, label: str = "") -
 
     def read(i: int, end: int, surprise: bool) -> Callable[[], Any]:
         async def one() -> tuple[tuple[int, int], Any]:
-            return (i, end), await engine.read(sequences[i][:end], surprise=surprise)
+            return (i, end), await engine.read(
+                sequences[i][:end], logprobs_from=1 if surprise else None
+            )
 
         return one
 
@@ -392,7 +394,7 @@ def check_shared_device(output: Path, report: Report) -> None:
                 max_tokens=NEW_TOKENS,
                 seed=seed_of("gpu_check", i),
             )
-            read = await verifier.read([*subject.prompts[i], *out.ids], surprise=False)
+            read = await verifier.read([*subject.prompts[i], *out.ids])
             return i, (out.ids, read.heads)
 
         return one

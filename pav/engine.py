@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 # Set before vLLM is imported: one process, so that a repeat of a run is bit-identical.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -93,15 +93,17 @@ class Read:
 
     Attributes:
         heads: (heads,) logits at the last position.
-        logprobs: (tokens - 1,) log-probability of every token but the first; None if not asked for.
+        logprobs: log-probability of every token that was asked for; None if none was.
         computed: tokens computed.
         cached: tokens taken from the prefix cache.
+        gaps: further readings, of what the prefix cache does not remember.
     """
 
     heads: np.ndarray
     logprobs: np.ndarray | None
     computed: int
     cached: int
+    gaps: tuple[Read, ...] = ()
 
 
 @dataclass
@@ -222,11 +224,38 @@ class Engine:
         )
         return await self._submit(ids, parameters, self._sampled if scores else _plain)
 
-    async def read(self, ids: Sequence[int], *, surprise: bool) -> Read:
-        """Heads at the last position of ``ids``; with ``surprise`` all log-probabilities too.
+    async def read(self, ids: Sequence[int], *, logprobs_from: int | None = None) -> Read:
+        """Heads at the last position of ``ids``, and the log-probability of the tokens from index
+        ``logprobs_from`` (1 or more) on.
 
-        Surprise makes vLLM compute the whole sequence anew: it has no log-probabilities for cached
-        positions. Without it the prefix cache serves all but the new tokens.
+        The prefix cache serves what it can. It keeps no logits, so the log-probability of the token
+        after a cached block, and of those in it, may be missing: a second reading that ends there
+        computes the last cached block anew.
+        """
+        first = len(ids) if logprobs_from is None else logprobs_from
+        read = await self._read(ids, self.score_ids, logprobs_from is not None, _heads)
+        if read.logprobs is None:
+            return read
+        known = [read.logprobs[max(first - 1, read.cached) :]]
+        gaps: list[Read] = []
+        end = read.cached
+        while end >= first:
+            gap = await self._read(ids[:end], [ids[end]], True, _last)
+            gaps.append(gap)
+            known += [gap.heads, cast(np.ndarray, gap.logprobs)[max(first - 1, gap.cached) :]]
+            end = gap.cached
+        return replace(read, logprobs=np.concatenate(known[::-1]), gaps=tuple(gaps))
+
+    def _read(
+        self,
+        ids: Sequence[int],
+        token_ids: list[int],
+        logprobs: bool,
+        heads_of: Callable[[Any], np.ndarray],
+    ) -> asyncio.Future[Read]:
+        """One request that asks what is said of ``token_ids`` after ``ids``.
+
+        With ``logprobs`` also of every token but the first; those of cached ones are garbage.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -234,15 +263,19 @@ class Engine:
         parameters = SamplingParams(
             temperature=0.0,
             max_tokens=1,
-            logit_bias={i: SCORE_BIAS for i in self.score_ids},
-            logprob_token_ids=self.score_ids,
-            prompt_logprobs=0 if surprise else None,
+            logprob_token_ids=token_ids,
+            prompt_logprobs=0 if logprobs else None,
+            skip_reading_prefix_cache=False,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        return await self._submit(ids, parameters, self._read)
+        return self._submit(
+            ids,
+            parameters,
+            lambda output: _reading(output, heads_of(output.outputs[0].logprobs)),
+        )
 
     def _submit(
         self, ids: Sequence[int], parameters: Any, convert: Callable[[Any], T]
@@ -279,17 +312,6 @@ class Engine:
         logprobs, heads = _split(completion.logprobs)
         return replace(_plain(output), logprobs=logprobs, heads=heads)
 
-    def _read(self, output: Any) -> Read:
-        _, heads = _split(output.outputs[0].logprobs)
-        prompt = output.prompt_logprobs
-        cached = output.num_cached_tokens or 0
-        return Read(
-            heads[0],
-            None if prompt is None else np.asarray(prompt.logprobs, np.float32),
-            len(output.prompt_token_ids) - cached,
-            cached,
-        )
-
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes, so that what a method costs does not depend on the one before."""
         self._engine.reset_prefix_cache()
@@ -309,6 +331,28 @@ def _plain(output: Any) -> Sampled:
         completion.finish_reason == "stop",
         prefilled=len(output.prompt_token_ids) - cached,
         cached=cached,
+    )
+
+
+def _heads(flat: Any) -> np.ndarray:
+    """Head logits after the last token."""
+    return _split(flat)[1][0]
+
+
+def _last(flat: Any) -> np.ndarray:
+    """Log-probability of the one token that was asked for."""
+    return np.asarray(flat.logprobs, np.float32)[-1:]
+
+
+def _reading(output: Any, heads: np.ndarray) -> Read:
+    prompt = output.prompt_logprobs
+    cached = output.num_cached_tokens or 0
+    return Read(
+        heads,
+        # Of the first token nothing is said.
+        None if prompt is None else np.asarray(prompt.logprobs, np.float32),
+        len(output.prompt_token_ids) - cached,
+        cached,
     )
 
 

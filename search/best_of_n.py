@@ -9,7 +9,7 @@ from search.cost import Cost
 from search.grow import together
 from search.rank import Values
 from search.records import Candidate
-from search.scoring import StepScorer
+from search.scoring import NOTHING, StepScorer
 
 
 async def sample_traces(
@@ -59,13 +59,16 @@ async def sample_traces(
         q: dict[str, list[float]] = {}
         if scorer is not None and finished:
             rows: list[Values] = []
+            logprobs = NOTHING
             for j in range(0 if every_step else len(ends), len(ends) + 1):
                 end, upto = (ends[j - 1] if j else 0), ends[:j]
                 if fused and out.heads is not None and out.logprobs is not None:
                     at = out.heads[max(end - 1, 0)]
                     rows.append(scorer.values(at, out.logprobs, out.ids[:end], upto))
                 else:
-                    rows.append(await scorer.read(problem, out.ids[:end], upto, cost))
+                    read = await scorer.read(problem, out.ids[:end], upto, cost, logprobs)
+                    rows.append(read.values)
+                    logprobs = read.logprobs
             q = {h: [r[h] for r in rows] for h in rows[0]}
         return Candidate(
             ids=out.ids,

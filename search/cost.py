@@ -57,6 +57,8 @@ class Cost:
         self.verifier_cached += out.cached
         self.verifier_context += context_of(out.cached, out.computed)
         self.verifier_logits += 1 if out.logprobs is None else out.computed
+        for gap in out.gaps:
+            self.read(gap)
 
 
 def context_of(start: int, tokens: int) -> int:

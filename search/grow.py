@@ -15,7 +15,7 @@ from pav.tasks.base import Problem
 from search.cost import Cost
 from search.rank import Values
 from search.records import Candidate, Node
-from search.scoring import StepScorer
+from search.scoring import NOTHING, StepScorer
 from search.steps import Step, sample_step
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class Grower:
         """Step 0. A fused verifier values it with the first step that is drawn."""
         values: Values = {}
         if not self.scorer.fused:
-            values = await self.scorer.read(self.problem, [], [], self.cost)
+            values = (await self.scorer.read(self.problem, [], [], self.cost)).values
         candidate = Candidate(
             ids=[],
             ends=[],
@@ -86,7 +86,7 @@ class Grower:
             finished=False,
             truncated=False,
         )
-        return Prefix(candidate, values, np.zeros(0, dtype=np.float32))
+        return Prefix(candidate, values, NOTHING)
 
     async def draw(self, prefix: Prefix, key: tuple[object, ...]) -> Step | Candidate:
         """One step after ``prefix``, its seed derived from ``key``; a candidate if it was cut."""
@@ -120,7 +120,8 @@ class Grower:
                 before = self.scorer.values(step.first_heads, logprobs[:0], [], [])
             after = self.scorer.values(step.last_heads, logprobs, ids, ends)
         else:
-            after = await self.scorer.read(self.problem, ids, ends, self.cost)
+            reading = await self.scorer.read(self.problem, ids, ends, self.cost, logprobs)
+            after, logprobs = reading.values, reading.logprobs
         candidate = Candidate(
             ids=ids,
             ends=ends,

@@ -34,6 +34,7 @@ from pav.verifier import ORM
 from search.cost import Cost
 from search.rank import Values
 from search.reward_text import Layout, Reader, RewardModelConfig, Text
+from search.scoring import NOTHING, Reading
 
 PRM = "prm"
 # What step 0 is worth: these models do not score the problem itself. A constant changes no ranking
@@ -50,22 +51,16 @@ class RewardModel:
     Args:
         config: which model.
         policy: whose solutions are scored.
+        load: take the weights, too; without them it stands for the one that every worker has.
     """
 
     fused = False
     alpha = 0.0
 
-    def __init__(self, config: RewardModelConfig, policy: Policy) -> None:
+    def __init__(self, config: RewardModelConfig, policy: Policy, load: bool = True) -> None:
         self.config, self._policy = config, policy
         self.layout = _layout(config)
         self._reader = Reader(config, self.layout)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = _load(config, self.layout).to(self._device).eval()
-        self._limit = getattr(self._model.config, "max_position_embeddings", None)
-        # Without a padding id transformers cannot tell where a padded text ends.
-        self._batch = config.batch
-        if self.layout == "sequence" and self._model.config.pad_token_id is None:
-            self._batch = 1
         if self.layout == "shepherd":
             signs = self._reader.encode("+ -")
             if len(signs) != 2:
@@ -76,6 +71,20 @@ class RewardModel:
             self._signs = signs
         self._known: dict[tuple[str, tuple[str, ...]], tuple[float, int]] = {}
         self._waiting: deque[tuple[Text, asyncio.Future[float]]] = deque()
+        if load:
+            self._load_weights()
+
+    def _load_weights(self) -> None:
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = _load(self.config, self.layout).to(self._device).eval()
+        self._limit = getattr(self._model.config, "max_position_embeddings", None)
+        # Without a padding id transformers cannot tell where a padded text ends.
+        self._batch = self.config.batch
+        if self.layout == "sequence" and self._model.config.pad_token_id is None:
+            self._batch = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _in_service, (self.config, self._policy)
 
     @property
     def head(self) -> str:
@@ -119,20 +128,25 @@ class RewardModel:
         raise RuntimeError("a third-party reward model has no fused scores")
 
     async def read(
-        self, problem: Problem, ids: Sequence[int], ends: Sequence[int], cost: Cost
-    ) -> Values:
+        self,
+        problem: Problem,
+        ids: Sequence[int],
+        ends: Sequence[int],
+        cost: Cost,
+        known: np.ndarray = NOTHING,
+    ) -> Reading:
         """Its value after the last step; :data:`UNREAD` before the first.
 
         Raises:
             ValueError: if the text is longer than the model can read.
         """
         if not ends:
-            return {self.head: UNREAD}
+            return Reading({self.head: UNREAD})
         steps = tuple(self._policy.text(ids[a:b]).strip() for a, b in pairwise([0, *ends]))
         none = np.zeros(0, np.float32)
-        if (known := self._known.get((problem.question, steps))) is not None:
-            cost.read(Read(none, None, 0, known[1]))
-            return {self.head: known[0]}
+        if (found := self._known.get((problem.question, steps))) is not None:
+            cost.read(Read(none, None, 0, found[1]))
+            return Reading({self.head: found[0]})
         text = self._reader.text(problem.question, steps)
         if self._limit is not None and len(text.ids) > self._limit:
             raise ValueError(
@@ -143,7 +157,7 @@ class RewardModel:
         self._waiting.append((text, future))
         value = await future
         cost.read(Read(none, None, len(text.ids), 0))
-        return {self.head: value}
+        return Reading({self.head: value})
 
     @property
     def busy(self) -> bool:
@@ -193,6 +207,16 @@ class RewardModel:
         else:
             logits_BTL = self._model(input_ids=ids_BT, attention_mask=mask_BT).logits
         return [_chance(logits_BTL[b, text.positions]).tolist() for b, text in enumerate(texts)]
+
+
+# Of a worker: what crosses to it is what a reward model is made with.
+_loaded: dict[RewardModelConfig, RewardModel] = {}
+
+
+def _in_service(config: RewardModelConfig, policy: Policy) -> RewardModel:
+    if config not in _loaded:
+        _loaded[config] = RewardModel(config, policy)
+    return _loaded[config]
 
 
 class QwenPrm(Qwen2PreTrainedModel):

@@ -19,11 +19,12 @@ from pav.errors import UserError
 from pav.policy import Policy, load_policy
 from pav.tasks.base import Problem
 from search.cost import Cost
+from search.grow import together
 from search.pick import EVERY_STEP, Pick
 from search.plan import Method
 from search.points import Point, make_point
 from search.records import Candidate, Record
-from search.scoring import Scorer
+from search.scoring import NOTHING, Scorer
 from search.solve import beam_settings, failed, repick, traces_record
 from search.sweep import Sweep, rule_of
 
@@ -189,14 +190,15 @@ async def score_record(
 async def _valued(
     scorer: Scorer, problem: Problem, record: Record, every_step: bool, cost: Cost
 ) -> list[Candidate]:
-    candidates: list[Candidate] = []
-    for c in record.candidates:
+    async def valued(c: Candidate) -> Candidate:
         if not c.finished:
-            candidates.append(c)
-            continue
-        rows = []
+            return c
+        rows, logprobs = [], NOTHING
         for j in range(0 if every_step else len(c.ends), len(c.ends) + 1):
             ids = c.ids[: c.ends[j - 1]] if j else []
-            rows.append(await scorer.read(problem, ids, c.ends[:j], cost))
-        candidates.append(replace(c, q={h: [r[h] for r in rows] for h in rows[0]}))
-    return candidates
+            read = await scorer.read(problem, ids, c.ends[:j], cost, logprobs)
+            rows.append(read.values)
+            logprobs = read.logprobs
+        return replace(c, q={h: [r[h] for r in rows] for h in rows[0]})
+
+    return await together(valued(c) for c in record.candidates)

@@ -17,6 +17,23 @@ from pav.verifier import Verifier
 from search.cost import Cost
 from search.rank import Values
 
+NOTHING = np.zeros(0, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a verifier's own engine says of a prefix.
+
+    Attributes:
+        values: Q of every head after the last step.
+        logprobs: (tokens,) log-probability of each token of the prefix; 0 for the last one of each
+            step, which comes after the position at which the step is scored; empty where none is
+            read.
+    """
+
+    values: Values
+    logprobs: np.ndarray = field(default_factory=lambda: NOTHING)
+
 
 class StepScorer(Protocol):
     """What a search asks of a verifier."""
@@ -39,9 +56,17 @@ class StepScorer(Protocol):
         """Values after the last step, from fused scores."""
 
     async def read(
-        self, problem: Problem, ids: Sequence[int], ends: Sequence[int], cost: Cost
-    ) -> Values:
-        """Values after the last step, read by an engine of the scorer's own."""
+        self,
+        problem: Problem,
+        ids: Sequence[int],
+        ends: Sequence[int],
+        cost: Cost,
+        known: np.ndarray = NOTHING,
+    ) -> Reading:
+        """What an engine of the scorer's own says after the last step.
+
+        ``known``: ``logprobs`` of the reading after an earlier step; they are not read again.
+        """
 
 
 @dataclass(frozen=True)
@@ -103,14 +128,23 @@ class Scorer:
         }
 
     async def read(
-        self, problem: Problem, ids: Sequence[int], ends: Sequence[int], cost: Cost
-    ) -> Values:
+        self,
+        problem: Problem,
+        ids: Sequence[int],
+        ends: Sequence[int],
+        cost: Cost,
+        known: np.ndarray = NOTHING,
+    ) -> Reading:
         """Q of every head after the last step, read by the verifier's own engine."""
         prompt = self.trunk.encode(problem)
         end = ends[-1] if ends else 0
         stop = scoring_position(len(prompt), end) + 1
         sequence = [*prompt, *ids][:stop]
-        out = await self.engine.read(sequence, surprise=self.reads_surprise and bool(ends))
+        if not (self.reads_surprise and ends):
+            out = await self.engine.read(sequence)
+            cost.read(out)
+            return Reading(self.values(out.heads, NOTHING, ids, ends))
+        out = await self.engine.read(sequence, logprobs_from=len(prompt) + len(known))
         cost.read(out)
-        logprobs = np.zeros(0, np.float32) if out.logprobs is None else out.logprobs
-        return self.values(out.heads, logprobs[len(prompt) - 1 :], ids, ends)
+        logprobs = np.concatenate([known, np.asarray(out.logprobs), np.zeros(1, np.float32)])
+        return Reading(self.values(out.heads, logprobs, ids, ends), logprobs)

@@ -122,29 +122,32 @@ def served(
 
 def test_separate_scores_are_those_of_transformers_at_every_step(served: Served) -> None:
     solutions = served.sample(scores=False)
-    # Step ends and both kinds of request: with surprise a sequence is computed anew.
+    # Step ends and all kinds of request. By then much of it lies in the prefix cache,
+    # which keeps no log-probabilities.
     places = [
-        (prompt + out.ids, scoring_position(len(prompt), end), surprise)
+        (prompt + out.ids, scoring_position(len(prompt), end), first)
         for prompt, out in zip(served.prompts, solutions, strict=True)
         for end in (0, *served.policy.stepper.step_ends(out.ids))
-        for surprise in (False, True)
+        for first in (None, 1, len(prompt) + max(0, end - 5))
     ]
     assert len(places) > 3 * len(solutions)
     reads: list[Read] = run(
         served.engine,
         [
-            partial(served.engine.read, ids[: at + 1], surprise=surprise)
-            for ids, at, surprise in places
+            partial(served.engine.read, ids[: at + 1], logprobs_from=first)
+            for ids, at, first in places
         ],
     )
     head_gap = logprob_gap = 0.0
-    for (ids, at, surprise), read in zip(places, reads, strict=True):
+    assert any(read.gaps for read in reads) and any(read.cached for read in reads)
+    for (ids, at, first), read in zip(places, reads, strict=True):
         heads, logprobs, _ = served.forward(ids)
         head_gap = max(head_gap, np.abs(read.heads - heads[at]).max())
-        assert (read.logprobs is not None) == surprise
+        assert (read.logprobs is None) == (first is None)
         if read.logprobs is not None:
-            assert read.logprobs.shape == (at,)
-            logprob_gap = max(logprob_gap, np.abs(read.logprobs - logprobs[:at]).max(initial=0))
+            expected = logprobs[first - 1 : at]
+            assert read.logprobs.shape == expected.shape
+            logprob_gap = max(logprob_gap, np.abs(read.logprobs - expected).max(initial=0))
     print(f"heads off by {head_gap:.1e}, log-probabilities by {logprob_gap:.1e}")
     assert head_gap <= TOLERANCE
     assert logprob_gap <= TOLERANCE

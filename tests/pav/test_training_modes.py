@@ -96,7 +96,7 @@ def test_adapters_alone_are_kept_and_vllm_serves_them_merged(
     reads: dict[int, Read] = {}
 
     async def read(i: int, ids: list[int]) -> tuple[int, Read]:
-        return i, await engine.read(ids, surprise=False)
+        return i, await engine.read(ids)
 
     jobs = [partial(read, i, ids[: at + 1]) for i, (ids, at) in enumerate(places)]
     drive([engine], jobs, lambda pair: reads.update([pair]), len(jobs))

@@ -10,7 +10,7 @@ from pav.engine import Sampled
 from pav.policy import Policy, Sampler
 from pav.tasks.base import Problem
 from search.cost import Cost
-from search.rank import Values
+from search.scoring import Reading
 
 EOS = 2
 PROBLEM = Problem("p", "1+1", "2")
@@ -55,9 +55,14 @@ class Scripted:
         return Sampled(whole, whole[-1] in stop_ids)
 
     async def read(
-        self, problem: Problem, ids: Sequence[int], ends: Sequence[int], cost: Cost
-    ) -> Values:
+        self,
+        problem: Problem,
+        ids: Sequence[int],
+        ends: Sequence[int],
+        cost: Cost,
+        known: object = None,
+    ) -> Reading:
         text = self.policy.text(ids) + ("$" if ids and ids[-1] == EOS else "")
         base, prover = self.q.get(text, (0.5, 0.5))
         cost.verifier_tokens += 1
-        return {"q/base": base, "q/prover": prover}
+        return Reading({"q/base": base, "q/prover": prover})

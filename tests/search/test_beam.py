@@ -194,7 +194,7 @@ def test_fused_and_separate_scores_agree_where_the_trunk_is_the_policy(
         problem = Problem(record.problem_id, record.question)
         cost, worst = Cost(), 0.0
         for j, end in enumerate((0, *c.ends)):
-            values = await scorer.read(problem, c.ids[:end], c.ends[:j], cost)
+            values = (await scorer.read(problem, c.ids[:end], c.ends[:j], cost)).values
             assert values.keys() == c.q.keys() == {"q/base", "q/prover", "orm"}
             worst = max(worst, *(abs(c.q[head][j] - values[head]) for head in values))
         assert cost.verifier_tokens + cost.verifier_cached > 0

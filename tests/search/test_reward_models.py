@@ -94,7 +94,7 @@ def values(model: RewardModel, policy: Policy, solutions: list[str]) -> tuple[li
         ids = policy.tokenizer.encode(text, add_special_tokens=False) + [2]
         ends = policy.stepper.step_ends(ids)
         return i, [
-            (await model.read(PROBLEM, ids[: ends[j]], ends[: j + 1], cost))[model.head]
+            (await model.read(PROBLEM, ids[: ends[j]], ends[: j + 1], cost)).values[model.head]
             for j in range(len(ends))
         ]
 
@@ -214,7 +214,7 @@ def test_no_text_is_read_twice_until_the_scores_are_forgotten(
     async def ask(cost: Cost) -> list[float]:
         # The whole solution first: its forward pass scores the prefixes as well.
         return [
-            (await model.read(PROBLEM, ids[:end], ends[: j + 1], cost))["prm"]
+            (await model.read(PROBLEM, ids[:end], ends[: j + 1], cost)).values["prm"]
             for j, end in reversed(list(enumerate(ends)))
         ]
 
@@ -235,7 +235,7 @@ def test_step_zero_is_a_constant_that_costs_nothing(
     model = RewardModel(RewardModelConfig(built(tmp_path, "token", chat_tokenizer)), policy)
     cost, found = Cost(), []
     drive([model], [lambda: model.read(PROBLEM, [], [], cost)], found.append, 1)
-    assert found == [{"prm": UNREAD}] and cost == Cost()
+    assert [read.values for read in found] == [{"prm": UNREAD}] and cost == Cost()
 
 
 def test_special_tokens_in_a_solution_are_text(chat_tokenizer: Any, tmp_path: Path) -> None:
