@@ -56,3 +56,23 @@ def write(
     for m in metrics:
         print(f"{m['metric']}: {m['value']:.4g}")
     print(f"{len(metrics)} metrics in {target}\nnext: python -m benchmarks.summary")
+
+
+def bars(
+    heights: Sequence[tuple[str, float]], what: str, target: Path, *, log: bool = False
+) -> None:
+    """A bar for every (name, height); ``what`` names the axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 0.8 + 0.36 * len(heights)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh([name for name, _ in heights], [height for _, height in heights], log=log)
+    axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(what)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target, dpi=150)
