@@ -26,6 +26,15 @@ def metric(
     return {"metric": name, "value": value, "ci95": ci95 and list(ci95), "target": op}
 
 
+def machine() -> str:
+    """Processor, cores, threads and GPU."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} thread(s), {device}"
+    )
+
+
 def write(
     name: str,
     metrics: Sequence[Mapping[str, Any]],
@@ -35,14 +44,12 @@ def write(
     command: str,
 ) -> None:
     """Write metrics (JSON) and measurements (CSV)."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     common = {
         "seeds": list(seeds),
         "n_problems": n_problems,
         "command": command,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} thread(s), {device}, load average {os.getloadavg()[1]:.1f}",
+        "machine": f"{machine()}, load average {os.getloadavg()[1]:.1f}",
         "date": date.today().isoformat(),
         "commit": git.stdout.strip() or "unknown",
     }

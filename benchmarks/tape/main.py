@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.results import machine
 from pav.cli import run
 from pav.errors import UserError
 
@@ -50,22 +50,22 @@ class MainConfig:
 def collect(config: MainConfig) -> None:
     """Write the metrics, each against its target."""
     run_directory = Path(config.compare)
-    differences = _json(run_directory / "compare.json")
-    main_rows, ablation_rows = _csv(run_directory), _csv(Path(config.ablations))
+    differences = read_json(run_directory / "compare.json")
+    main_rows, ablation_rows = read_csv(run_directory), read_csv(Path(config.ablations))
     rows = [*main_rows, *ablation_rows]
-    manifest = _json(run_directory / "manifest.json")
-    ablation_seeds = _json(Path(config.ablations) / "manifest.json")["seeds"]
+    manifest = read_json(run_directory / "manifest.json")
+    ablation_seeds = read_json(Path(config.ablations) / "manifest.json")["seeds"]
     common = {
         "seeds": manifest["seeds"],
         "n_problems": manifest["problems"],
         "command": COMMAND,
-        "machine": f"{platform.processor() or platform.machine()}, 2 cores, no GPU",
+        "machine": machine(),
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
     }
-    ratios = _ratios(_json(run_directory / "efficiency.json"))
-    metrics = [*_leads(differences), *_doublings(differences), *ratios, *_accuracies(main_rows)]
-    metrics += [{**m, "seeds": ablation_seeds} for m in _accuracies(ablation_rows)]
+    ratios = efficiency_ratios(read_json(run_directory / "efficiency.json"))
+    metrics = [*_leads(differences), *doublings(differences), *ratios, *accuracies(main_rows)]
+    metrics += [{**m, "seeds": ablation_seeds} for m in accuracies(ablation_rows)]
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / "tape_main.json"
     target.write_text(json.dumps([{**common, **m} for m in metrics], indent=1) + "\n")
@@ -88,7 +88,7 @@ def _leads(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         wanted = {ARGMAX: lead, SAME_PICK: lead, **dict.fromkeys(VOTES, 0.0)}
         if d["b"] in wanted:
             out.append(
-                _metric(
+                row(
                     f"{BEAM} N={d['a_n']} minus {d['b']} N={d['b_n']} (budget {budget} traces)",
                     d["difference"],
                     d["ci95"],
@@ -98,10 +98,10 @@ def _leads(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _doublings(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def doublings(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """No over-optimisation: the interval of acc(2N) - acc(N) never lies wholly below 0."""
     return [
-        _metric(
+        row(
             f"{BEAM} upper end of 95% of acc({d['a_n']}) - acc({d['b_n']})",
             d["ci95"][1],
             d["ci95"],
@@ -112,10 +112,10 @@ def _doublings(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _ratios(efficiency: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def efficiency_ratios(efficiency: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """How much less the beam spends to be as good as the largest best-of-N by the ORM."""
     return [
-        _metric(
+        row(
             f"{BEAM}: {e['axis']} of {ARGMAX} at its best over those of the beam that is as good",
             e["ratio"],
             [e["low"], e["high"]],
@@ -126,35 +126,46 @@ def _ratios(efficiency: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _accuracies(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+def accuracies(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """Accuracy and costs of every row of a ``compare.csv``."""
     out = []
     for r in rows:
         n = f"N={r['n']}"
         if r["matched_to_beam_n"]:
             n += f" (tokens of beam {r['matched_to_beam_n']})"
         interval = [float(r["low"]), float(r["high"])]
-        metric = _metric(f"accuracy, {r['method']}, {n}", float(r["accuracy"]), interval, None)
-        keys = ("policy_tokens", "verifier_tokens", "verifier_cached", "seconds", "oracle")
+        found = row(f"accuracy, {r['method']}, {n}", float(r["accuracy"]), interval, None)
+        keys = (
+            "policy_tokens",
+            "verifier_tokens",
+            "verifier_cached",
+            "total_flops",
+            "seconds",
+            "oracle",
+        )
         settings = json.loads(r["settings"])
         # Seconds are NaN where a run was resumed; NaN is no JSON.
         costs = {k: None if r[k] == "nan" else float(r[k]) for k in keys}
-        out.append({**metric, **costs, "settings": settings})
+        out.append({**found, **costs, "settings": settings})
     return out
 
 
-def _metric(
+def row(
     name: str, value: float, ci95: list[float] | None, target: dict[str, Any] | None
 ) -> dict[str, Any]:
+    """One metric, without what all of a result share."""
     return {"metric": name, "value": value, "ci95": ci95, "target": target}
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """A file of a finished comparison."""
     if not path.exists():
         raise UserError(f"{str(path)!r} is missing; let search.compare finish first")
     return json.loads(path.read_text())
 
 
-def _csv(directory: Path) -> list[dict[str, str]]:
+def read_csv(directory: Path) -> list[dict[str, str]]:
+    """The table of a finished comparison."""
     path = directory / "compare.csv"
     if not path.exists():
         raise UserError(f"{str(path)!r} is missing; let search.compare finish first")
@@ -162,7 +173,8 @@ def _csv(directory: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What is checked out."""
     out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return out.stdout.strip() or "unknown"
 

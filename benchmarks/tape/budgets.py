@@ -1,0 +1,140 @@
+"""Searches at equal budgets on the calculator tape, from two finished comparisons.
+
+Run first (each resumes; on two cores side by side with OMP_NUM_THREADS=1)::
+
+    search.compare --config configs/tape/main/budgets.yaml
+    search.compare --config configs/tape/main/methods.yaml
+    python -m benchmarks.tape.budgets
+
+``tape_budgets``: beam search against best-of-N and votes at equal policy tokens, at equal total
+FLOPs and over N, at budgets of up to 64 traces. ``tape_methods``: every search beside beam search,
+paired. Each as ``benchmarks/results/<name>.{json,csv,png}``; over FLOPs and N as
+``tape_budgets_flops.png`` and ``tape_budgets_n.png``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.speed.results import machine
+from benchmarks.tape.main import (
+    BEAM,
+    RESULTS,
+    accuracies,
+    commit,
+    doublings,
+    efficiency_ratios,
+    read_csv,
+    read_json,
+    row,
+)
+from pav.cli import run
+from search.records import read
+from search.stats import bootstrap
+
+COMMAND = "python -m benchmarks.tape.budgets"
+
+
+@dataclass(frozen=True)
+class BudgetsConfig:
+    """Collect searches at equal budgets.
+
+    Args:
+        budgets: finished run of configs/tape/main/budgets.yaml.
+        methods: finished run of configs/tape/main/methods.yaml.
+    """
+
+    budgets: str = "runs/tape_main/budgets"
+    methods: str = "runs/tape_main/methods"
+
+
+def collect(config: BudgetsConfig) -> None:
+    """Write both results."""
+    directory = Path(config.budgets)
+    differences = read_json(directory / "compare.json")
+    metrics = [*_differences(differences), *doublings(differences)]
+    metrics += efficiency_ratios(read_json(directory / "efficiency.json"))
+    _write("tape_budgets", directory, metrics)
+    for end in ("flops", "n"):
+        shutil.copy(directory / f"compare_{end}.png", RESULTS / f"tape_budgets_{end}.png")
+    shutil.copy(directory / "optimisation.png", RESULTS / "tape_budgets_optimisation.png")
+    _write("tape_methods", Path(config.methods), _beside_beam(Path(config.methods)))
+
+
+def _differences(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The beam minus best-of-N and votes, at equal tokens and at equal FLOPs."""
+    return [
+        row(f"{BEAM} N={d['a_n']} minus {d['b']} N={d['b_n']} ({d['kind']})", d["difference"],
+            d["ci95"], None)
+        for d in differences
+        if d["kind"] in ("equal tokens", "equal FLOPs") and d["a"] == BEAM
+    ]  # fmt: skip
+
+
+def _beside_beam(directory: Path) -> list[dict[str, Any]]:
+    """Every search minus the beam of the same budget: its places in the list of widths."""
+    found = read_json(directory / "picks.json")
+    points = {(p["method"], p["n"]): _correct(directory, p, found["problems"])
+              for p in found["points"] if p["method"] != BEAM}  # fmt: skip
+    beams = [p for p in found["points"] if p["method"] == BEAM]
+    widths: dict[str, list[int]] = {}
+    for method, n in points:
+        widths.setdefault(method, []).append(n)
+    out = []
+    for method, own in widths.items():
+        if len(own) != len(beams):
+            continue  # best-of-N, which is shown at more budgets
+        for beam, n in zip(beams, own, strict=True):
+            ours = _correct(directory, beam, found["problems"])
+            d = bootstrap(points[method, n] - ours)
+            name = f"{method} N={n} minus {BEAM} N={beam['n']}"
+            out.append(row(name, d.mean, [d.low, d.high], None))
+    return out
+
+
+def _correct(
+    directory: Path, point: dict[str, Any], problems: Sequence[str]
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(problems, seeds) right or wrong of one point's picks."""
+    columns = []
+    for name, picked in zip(point["files"], point["picked"], strict=True):
+        records = {r.problem_id: r for r in read(directory / name)}
+        columns.append(
+            [i >= 0 and records[p].candidates[i].correct
+             for p, i in zip(problems, picked, strict=True)]
+        )  # fmt: skip
+    return np.array(columns, dtype=np.float64).T
+
+
+def _write(name: str, directory: Path, metrics: Sequence[dict[str, Any]]) -> None:
+    rows, manifest = read_csv(directory), read_json(directory / "manifest.json")
+    common = {
+        "seeds": manifest["seeds"],
+        "n_problems": manifest["problems"],
+        "command": COMMAND,
+        "machine": machine(),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+    }
+    target = RESULTS / f"{name}.json"
+    every = [{**common, **m} for m in (*metrics, *accuracies(rows))]
+    target.write_text(json.dumps(every, indent=1) + "\n")
+    with target.with_suffix(".csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    shutil.copy(directory / "compare.png", target.with_suffix(".png"))
+    print(f"{len(every)} metrics in {target}\nnext: python -m benchmarks.summary")
+
+
+if __name__ == "__main__":
+    run(collect, BudgetsConfig, "benchmarks.tape.budgets")
