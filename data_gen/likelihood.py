@@ -25,7 +25,7 @@ from data_gen.runs import Run, policy_config, read_run, run_on_directories, task
 from data_gen.store import Store, replace_file
 from data_gen.strategies import prefixes
 from pav.errors import UserError
-from pav.labels import Trace, prefix_key
+from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.progress import Reporter
 from pav.tasks.base import Problem, Task
@@ -42,7 +42,6 @@ LIKELIHOOD = pa.schema(
         ("logprob", pa.float64()),
     ]
 )
-FOLDER = "likelihood"
 # Solutions between two parts of the table: what a death costs.
 PART = 256
 
@@ -90,25 +89,21 @@ def likelihood(config: LikelihoodConfig) -> None:
 
 def _known(run: Run, policy: Policy) -> dict[tuple[str, str], float]:
     """What the table holds; a name must stand for one policy."""
-    for row in _rows(run.directory):
+    for row in likelihood_rows(run.directory):
         same = row["policy_fingerprint"] == policy.fingerprint
         if row["policy"] == policy.config.label and not same:
             raise UserError(
                 f"labels {str(run.directory)!r} hold likelihoods of another policy called "
                 f"{policy.config.label!r} (fingerprint {row['policy_fingerprint']}, now "
-                f"{policy.fingerprint}); set policy.name, or remove {FOLDER}/ there"
+                f"{policy.fingerprint}); set policy.name, or remove {LIKELIHOODS}/ there"
             )
     return read_likelihood(run.directory)
 
 
 def read_likelihood(directory: Path) -> dict[tuple[str, str], float]:
     """(prefix key, policy name) -> log-probability of the forced answer; empty without a table."""
-    return {(row["prefix_key"], row["policy"]): row["logprob"] for row in _rows(directory)}
-
-
-def _rows(directory: Path) -> Iterator[dict[str, Any]]:
-    for file in sorted((directory / FOLDER).glob("*.parquet")):
-        yield from pq.read_table(file).to_pylist()
+    rows = likelihood_rows(directory)
+    return {(row["prefix_key"], row["policy"]): row["logprob"] for row in rows}
 
 
 def _boundaries(trace: Trace) -> Iterator[tuple[str, int]]:
@@ -145,7 +140,7 @@ def _load(policy: Policy, device: str) -> PreTrainedModel:
 def _write(
     run: Run, task: Task, policy: Policy, model: PreTrainedModel, owed: list[Trace], done: set[str]
 ) -> None:
-    folder = run.directory / FOLDER
+    folder = run.directory / LIKELIHOODS
     scorer: Scorer | None = None
     rows: list[dict[str, Any]] = []
     with Reporter("likelihood", len(owed), "solutions") as reporter:
@@ -178,7 +173,7 @@ def _write(
                 done.update(key for key, _ in new)
             reporter.update(number)
             if rows and (number % PART == 0 or number == len(owed)):
-                _seal(folder, rows)
+                write_part(folder, rows)
                 rows = []
 
 
@@ -191,7 +186,12 @@ def _check_length(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
-def _seal(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_part(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows of the table as one more file.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     folder.mkdir(exist_ok=True)
     number = 1 + max((int(p.stem.split("-")[1]) for p in folder.glob("part-*.parquet")), default=-1)
     sink = pa.BufferOutputStream()
@@ -212,7 +212,7 @@ def _summary(run: Run, policy: Policy) -> None:
     traces = list(run.traces.values())
     print(
         f"{sum(policy == name for _, policy in found)} likelihoods under {name} of the prefixes of "
-        f"{len(traces)} solutions in {run.directory / FOLDER}"
+        f"{len(traces)} solutions in {run.directory / LIKELIHOODS}"
     )
     for label, chosen in (
         ("right", [t for t in traces if t.correct]),
@@ -223,7 +223,7 @@ def _summary(run: Run, policy: Policy) -> None:
             first = np.mean([values[0] for values in ends])
             last = np.mean([values[-1] for values in ends])
             print(f"  {len(ends)} {label} solutions: {first:.2f} at step 0, {last:.2f} at the last")
-    print(f"next: data_gen.show {run.directory}")
+    print(f"next: data_gen.show {run.directory}, or pav.train --labels '[{run.directory}]'")
 
 
 def main() -> None:

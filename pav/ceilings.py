@@ -52,9 +52,10 @@ def ceilings(counts: Counts, seed: int = 0) -> dict[str, float]:
     noisy = ~told.exact_N
     if len(told) < max(MIN_ROWS, _MOST * len(counts)):
         return {"rows": len(told)} | dict.fromkeys(NAMES, NAN)
+    if not noisy.any():  # the truth itself
+        return value_metrics(told.share_N, told)
     found = value_metrics(draw_q(told, np.random.default_rng(seed)), told)
-    if noisy.any():
-        found |= {"brier": irreducible_brier(told)}
+    found["brier"] = irreducible_brier(told)
     found["resolution"] = found["reliability"] + found["brier_constant"] - found["brier"]
     return found
 
@@ -123,6 +124,9 @@ def advantage_ceilings(before: Counts, after: Counts, seed: int = 0) -> dict[str
         undefined = dict.fromkeys(("sign", "sign_low", "correlation"), NAN)
         return {"rows": int(told.sum())} | undefined
     before, after = before[told], after[told]
+    if (before.exact_N & after.exact_N).all():
+        known = advantage_metrics(after.share_N - before.share_N, before, after)
+        return known | {"sign_low": known["sign"]}
     grid = _grid(25)
     kinds = [_likelihood(c, grid) for c in (before, after)]
     pairs, of_N, weight_C = np.unique(

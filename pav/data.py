@@ -5,6 +5,7 @@ Axes: P scored positions of a trace (steps + 1), H heads, D hidden size, F surpr
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from pav.policy import Policy
 from pav.progress import Reporter
 from pav.steps import scoring_position
 from pav.tasks.base import Problem
-from pav.verifier import ORM, HeadedTrunk
+from pav.verifier import LIK, ORM, HeadedTrunk
 
 TOKENS_PER_BATCH = 8192
 
@@ -55,9 +56,12 @@ def pav_examples(
 ) -> list[Example]:
     """One example per distinct seed trace of ``split``; every labelled prefix counts once.
 
-    The last step of a complete trace has a known outcome, which all heads learn.
+    The last step of a complete trace has a known outcome, which all heads learn. The label of a
+    ``lik/`` head is the probability of the forced answer, as one "rollout" of which that share was
+    right: BCE on such a soft target makes its logit one of a probability, as every head's is.
     """
     traces = {(t.problem_id, tuple(t.ids)): t for t in labels.traces if t.split == split}
+    graded = labels.graded
     keys_of = {}
     seen: Counter[str] = Counter()
     for where, trace in traces.items():
@@ -74,13 +78,16 @@ def pav_examples(
         k_PH = np.zeros((len(ends) + 1, len(heads)), dtype=np.float32)
         n_PH = np.zeros_like(k_PH)
         for p, key in enumerate(keys_of[where]):
-            last = p == len(ends) and not trace.truncated
+            last = graded and p == len(ends) and not trace.truncated
             for h, head in enumerate(heads):
+                k, n = 0.0, 0
                 if last:
-                    k, n = int(trace.correct), 1
-                elif head == ORM:
-                    continue
-                else:
+                    k, n = float(trace.correct), 1
+                elif head.startswith(LIK):
+                    logprob = labels.likelihoods.get((key, head.removeprefix(LIK)))
+                    if logprob is not None:
+                        k, n = math.exp(logprob), 1
+                elif head != ORM:
                     k, n = labels.counts.get((key, head.removeprefix("q/")), (0, 0))
                 k_PH[p, h], n_PH[p, h] = k / seen[key], n / seen[key]
         shares = [1 / seen[key] for key in keys_of[where]]

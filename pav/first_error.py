@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pav.data import Example
 from pav.judged import MODES, Held, Judged, Rows, Values
 from pav.metrics import NAN, Array
-from pav.verifier import ORM
+from pav.verifier import LIK, ORM
 
 
 def first_error(
@@ -35,8 +35,8 @@ def first_error(
     fitted_T[scored.example_N[fitted]] = True
     found: dict[str, Any] = {"truth": "counts" if kinds is None else "slips"}
     for head in judged.heads:
-        if head == ORM:
-            continue
+        if head == ORM or (kinds is None and head.startswith(LIK)):
+            continue  # a likelihood is never zero
         held_T = np.zeros(shape[0], dtype=bool)
         held_T[scored.example_N[held[head]]] = True
         if kinds is not None:

@@ -149,14 +149,15 @@ class VerifierModule(L.LightningModule):
 
 
 def fit(
-    config: TrainConfig,
-    model: HeadedTrunk,
-    train_set: list[Example],
-    validation: list[Example],
-    policy: Policy,
-    working: Path,
+    config: TrainConfig, model: HeadedTrunk, data: LabelData, working: Path
 ) -> dict[str, Tensor] | None:
     """Train heads (and trunk); the trained tensors of the best epoch on validation.
+
+    Args:
+        config: settings.
+        model: trunk and heads.
+        data: labels (:func:`label_data`).
+        working: directory of checkpoints.
 
     Returns:
         The state of ``model`` without what was not trained (keys of :class:`HeadedTrunk`), on the
@@ -167,11 +168,6 @@ def fit(
     """
     logger = logger_of(config)  # what is missing is better missed now
     prepare(config, model)
-    weight_2H = balance(train_set)
-    data = LabelData(
-        model, train_set, validation, policy, config.frozen, config.seed, weight_2H,
-        config.tokens_per_batch, config.accumulate,
-    )  # fmt: skip
     if config.frozen and config.accelerator != "cpu" and torch.cuda.is_available():
         model.cuda()
         data.setup("fit")
@@ -199,7 +195,7 @@ def fit(
         ],
         logger,
     )
-    module = VerifierModule(model, weight_2H, config, steps)
+    module = VerifierModule(model, data.weight_2H, config, steps)
     try:
         trainer.fit(
             module,
@@ -216,6 +212,20 @@ def fit(
         return None
     state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
     return {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+
+
+def label_data(
+    config: TrainConfig,
+    model: HeadedTrunk,
+    train_set: list[Example],
+    validation: list[Example],
+    policy: Policy,
+) -> LabelData:
+    """Batches for :func:`fit`, both classes of Q weighted equally."""
+    return LabelData(
+        model, train_set, validation, policy, config.frozen, config.seed, balance(train_set),
+        config.tokens_per_batch, config.accumulate,
+    )  # fmt: skip
 
 
 def prepare(config: TrainConfig, model: HeadedTrunk) -> None:

@@ -14,6 +14,7 @@ from pav.labels import LabelSet, prefix_key
 from pav.metrics import Counts
 from pav.policy import Policy
 from pav.tasks.base import Problem, Task
+from pav.verifier import LIK
 
 # Calibrator without and with surprise.
 MODES = ("plain", "surprise")
@@ -81,9 +82,9 @@ def judge(
         found = np.array([labels.counts.get((key, name), (0, 0)) for key in keys], dtype=float)
         k_N, n_N = found.reshape(-1, 2).T
         labelled = scored.n_NH[:, h] > 0
-        # The end of a complete solution has an outcome, which is no estimate.
-        exact_N = labelled & last_N & (n_N == 0)
-        outcome = (scored.k_NH[:, h] > 0).astype(float)
+        # The outcome of a complete solution is no estimate, nor is a likelihood.
+        exact_N = labelled & ((last_N & (n_N == 0)) | head.startswith(LIK))
+        outcome = scored.k_NH[:, h] / np.maximum(scored.n_NH[:, h], 1e-9)
         counts[head] = Counts(
             np.where(exact_N, outcome, k_N * labelled),
             np.where(exact_N, 1.0, n_N * labelled),

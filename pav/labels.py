@@ -9,6 +9,9 @@ A run directory holds ``manifest.json`` and three folders of Parquet files:
     derivable by :func:`prefix_key`, so identical prefixes are paid for once.
 ``completions``
     one row per rollout, kept beside the counts so that a grader can be mended afterwards.
+
+``data_gen.likelihood`` may add a fourth, ``likelihood``: log-probabilities of the reference answer
+after every step. They are no counts and are never mixed with them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,9 @@ COMPLETIONS = pa.schema(
     ]
 )
 
+# Folder of the table of likelihoods.
+LIKELIHOODS = "likelihood"
+
 
 def prefix_key(problem_id: str, ids: Sequence[int]) -> str:
     """Key of a solution prefix (32 hex digits): a hash of the problem and the solution ids."""
@@ -120,17 +126,29 @@ class LabelSet:
         traces: seed solutions.
         counts: (prefix key, policy name) -> (k, n).
         completions: rollouts.
+        likelihoods: (prefix key, policy name) -> log-probability of the task's forced answer.
     """
 
     manifest: dict[str, Any]
     traces: list[Trace]
     counts: dict[tuple[str, str], tuple[int, int]]
     completions: list[Completion]
+    likelihoods: dict[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def policies(self) -> list[str]:
         """Names of the rollout policies that labelled prefixes."""
         return sorted({policy for _, policy in self.counts})
+
+    @property
+    def likelihood_policies(self) -> list[str]:
+        """Names of the policies whose likelihoods were read."""
+        return sorted({policy for _, policy in self.likelihoods})
+
+    @property
+    def graded(self) -> bool:
+        """Whether the grader read an answer in any solution; ``grader: none`` never does."""
+        return any(t.answer is not None or t.correct for t in self.traces)
 
 
 # What must agree before labels of several runs, or labels and a verifier, may be mixed.
@@ -149,6 +167,8 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
     manifests: dict[str, dict[str, Any]] = {}
     traces: dict[str, Trace] = {}
     completions: dict[tuple[str, str, int], Completion] = {}
+    likelihoods: dict[tuple[str, str], float] = {}
+    asked: dict[str, str] = {}
     for directory in map(Path, directories):
         path = directory / "manifest.json"
         if not path.exists():
@@ -163,6 +183,14 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
         for row in _rows(directory / "completions"):
             completion = Completion(**row)
             completions[completion.prefix_key, completion.policy, completion.index] = completion
+        for row in likelihood_rows(directory):
+            name, fingerprint = row["policy"], row["policy_fingerprint"]
+            if asked.setdefault(name, fingerprint) != fingerprint:
+                raise UserError(
+                    f"labels {list(directories)} hold likelihoods of two policies called {name!r} "
+                    f"(fingerprints {asked[name]}, {fingerprint}); leave one of the runs out"
+                )
+            likelihoods[row["prefix_key"], name] = row["logprob"]
     if not traces:
         raise UserError(f"labels {list(directories)} hold no traces; let data_gen.rollouts finish")
     counts: dict[tuple[str, str], tuple[int, int]] = {}
@@ -171,7 +199,14 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
         k, n = counts.get(where, (0, 0))
         counts[where] = (k + completion.correct, n + 1)
     manifest = next(iter(manifests.values()))
-    return LabelSet(manifest, list(traces.values()), counts, list(completions.values()))
+    return LabelSet(
+        manifest, list(traces.values()), counts, list(completions.values()), likelihoods
+    )
+
+
+def likelihood_rows(directory: Path) -> list[dict[str, Any]]:
+    """Rows of the table of likelihoods of a label run; none without a table."""
+    return _rows(directory / LIKELIHOODS)
 
 
 def check_agreement(manifests: dict[str, dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
-from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+from torchmetrics.functional.classification import binary_auroc
 
 Array = NDArray[np.float64]
 BINS = 10
@@ -70,7 +70,8 @@ def value_metrics(q_N: Array, counts: Counts) -> dict[str, float]:
     the mean of (q - y)^2, ``brier_constant``, that of the mean of y (its "uncertainty"), and
     ``brier = reliability - resolution + brier_constant`` over ten equal bins of q, the spread of q
     inside the bins being put into the resolution (Stephenson et al. 2008); ``calibration_error`` is
-    the mean distance between both sides of these bins (torchmetrics).
+    the mean distance between both sides of these bins (as torchmetrics has it, for k that may be a
+    fraction).
     """
     if not len(q_N):
         return {"rows": 0} | dict.fromkeys(NAMES, NAN)
@@ -84,11 +85,6 @@ def value_metrics(q_N: Array, counts: Counts) -> dict[str, float]:
     share = torch.tensor(counts.share_N)
     values = torch.tensor(q_N, dtype=share.dtype)
     varied = np.ptp(q_N) > 0 and np.ptp(counts.share_N) > 0
-    # Every rollout is an outcome of its own.
-    each = torch.tensor(np.repeat(q_N, n.astype(int)))
-    outcomes = torch.tensor(
-        np.repeat(np.tile([1, 0], len(n)), np.stack([k, n - k], 1).astype(int).ravel())
-    )
     return {
         "rows": len(q_N),
         "mean_q": float((n * q_N).sum() / total),
@@ -100,7 +96,7 @@ def value_metrics(q_N: Array, counts: Counts) -> dict[str, float]:
         "brier_constant": constant,
         "reliability": reliability,
         "resolution": reliability + constant - brier,
-        "calibration_error": float(binary_calibration_error(each, outcomes, n_bins=BINS)),
+        "calibration_error": float((bins["n"] * np.abs(bins["q"] - bins["right"])).sum() / total),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pav.reliability import draw
-from pav.verifier import ORM, Card
+from pav.verifier import LIK, ORM, Card
 
 PLOT = "calibration.png"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -96,6 +96,8 @@ def _meaning(head: str) -> str:
         return "a complete solution is right"
     if head.startswith("q/"):
         return f"the policy `{head.removeprefix('q/')}` finishes right from here (Q)"
+    if head.startswith(LIK):
+        return f"the policy `{head.removeprefix(LIK)}` gives the reference answer if asked at once"
     return head
 
 

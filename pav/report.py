@@ -60,7 +60,7 @@ def fit_and_report(
     metrics = measure(judged, q, held, fitted)
     metrics["data"] = label_facts(labels)
     card = replace(card, calibrators=calibrators, surprise_calibrators=surprised)
-    if card.recipe == "pav":
+    if card.recipe == "pav" and ORM in card.heads:
         picks = _picks(card, examples, scored, q, ~fitted, labels)
         metrics["picks"] = picks
         card = replace(card, pick=default_pick(picks))

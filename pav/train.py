@@ -34,7 +34,7 @@ from pav.data import (
 )
 from pav.errors import UserError
 from pav.export import ensure_export
-from pav.fit import fit
+from pav.fit import fit, label_data
 from pav.labels import LabelSet, read_labels
 from pav.lora import adapters_of, merge_into
 from pav.memory import GIB, MemoryPlan, Work, device_memory, plan_memory, shape_of, ways_out
@@ -53,6 +53,7 @@ from pav.train_config import TrainConfig
 from pav.trunk import HeadedTrunk, load_trunk
 from pav.verifier import (
     FORMAT,
+    LIK,
     ORM,
     Card,
     card_json,
@@ -125,7 +126,9 @@ def _train(config: TrainConfig) -> Card | None:
     trunk = load_trunk(path, loaded.get(config.trunk_mode, torch.float32))
     model = HeadedTrunk(trunk, len(card.heads), config.head)
     del trunk
-    state = fit(config, model, train_set, validation, policy, working)
+    data = label_data(config, model, train_set, validation, policy)
+    state = fit(config, model, data, working)
+    del data
     if config.dry_run:
         print("dry run: planned, loaded, one batch trained and one validated; nothing was written")
     if state is None:
@@ -250,19 +253,12 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
     manifest = labels.manifest
     policy = manifest["policy"]
     base = PolicyConfig(**{**policy, "prompt": prompt_from(policy["prompt"])})
-    provers = [name for name in labels.policies if name != base.label]
     is_pav = config.recipe != "orm"
-    if config.recipe == "pqv":
-        provers = []
-    if is_pav and base.label not in labels.policies:
-        raise UserError(
-            f"labels {config.labels} have no rollouts under the base policy {base.label!r}; "
-            "Q_base cannot be learned from them"
-        )
+    heads = heads_of(config, labels, base.label) if is_pav else [ORM]
     prompt = config.prompt or base.prompt
     digest = weights_digest(model_path(config.trunk))
     return Card(
-        heads=[*(q_head(p) for p in [base.label, *provers]), ORM] if is_pav else [ORM],
+        heads=heads,
         recipe="pav" if is_pav else "orm",
         trunk=config.trunk,
         trunk_digest=digest,
@@ -275,8 +271,8 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
         policy_fingerprint=manifest["policy_fingerprint"],
         tokenizer=manifest["tokenizer"],
         sampler=manifest["sampler"],
-        base_head=q_head(base.label) if is_pav else "",
-        prover_head=q_head((provers or [base.label])[0]) if is_pav else "",
+        base_head=heads[0] if is_pav else "",
+        prover_head=next((h for h in heads[1:] if h.startswith("q/")), heads[0]) if is_pav else "",
         alpha=0.0 if config.recipe == "pqv" else config.alpha,
         pick="last" if is_pav else ORM,
         lora={"rank": config.lora.rank, "alpha": config.lora.alpha}
@@ -285,6 +281,33 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
         head=config.head,
         loss=config.loss,
     )
+
+
+def heads_of(config: TrainConfig, labels: LabelSet, base: str) -> list[str]:
+    """Heads of a PAV or PQV, that of the base policy first.
+
+    Q of every rollout policy, likelihoods where their table lies beside the labels, and the ORM's
+    where solutions are graded. A PQV has Q of the base policy and ORM.
+
+    Raises:
+        UserError: if nothing is known of the base policy, or the loss does not fit the labels.
+    """
+    told, likely = labels.policies, labels.likelihood_policies
+    provers = [] if config.recipe == "pqv" else [name for name in told if name != base]
+    heads = [q_head(name) for name in [base, *provers] if name in told]
+    if config.recipe == "pav":
+        heads += [LIK + name for name in sorted(likely, key=lambda name: (name != base, name))]
+    if not heads or heads[0] not in (q_head(base), LIK + base):
+        raise UserError(
+            f"labels {config.labels} have no rollouts under the base policy {base!r}, and no "
+            "likelihoods; Q_base cannot be learned from them"
+        )
+    if config.loss in ("hard", "beta_binomial") and any(h.startswith(LIK) for h in heads):
+        raise UserError(
+            f"loss is {config.loss!r}, which is about counts, but labels {config.labels} hold "
+            "likelihoods as well; use --loss bce or mse"
+        )
+    return [*heads, ORM] if labels.graded else heads
 
 
 def save(

@@ -27,8 +27,9 @@ class TrainConfig:
         labels: label runs that data_gen.rollouts wrote.
         output: checkpoint to write, ending in .ckpt; the export for vLLM goes beside it. The same
             command resumes from ``<output>.training/`` until it is written.
-        recipe: ``pav`` (heads q/<policy> and orm, on seed traces), ``pqv`` (Q of the base policy
-            and orm, searched with alpha 0) or ``orm`` (one head, on every graded completion).
+        recipe: ``pav`` (heads q/<policy> and orm, on seed traces; lik/<policy> where the labels
+            have a table of data_gen.likelihood), ``pqv`` (Q of the base policy and orm, searched
+            with alpha 0) or ``orm`` (one head, on every graded completion).
         trunk: model under the heads; the policy itself serves fused (no second model).
         trunk_mode: ``frozen`` trains heads only, ``lora`` low-rank adapters, ``full`` everything.
         lora: adapters of ``trunk_mode: lora``.

@@ -1,7 +1,8 @@
 """The verifier: heads on a causal LM trunk, its checkpoint and what it remembers.
 
 Head names say what they predict: ``q/<policy>`` the chance that this policy finishes right from
-here, ``orm`` the chance that a complete solution is right.
+here, ``lik/<policy>`` the chance that it gives the reference answer if it has to answer at once,
+``orm`` the chance that a complete solution is right.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pav.trunk import HeadedTrunk, HeadKind, load_trunk
 # Of the checkpoint: raised when an older one would not load or would mean something else.
 FORMAT = 2
 ORM = "orm"
+LIK = "lik/"
 BUILT_IN = "pav.tasks."
 
 

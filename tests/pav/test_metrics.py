@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
+from torchmetrics.functional.classification import binary_calibration_error
 
 from data_gen.store import Store
 from pav.ceilings import advantage_ceilings, ceilings, deconvolve, irreducible_brier
@@ -30,7 +32,6 @@ from pav.metrics import (
     Counts,
     advantage_metrics,
     auc,
-    reliability_bins,
     value_metrics,
 )
 from pav.policy import PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
@@ -107,10 +108,22 @@ def test_calibration_error_is_that_of_the_bins() -> None:
     rng = np.random.default_rng(0)
     q = rng.random(2000)
     counts = counts_of(rng.binomial(3, q**2), 3)
-    bins = reliability_bins(q, counts)
-    naive = (bins["n"] * np.abs(bins["q"] - bins["right"])).sum() / bins["n"].sum()
-    assert value_metrics(q, counts)["calibration_error"] == pytest.approx(naive, abs=1e-5)
-    assert naive > 0.1
+    each = torch.tensor(np.repeat(q, 3))
+    outcomes = torch.tensor([i < k for k in counts.k_N for i in range(3)]).int()
+    theirs = float(binary_calibration_error(each, outcomes, n_bins=10))
+    assert value_metrics(q, counts)["calibration_error"] == pytest.approx(theirs, abs=1e-5)
+    assert theirs > 0.1
+
+
+def test_likelihoods_are_measured_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    p = rng.random(2000)
+    counts = Counts(p, np.ones(2000), np.ones(2000, dtype=bool))
+    found, most = value_metrics(p**2, counts), ceilings(counts)
+    assert found["calibration_error"] == pytest.approx(np.mean(p - p**2), abs=0.02)
+    assert found["spearman"] == pytest.approx(1)
+    assert most["brier"] == pytest.approx(np.mean(p * (1 - p)))
+    assert most["calibration_error"] == pytest.approx(0, abs=1e-6)
 
 
 def test_nothing_to_measure_is_nan_and_no_error() -> None:
