@@ -109,8 +109,9 @@ class Processes:
 
     def close(self) -> None:
         """End all workers, within seconds."""
-        for _, connection in self._running.values():
+        for process, connection in self._running.values():
             connection.close()
+            process.terminate()  # heard only by one that is still starting
         while self._running:
             _end(*self._running.popitem()[1])
 
@@ -158,9 +159,7 @@ def placement(config: EngineConfig, count: int, devices: Sequence[str]) -> list[
     ]
 
 
-def work(
-    fd: int, serve: Callable[[Any, SimpleQueue[Any], Callable[[Any], None]], None]
-) -> None:
+def work(fd: int, serve: Callable[[Any, SimpleQueue[Any], Callable[[Any], None]], None]) -> None:
     """What a worker process does: ``serve(first message, inbox, send)``.
 
     Args:

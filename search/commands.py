@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from search.scoring import StepScorer
 from search.session import Session, load_checked, sibling_orm
 from search.smc import SmcSettings
 from search.solve import beam_record, beam_settings, repick, smc_record, traces_record
+from search.workers import Search
 
 __all__ = [
     "AlphaLlmConfig",
@@ -43,9 +44,6 @@ __all__ = [
 ]
 
 
-Job = Callable[[Problem], Coroutine[Any, Any, Record]]
-
-
 def beam(config: BeamConfig) -> None:
     """Run beam search, and its baselines if asked for (see :class:`BeamConfig`)."""
     opened = open_search(config, "pav")
@@ -58,9 +56,7 @@ def beam(config: BeamConfig) -> None:
     session, rule = opened.session, opened.rule
     problems = session.problems(config.split, config.problems)
 
-    async def search(problem: Problem) -> Record:
-        return await beam_record(session, scorer, settings, rule, "beam", config.seed, problem)
-
+    search = partial(beam_record, session, scorer, settings, rule, "beam", config.seed)
     records, seconds = session.run(
         directory / "beam.jsonl", problems, search, config.concurrency, f"beam N={config.n}"
     )
@@ -69,6 +65,7 @@ def beam(config: BeamConfig) -> None:
         rows += _baselines(config, session, orm, problems, records, directory)
     session.shutdown()
     print_rows(rows, directory, config.split)
+    session.check()
 
 
 def _baseline_scorer(config: BeamConfig, opened: Opened) -> StepScorer | None:
@@ -100,25 +97,22 @@ def _baselines(
     """Best-of-N at the same N and at beam's tokens (trace count rounded up)."""
     spent = float(np.mean([r.policy_tokens for r in beam_records]))
 
-    async def sample(n: int, problem: Problem) -> Record:
-        return await traces_record(session, orm, n, "orm", "best-of-N", config.seed, problem)
-
-    def first(problem: Problem) -> Any:
-        return sample(config.n, problem)
+    def sample(n: int) -> Search:
+        return partial(traces_record, session, orm, n, "orm", "best-of-N", config.seed)
 
     same, seconds = session.run(
-        directory / "best_of_n.jsonl", problems, first, config.concurrency, f"best-of-{config.n}"
+        directory / "best_of_n.jsonl",
+        problems,
+        sample(config.n),
+        config.concurrency,
+        f"best-of-{config.n}",
     )
     per_trace = float(np.mean([c.tokens for r in same for c in r.candidates]))
     matched = max(config.n, math.ceil(spent / per_trace))
-
-    def second(problem: Problem) -> Any:
-        return sample(matched, problem)
-
     equal, more = session.run(
         directory / "best_of_n_equal_tokens.jsonl",
         problems,
-        second,
+        sample(matched),
         config.concurrency,
         f"best-of-{matched}",
     )
@@ -141,13 +135,10 @@ def dvts(config: DvtsConfig) -> None:
         card_of(opened), config.n, config.samples, config.alpha, config.prover, config.score
     )
 
-    def job(scorer: StepScorer) -> Job:
-        async def search(problem: Problem) -> Record:
-            return await beam_record(
-                opened.session, scorer, settings, opened.rule, "dvts", config.seed, problem
-            )
-
-        return search
+    def job(scorer: StepScorer) -> Search:
+        return partial(
+            beam_record, opened.session, scorer, settings, opened.rule, "dvts", config.seed
+        )
 
     _tree(config, opened, "dvts", "DVTS", job)
 
@@ -157,20 +148,17 @@ def alphallm(config: AlphaLlmConfig) -> None:
     opened = open_search(config, "pav")
     settings = beam_settings(card_of(opened), config.n, config.samples, 0.0, None, "q")
 
-    def job(scorer: StepScorer) -> Job:
-        async def search(problem: Problem) -> Record:
-            return await beam_record(
-                opened.session,
-                scorer,
-                settings,
-                opened.rule,
-                "alphallm",
-                config.seed,
-                problem,
-                bonus=config.bonus,
-            )
-
-        return search
+    def job(scorer: StepScorer) -> Search:
+        return partial(
+            beam_record,
+            opened.session,
+            scorer,
+            settings,
+            opened.rule,
+            "alphallm",
+            config.seed,
+            bonus=config.bonus,
+        )
 
     _tree(config, opened, "alphallm", "AlphaLLM bonus", job)
 
@@ -184,13 +172,16 @@ def smc(config: SmcConfig) -> None:
         raise UserError(f"head is {head!r}; the verifier has {', '.join(card.heads)}")
     settings = SmcSettings(config.n, head, config.weight, config.resampling)
 
-    def job(scorer: StepScorer) -> Job:
-        async def search(problem: Problem) -> Record:
-            return await smc_record(
-                opened.session, scorer, settings, opened.rule, config.seed, problem, opened.score
-            )
-
-        return search
+    def job(scorer: StepScorer) -> Search:
+        return partial(
+            smc_record,
+            opened.session,
+            scorer,
+            settings,
+            opened.rule,
+            config.seed,
+            score=opened.score,
+        )
 
     _tree(config, opened, "smc", "particle filtering", job)
 
@@ -207,18 +198,16 @@ def best_of_n(config: BestOfNConfig) -> None:
         scorer = serve(config, opened)
     problems = session.problems(config.split, config.problems)
 
-    async def search(problem: Problem) -> Record:
-        return await traces_record(
-            session,
-            scorer,
-            config.n,
-            rule,
-            "best-of-N",
-            config.seed,
-            problem,
-            score=opened.score,
-        )
-
+    search = partial(
+        traces_record,
+        session,
+        scorer,
+        config.n,
+        rule,
+        "best-of-N",
+        config.seed,
+        score=opened.score,
+    )
     records, seconds = session.run(
         directory / "best_of_n.jsonl", problems, search, config.concurrency, f"best-of-{config.n}"
     )
@@ -230,6 +219,7 @@ def best_of_n(config: BestOfNConfig) -> None:
     counts = [2**i for i in range(config.n.bit_length())]
     line = ", ".join(f"{k}: {pass_at(records, k).mean():.3f}" for k in counts)
     print(f"oracle pass@k, unbiased from {config.n} samples: {line}")
+    session.check()
 
 
 def _tree(
@@ -237,7 +227,7 @@ def _tree(
     opened: Opened,
     name: str,
     label: str,
-    job: Callable[[StepScorer], Job],
+    job: Callable[[StepScorer], Search],
 ) -> None:
     """Run one search of its own directory and print its row."""
     directory = claim(config, opened, f"{name}-n{config.n}")
@@ -255,3 +245,4 @@ def _tree(
     rows.append(Row(f"{label} (majority)", config.n, [repick(r, "majority") for r in records],
                     seconds))  # fmt: skip
     print_rows(rows, directory, config.split)
+    session.check()

@@ -32,7 +32,7 @@ def compare(config: CompareConfig) -> None:
     first = next(iter(verifiers.values()))
     # Before anything is searched: a mistyped label run must not cost the night.
     invested = _invested(config, verifiers)
-    session = open_session(first, config.task, None, config.sampler, config.engine)
+    session = open_session(first, config.task, None, config.sampler, config.engine, config.workers)
     for verifier in verifiers.values():
         if verifier.card.policy_fingerprint != first.card.policy_fingerprint:
             raise UserError(
@@ -51,6 +51,7 @@ def compare(config: CompareConfig) -> None:
     session.shutdown()
     write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
     _report(config, points, invested)
+    session.check()
 
 
 def with_choices(sweep: Sweep) -> Sweep:

@@ -17,6 +17,7 @@ from search.rank import Score
 from search.reward_text import RewardModelConfig
 from search.session import Scoring
 from search.smc import Resampling, Weight
+from search.workers import check_workers
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class SearchConfig:
         trunk: new place of the trunk, if it moved.
         orm: a third-party reward model that scores in the verifier's place: a sequence classifier,
             or a PRM (see search/reward_text.py).
-        concurrency: problems in flight.
+        concurrency: problems at a time, of each worker.
+        workers: processes that search, each with engines of its own; they share the GPUs or cores.
         engine: device settings.
     """
 
@@ -59,11 +61,13 @@ class SearchConfig:
     trunk: str | None = None
     orm: RewardModelConfig | None = None
     concurrency: int = 32
+    workers: int = 1
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.problems < 1:
             raise UserError(f"n is {self.n}, problems is {self.problems}; both must be positive")
+        check_workers(self.workers)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def manifest(config: SearchConfig, verifier: Verifier | None) -> dict[str, Any]:
     plain: dict[str, Any] = {"verifier_digest": "" if verifier is None else verifier.digest}
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.name in ("output", "concurrency"):
+        if f.name in ("output", "concurrency", "workers"):
             continue
         if isinstance(value, RewardModelConfig):
             value = {**asdict(value), "digest": weights_digest(model_path(value.model))}

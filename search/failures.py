@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pav.errors import UserError
 from search.records import Record
 
-# Above this share the results say more about the cap than about the search.
-TRUNCATION_WARNING = 0.05
+# Above the second the results say more about the cap than about the search.
+TRUNCATION_WARNING, TRUNCATION_ERROR = 0.05, 0.2
 NAMED = 3
 
 
@@ -38,6 +38,29 @@ def troubles(records: Sequence[Record], path: Path, max_length: int) -> list[str
             "wrong; raise it"
         )
     return said
+
+
+def check_truncation(shares: Mapping[str, float], max_length: int) -> None:
+    """Refuse results that say more about the cap; to be called when they are written and shown.
+
+    Args:
+        shares: search -> share of what it sampled that was cut.
+        max_length: the cap.
+
+    Raises:
+        UserError: if a share is above :data:`TRUNCATION_ERROR`.
+    """
+    over = {what: share for what, share in shares.items() if share > TRUNCATION_ERROR}
+    if not over:
+        return
+    worst = max(over, key=lambda what: over[what])
+    others = f" (and more than {TRUNCATION_ERROR:.0%} in {len(over) - 1} more)" * (len(over) > 1)
+    raise UserError(
+        f"{worst}: {over[worst]:.1%} of what was sampled hit sampler.max_length ({max_length}) and "
+        f"counts as wrong{others}; above {TRUNCATION_ERROR:.0%} results say more about the cap "
+        "than about the search. They are written all the same; raise sampler.max_length and choose "
+        "another output"
+    )
 
 
 def truncated_share(records: Sequence[Record]) -> float:

@@ -70,13 +70,16 @@ def open_search(config: SearchConfig, recipe: str | None) -> Opened:
         verifier = load_checked(config.verifier, checked) if checked else load_verifier(
             config.verifier
         )  # fmt: skip
-        session = open_session(verifier, config.task, config.policy, config.sampler, config.engine)
+        session = open_session(
+            verifier, config.task, config.policy, config.sampler, config.engine, config.workers
+        )
     elif config.orm is not None or (recipe is None and config.pick == "majority"):
         session = plain_session(
             config.task or Tape(),
             config.policy or PolicyConfig(),
             config.sampler or Sampler(),
             config.engine,
+            config.workers,
         )
     else:
         raise UserError(

@@ -13,6 +13,7 @@ from search.pick import Pick
 from search.rank import Score
 from search.session import Scoring
 from search.smc import Resampling, Weight
+from search.workers import check_workers
 
 Kind = Literal["beam", "greedy", "dvts", "alphallm", "smc", "best_of_n"]
 
@@ -124,7 +125,8 @@ class CompareConfig:
         split: never choose settings on ``test``.
         task: needed only where the verifiers' task is not built in.
         sampler: another sampler than the verifiers were made for (warns).
-        concurrency: problems in flight.
+        concurrency: problems at a time, of each worker.
+        workers: processes that search, each with engines of its own; they share the GPUs or cores.
         max_traces: upper limit on the solutions of a best-of-N sample set.
         title: of the plot.
         select: choose ``alpha``, ``K`` (the prover) or both on validation problems first, for every
@@ -144,6 +146,7 @@ class CompareConfig:
     task: Task | None = None
     sampler: Sampler | None = None
     concurrency: int = 32
+    workers: int = 1
     max_traces: int = 128
     title: str = ""
     select: list[Selectable] = field(default_factory=list)
@@ -152,6 +155,7 @@ class CompareConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        check_workers(self.workers)
         names = [m.name for m in self.methods]
         if len(set(names)) != len(names) or not names:
             raise UserError(f"methods are called {names}; give at least one, all names different")

@@ -153,6 +153,25 @@ def _whole(path: Path) -> tuple[list[Record], int]:
     return records, good
 
 
+def write_seconds(path: Path, records: int, seconds: float) -> None:
+    """Keep the wall-clock seconds behind a file of records beside it: not in the records, which
+    are the same at every repeat.
+    """
+    kept = {"records": records, "seconds": seconds}
+    path.with_suffix(".seconds.json").write_text(json.dumps(kept))
+
+
+def read_seconds(path: Path, records: int) -> float:
+    """Seconds behind a file of so many records; NaN where they are not known."""
+    if not records:
+        return 0.0
+    try:
+        kept = json.loads(path.with_suffix(".seconds.json").read_text())
+    except (OSError, ValueError):
+        return float("nan")
+    return float(kept["seconds"]) if kept["records"] == records else float("nan")
+
+
 def open_run(directory: Path, manifest: dict[str, Any]) -> None:
     """Create a run directory, or check that the one there is this run.
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,15 +122,11 @@ def _sample_set(
 ) -> tuple[list[Record], float, Path]:
     session = sweep.session
     path = sweep.file("samples", label, f"n{n}", f"s{seed}")
-
-    async def sample(problem: Problem) -> Record:
-        return await traces_record(session, None, n, "majority", "samples", seed, problem, policy)
-
     session.sampling_engine(None, policy)
     records, seconds = session.run(
         path,
         sweep.problems,
-        sample,
+        partial(traces_record, session, None, n, "majority", "samples", seed, policy=policy),
         sweep.config.concurrency,
         f"{n} samples of {label}, seed {seed}",
     )
@@ -145,11 +142,6 @@ def _scored_sets(
     every_step = rule_of(sweep, method) in EVERY_STEP
     out, files, seconds = [], [], 0.0
     for seed, records in zip(sweep.config.seeds, sets, strict=True):
-        by_problem = {r.problem_id: r for r in records}
-
-        async def judge(problem: Problem, by_problem: dict[str, Record] = by_problem) -> Record:
-            return await score_record(scorer, problem, by_problem[problem.id], every_step)
-
         path = sweep.file(
             "scored",
             verifier.path.stem,
@@ -160,9 +152,14 @@ def _scored_sets(
             f"n{records[0].n}",
             f"s{seed}",
         )
-        what = f"scoring by {verifier.path.stem}, seed {seed}"
-        concurrency = sweep.config.concurrency
-        scored, took = sweep.session.run(path, sweep.problems, judge, concurrency, what)
+        scored, took = sweep.session.run(
+            path,
+            sweep.problems,
+            partial(score_record, scorer, every_step=every_step),
+            sweep.config.concurrency,
+            f"scoring by {verifier.path.stem}, seed {seed}",
+            {r.problem_id: r for r in records},
+        )
         out.append(scored)
         files.append(path)
         seconds += took

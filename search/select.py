@@ -114,6 +114,7 @@ def select(config: SelectConfig) -> None:
         f"results: {output}/choice.yaml, select.csv, one .jsonl per run\n"
         f"next: search.beam --verifier {config.verifier} {' '.join(flags)}"
     )
+    session.check()
 
 
 def manifest(chosen: list[Selectable], selection: Selection) -> dict[str, Any]:

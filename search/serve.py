@@ -188,6 +188,7 @@ def open_kitchen(config: ServeConfig) -> Kitchen:
     """Load verifiers and every engine."""
     verifier = load_checked(config.verifier, "pav")
     session = open_session(verifier, config.task, config.policy, config.sampler, config.engine)
+    session.grade_in_thread = True
     name = config.orm
     if name is None:
         try:

@@ -1,9 +1,9 @@
 """Searches in flight: they share one set of engines; each can be refused, given up or cancelled.
 
 HTTP server, searches and engine share one event loop: between two of vLLM's steps the loop turns a
-few times, so a request that arrives joins the batch that is running, whatever the others are at. A
-client that goes away, or waits too long, has its search cancelled and its requests taken out of the
-batch.
+few times, so a request that arrives joins the batch that is running, whatever the others are at.
+Only graders, which may be slow, run beside it in threads. A client that goes away, or waits too
+long, has its search cancelled and its requests taken out of the batch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from search.records import Record
 
 # A resolved future wakes its search through gather: a few turns of the event loop.
 TURNS = 4
+IDLE_SECONDS = 0.001
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Service:
                 busy = [engine for engine in engines if engine.busy]
                 for engine in busy:
                     engine.step()
+                if not busy:
+                    await asyncio.sleep(IDLE_SECONDS)  # all wait for their graders
         except Exception as error:
             traceback.print_exc()
             self.failure = f"{type(error).__name__}: {error}"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pav.engine import Engine, EngineConfig, drive
 from pav.errors import UserError
@@ -28,11 +27,12 @@ from pav.policy import (
 from pav.progress import Reporter
 from pav.tasks.base import Problem, Split, Task
 from pav.verifier import Card, Verifier, load_verifier, prompt_from, resolve_task, trunk_path
-from search.failures import troubles
-from search.records import Record, append, read, rewrite
+from search.failures import check_truncation, troubles, truncated_share
+from search.records import Record, append, read, read_seconds, rewrite, write_seconds
 from search.reward_models import RewardModel
 from search.reward_text import RewardModelConfig
 from search.scoring import Scorer, StepScorer
+from search.workers import Elsewhere, Search, Workers
 
 Scoring = Literal["auto", "fused", "separate"]
 
@@ -46,16 +46,26 @@ class Session:
         policy: the base policy.
         sampler: how it samples.
         engine_config: device settings.
-        engines: by model directory.
+        workers: who searches; None for this process.
+        engines: by model directory. With workers these only stand for theirs.
         readers: third-party reward models, by model directory.
+        cut: search -> share of what it sampled that was cut by the length cap.
+        grade_in_thread: grade beside the engines' loop, not in it. Where others wait for it.
     """
 
     task: Task
     policy: Policy
     sampler: Sampler
     engine_config: EngineConfig
+    workers: Workers | None = None
     engines: dict[str, Engine] = field(default_factory=dict)
     readers: dict[str, RewardModel] = field(default_factory=dict)
+    cut: dict[str, float] = field(default_factory=dict)
+    grade_in_thread: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What arrives at a worker is a session that has engines.
+        return {**self.__dict__, "workers": None}
 
     def problems(self, split: Split, count: int, skip: int = 0) -> list[Problem]:
         """``count`` problems of ``split`` after the first ``skip``.
@@ -80,10 +90,16 @@ class Session:
 
     def _engine(self, directory: str, dtype: Any, score_ids: list[int]) -> Engine:
         if directory not in self.engines:
-            self.engines[directory] = Engine(
-                directory, dtype, self.sampler.max_length, score_ids, self.engine_config
+            made_with = (directory, dtype, self.sampler.max_length, score_ids, self.engine_config)
+            self.engines[directory] = (
+                cast(Engine, Elsewhere(*made_with)) if self.workers else Engine(*made_with)
             )
         return self.engines[directory]
+
+    @property
+    def served(self) -> list[Engine | RewardModel]:
+        """All engines and reward models."""
+        return [*self.engines.values(), *self.readers.values()]
 
     def scorer(
         self, verifier: Verifier, scoring: Scoring, with_surprise: bool, trunk: str | None
@@ -108,12 +124,14 @@ class Session:
             self.task.step_rule,
         )
         engine = self._engine(str(directory), card.dtype, score_ids)
-        return Scorer(verifier, engine, fused, with_surprise, policy)
+        # The engine has the trunk's weights; they need not cross to workers.
+        bare = replace(verifier, trunk_state=None, adapters=None)
+        return Scorer(bare, engine, fused, with_surprise, policy)
 
     def reward_model(self, config: RewardModelConfig) -> RewardModel:
         """Put a third-party reward model into service."""
         if config.model not in self.readers:
-            self.readers[config.model] = RewardModel(config, self.policy)
+            self.readers[config.model] = RewardModel(config, self.policy, load=not self.workers)
         return self.readers[config.model]
 
     def _why_not_fused(self, card: Card) -> str:
@@ -133,14 +151,23 @@ class Session:
         self,
         path: Path,
         problems: list[Problem],
-        job: Callable[[Problem], Coroutine[Any, Any, Record]],
+        search: Search,
         concurrency: int,
         what: str,
+        samples: Mapping[str, Record] | None = None,
     ) -> tuple[list[Record], float]:
         """Search what ``path`` lacks; (records in problem order, seconds of all starts).
 
         Seconds are NaN where an earlier start died before it could write down its own. A problem
         whose search raised counts as wrong, is named at the end, and is owed at the next start.
+
+        Args:
+            path: file of records.
+            problems: what is searched.
+            search: called with a problem, and with its record of ``samples`` where there are some.
+            concurrency: problems at a time, of each worker.
+            what: for progress and warnings.
+            samples: records by problem.
 
         Raises:
             UserError: if the search raised for every problem.
@@ -150,60 +177,66 @@ class Session:
         if len(done) < len(found):
             rewrite(path, list(done.values()))
         owed = [p for p in problems if p.id not in done]
-        before = _seconds_of(path, len(found))
+        given = [(p,) if samples is None else (p, samples[p.id]) for p in owed]
+        before = read_seconds(path, len(found))
+        if self.workers and owed:
+            self.workers.open(self, search, len(owed), concurrency)
         started = monotonic()
-        served: list[Engine | RewardModel] = [*self.engines.values(), *self.readers.values()]
-        for engine in served:
-            engine.reset_prefix_cache()
         with Reporter(what, len(problems), "problems") as reporter:
 
             def keep(record: Record) -> None:
                 append(path, record)
                 done[record.problem_id] = record
                 right = sum(r.correct for r in done.values()) / len(done)
-                reporter.update(len(done), f"{right:.3f} right")
+                lines = self.workers.lines if self.workers else []
+                reporter.update(len(done), f"{right:.3f} right", lines)
 
-            jobs = [partial(job, problem) for problem in owed]
             try:
-                drive(served, jobs, keep, concurrency)
+                if self.workers and owed:
+                    self.workers.run(given, keep)
+                elif owed:
+                    for engine in self.served:
+                        engine.reset_prefix_cache()
+                    drive(self.served, [partial(search, *g) for g in given], keep, concurrency)
             finally:
                 seconds = before + (monotonic() - started if owed else 0.0)
-                _clock(path).write_text(json.dumps({"records": len(done), "seconds": seconds}))
+                write_seconds(path, len(done), seconds)
         records = [done[p.id] for p in problems]
         for trouble in troubles(records, path, self.sampler.max_length):
             warn(f"{what}: {trouble}")
+        if samples is None:
+            self.cut[what] = truncated_share(records)
         return records, seconds
+
+    def check(self) -> None:
+        """The last thing a command does, when its results are written and shown.
+
+        Raises:
+            UserError: if the length cap decided them.
+        """
+        check_truncation(self.cut, self.sampler.max_length)
 
     def shutdown(self) -> None:
         """Free all devices."""
+        if self.workers:
+            self.workers.close()
+            return
         for reader in self.readers.values():
             reader.shutdown()
         for engine in self.engines.values():
             engine.shutdown()
 
 
-def _clock(path: Path) -> Path:
-    """Where the wall-clock seconds behind a file of records are kept: not in the records, which
-    are the same at every repeat.
-    """
-    return path.with_suffix(".seconds.json")
-
-
-def _seconds_of(path: Path, records: int) -> float:
-    if not records:
-        return 0.0
-    try:
-        kept = json.loads(_clock(path).read_text())
-    except (OSError, ValueError):
-        return float("nan")
-    return float(kept["seconds"]) if kept["records"] == records else float("nan")
-
-
 def plain_session(
-    task: Task, policy: PolicyConfig, sampler: Sampler, engine: EngineConfig
+    task: Task, policy: PolicyConfig, sampler: Sampler, engine: EngineConfig, workers: int = 1
 ) -> Session:
     """Session without a verifier of ours that would remember task, policy and sampler."""
-    return Session(task, load_policy(policy, task.step_rule), sampler, engine)
+    loaded = load_policy(policy, task.step_rule)
+    return Session(task, loaded, sampler, engine, _workers(workers, engine))
+
+
+def _workers(count: int, engine: EngineConfig) -> Workers | None:
+    return None if count == 1 else Workers(count, engine)
 
 
 def open_session(
@@ -212,6 +245,7 @@ def open_session(
     policy: PolicyConfig | None,
     sampler: Sampler | None,
     engine: EngineConfig,
+    workers: int = 1,
 ) -> Session:
     """Session for what a verifier remembers; what is given overrides it, with a warning."""
     card = verifier.card
@@ -247,7 +281,7 @@ def open_session(
     used = sampler or card.sampler_config()
     if asdict(used) != card.sampler:
         warn(f"{source} was made for sampler {card.sampler}, searching with {asdict(used)}")
-    return Session(found, chosen, used, engine)
+    return Session(found, chosen, used, engine, _workers(workers, engine))
 
 
 def sibling_orm(path: Path) -> str:

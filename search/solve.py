@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from pav.errors import UserError
 from pav.policy import Policy
-from pav.tasks.base import Problem
+from pav.tasks.base import Grade, Problem
 from search.alphallm import alphallm
 from search.beam import BeamSettings, beam_search
 from search.best_of_n import sample_traces
@@ -44,15 +45,20 @@ def beam_settings(
     return BeamSettings(n, samples, weight, chosen, card.base_head, score or "q+a")
 
 
-def graded(session: Session, problem: Problem, candidates: Sequence[Candidate]) -> list[Candidate]:
+async def graded(
+    session: Session, problem: Problem, candidates: Sequence[Candidate]
+) -> list[Candidate]:
     """Candidates with text, answer and grade; an unfinished one is never right."""
-    out = []
-    for c in candidates:
-        text = session.policy.text(c.ids)
-        grade = session.task.grade(text, problem)
-        right = grade.correct and c.finished
-        out.append(replace(c, text=text, answer=grade.answer, correct=right))
-    return out
+    texts = [session.policy.text(c.ids) for c in candidates]
+
+    def read() -> list[Grade]:
+        return [session.task.grade(text, problem) for text in texts]
+
+    grades = await asyncio.to_thread(read) if session.grade_in_thread else read()
+    return [
+        replace(c, text=text, answer=grade.answer, correct=grade.correct and c.finished)
+        for c, text, grade in zip(candidates, texts, grades, strict=True)
+    ]
 
 
 async def searched(
@@ -87,7 +93,7 @@ async def searched(
     record = Record(problem.id, problem.question, problem.gold, method, n, seed, settings)
     try:
         found = await search(cost)
-        candidates = graded(session, problem, found.candidates)
+        candidates = await graded(session, problem, found.candidates)
         chosen = pick(candidates, settings["pick"], head, score)
     except UserError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pav.tasks.base import Problem
@@ -12,10 +13,10 @@ from search.beam import BeamSettings
 from search.pick import Pick, check_pick
 from search.plan import CompareConfig, Method
 from search.points import Point, make_point
-from search.records import Record
 from search.session import Session
 from search.smc import SmcSettings
 from search.solve import beam_record, beam_settings, repick, smc_record
+from search.workers import Search
 
 
 @dataclass(frozen=True)
@@ -59,23 +60,18 @@ def search_points(sweep: Sweep, method: Method) -> list[Point]:
         places = {"places": 1} if method.kind == "greedy" else {}
         by_seed, files, seconds = [], [], 0.0
         for seed in config.seeds:
-
-            async def search(
-                problem: Problem,
-                seed: int = seed,
-                settings: BeamSettings = settings,
-                n: int = n,
-            ) -> Record:
-                if method.kind == "smc":
-                    particles = _particles(method, settings)
-                    return await smc_record(
-                        session, scorer, particles, rule, seed, problem, settings.score
-                    )
-                bonus = WEIGHT if method.kind == "alphallm" else None
-                return await beam_record(
-                    session, scorer, settings, rule, method.kind, seed, problem, n, bonus
+            search: Search
+            if method.kind == "smc":
+                particles = _particles(method, settings)
+                search = partial(
+                    smc_record, session, scorer, particles, rule, seed, score=settings.score
                 )
-
+            else:
+                bonus = WEIGHT if method.kind == "alphallm" else None
+                search = partial(
+                    beam_record, session, scorer, settings, rule, method.kind, seed, n=n,
+                    bonus=bonus,
+                )  # fmt: skip
             # Named by what was searched: methods that differ in the pick alone share a search.
             path = sweep.file(
                 method.kind,

@@ -67,7 +67,10 @@ class Task(ABC):
 
     @abstractmethod
     def grade(self, text: str, problem: Problem) -> Grade:
-        """Grade the text of a whole solution (prompt excluded). Must not raise on any text."""
+        """Grade the text of a whole solution (prompt excluded). Must not raise on any text.
+
+        ``search.serve`` calls it in several threads at a time.
+        """
 
     def forced_answer(self, problem: Problem) -> str:
         """Text with which a solution would end if it gave the reference answer at once.

@@ -34,7 +34,7 @@ from tests.search.scripted import EOS, PROBLEM, Scripted
 
 REPOSITORY = Path(__file__).parents[2]
 ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)
-SAMPLER = Sampler(max_length=56)
+SAMPLER = Sampler(max_length=112)
 N, C = 3, 3
 
 
@@ -231,7 +231,11 @@ def test_separate_search_pays_for_reading_and_keeps_the_same_rules(
 def test_baseline_orm_runs_beside_a_fused_beam_at_its_tokens(
     verifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    beam(config(verifier, tmp_path / "run", baseline="orm", problems=3))
+    beam(
+        config(
+            verifier, tmp_path / "run", baseline="orm", problems=3, sampler=Sampler(max_length=200)
+        )
+    )
     same, equal = (read(tmp_path / "run" / f"best_of_n{x}.jsonl") for x in ("", "_equal_tokens"))
     beams = read(tmp_path / "run" / "beam.jsonl")
     assert [r.n for r in same] == [N] * 3
@@ -249,14 +253,25 @@ def test_baseline_orm_runs_beside_a_fused_beam_at_its_tokens(
         assert method in printed
 
 
-def test_problem_whose_prompt_leaves_no_room_counts_as_wrong(verifier: str, tmp_path: Path) -> None:
+def test_problem_whose_prompt_leaves_no_room_counts_as_wrong_and_ends_the_command_in_an_error(
+    verifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     short = Sampler(max_length=14)
-    beam(config(verifier, tmp_path / "beam", sampler=short, scoring="separate", problems=3))
-    best_of_n(
-        BestOfNConfig(
-            verifier, n=2, problems=3, sampler=short, output=str(tmp_path / "best"), engine=ENGINE
+    cut = r"100.0% of what was sampled hit sampler.max_length \(14\).* raise sampler.max_length"
+    with pytest.raises(UserError, match=f"^beam N=2: {cut}"):
+        beam(
+            config(verifier, tmp_path / "beam", n=2, sampler=short, scoring="separate", problems=3)
         )
-    )
+    # Not before all is written and shown.
+    assert "PAV beam (last)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"^best-of-2: {cut}"):
+        best_of_n(
+            BestOfNConfig(
+                verifier, n=2, problems=3, sampler=short, output=str(tmp_path / "best"),
+                engine=ENGINE,
+            )
+        )  # fmt: skip
+    assert "oracle pass@k" in capsys.readouterr().out
     for records in (read(tmp_path / "beam/beam.jsonl"), read(tmp_path / "best/best_of_n.jsonl")):
         assert len(records) == 3
         assert all(r.picked is None and not r.correct and r.truncated > 0 for r in records)

@@ -21,8 +21,9 @@ from pav.tasks.tape import Tape
 from pav.verifier import load_verifier
 from search.compare import CompareConfig, Method, compare, manifest
 from search.records import read
+from search.report_data import report_data
 
-SAMPLER = Sampler(max_length=56)
+SAMPLER = Sampler(max_length=128)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,26 @@ def test_paired_differences_are_those_of_the_records(config: CompareConfig) -> N
         assert d["difference"] == pytest.approx(expected, abs=2e-4)
         assert d["ci95"][0] <= d["difference"] <= d["ci95"][1]
         assert 0 < d["mcnemar_p"] <= 1
+
+
+def test_report_shows_what_every_method_picked(config: CompareConfig) -> None:
+    assert (Path(config.output) / "report.html").is_file()
+    data = report_data(Path(config.output), problems=6, seeds=[0, 1])
+    right: dict[tuple[str, int], list[bool]] = {}
+    for view in data["views"]:
+        problems = data["searches"][view["search"]]["problems"]
+        for problem, picked in zip(problems, view["picked"], strict=True):
+            candidates = problem["candidates"][: view["n"]]
+            own = right.setdefault((view["method"], view["n"]), [])
+            own.append(picked >= 0 and candidates[picked]["correct"])
+            finished = [c["q"] for c in candidates if c["finished"]]
+            assert (picked < 0) == (not finished)
+            if view["method"] == "best" and finished:
+                assert candidates[picked]["q"] == max(finished)
+            if view["method"] in ("beam", "dvts", "alphallm", "smc"):
+                assert all(c["step"] is not None for c in candidates)
+    accuracy = {(r["method"], int(r["n"])): float(r["accuracy"]) for r in rows(config)}
+    assert {key: float(np.mean(v)) for key, v in right.items()} == pytest.approx(accuracy, abs=1e-4)
 
 
 def test_a_finished_comparison_is_not_run_again_and_another_is_refused(

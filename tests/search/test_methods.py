@@ -37,7 +37,7 @@ from search.smc import Resampling, SmcSettings, Weight, particle_filter, potenti
 from tests.search.scripted import PROBLEM, Scripted
 
 ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)
-SAMPLER = Sampler(max_length=56)
+SAMPLER = Sampler(max_length=128)
 HEADS = ["q/a", "q/b", "orm"]
 chances = st.floats(0.0, 1.0)
 # Time is the machine's: it fails no test.
@@ -520,11 +520,12 @@ def test_every_method_has_a_command_with_the_same_record(
         # A repeat is bit-identical.
         assert runs[0] == runs[1]
         assert "accuracy [95%]" in capsys.readouterr().out
+        assert (tmp_path / name / "a" / "report.html").is_file()
         for one in read(tmp_path / name / "a" / f"{name}.jsonl"):
             assert one.method == name and one.n == 2 and one.error is None
             assert described.items() <= one.settings.items()
             assert one.settings["scoring"] == "fused"
-            assert one.settings["sampler"]["max_length"] == 56
+            assert one.settings["sampler"]["max_length"] == SAMPLER.max_length
             assert len(one.candidates) <= 2 and all(c.finished for c in one.candidates)
             assert one.policy_tokens > 0 and one.steps
             drawn = sum(map(len, one.steps)) + one.merged + one.truncated

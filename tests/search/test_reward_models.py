@@ -37,7 +37,7 @@ from search.reward_text import MARK, QWEN_SYSTEM, Layout, Reader, RewardModelCon
 PROBLEM = Problem("p", "37+8*3")
 SOLUTION = "37+8=45\n45*3=35\nA35"
 STEPS = ["37+8=45", "45*3=35", "A35"]
-SAMPLER = Sampler(max_length=56)
+SAMPLER = Sampler(max_length=128)
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +314,8 @@ def test_commands_take_reward_models_in_the_verifiers_place(
     orm = built(tmp_path / "rm", "sequence", chat_tokenizer, 1)
     prm = built(tmp_path / "prm", "token", chat_tokenizer)
     base = str(tiny_model("llama"))
-    small = ["--n", "2", "--problems", "3", "--sampler.max_length", "56", "--engine.kv_gib", "0.02"]
+    small = ["--n", "2", "--problems", "3", "--sampler.max_length", "128",
+             "--engine.kv_gib", "0.02"]  # fmt: skip
     # Without a checkpoint of ours: task, policy and sampler are given or built in.
     run(commands.best_of_n, BestOfNConfig, "search.best_of_n",
         ["--orm", orm, "--policy", base, "--output", str(tmp_path / "bon"), *small])  # fmt: skip

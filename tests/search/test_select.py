@@ -28,7 +28,7 @@ from search.stats import Interval
 from search.sweep import Sweep
 
 ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)
-SAMPLER = Sampler(max_length=56)
+SAMPLER = Sampler(max_length=128)
 
 
 # -- the procedure, on given accuracies ------------------------------------------------------------

@@ -26,7 +26,8 @@ import pytest
 from pav.engine import Engine, EngineConfig, drive
 from pav.errors import UserError
 from pav.policy import Sampler
-from pav.tasks.base import Problem, problem_id
+from pav.tasks.base import Grade, Problem, problem_id
+from pav.tasks.tape import Tape
 from search.chat import ApiError, parse_chat
 from search.recipes import Kitchen, Recipe, parse_recipe
 from search.records import Record
@@ -111,6 +112,8 @@ def expected(kitchen: Kitchen, recipe: Recipe, question: str, seed: int = 0) -> 
     """What the recipe gives without a server."""
     found: list[Record] = []
     problem = Problem(problem_id(question), question)
+    # drive() waits for engines alone.
+    kitchen = replace(kitchen, session=replace(kitchen.session, grade_in_thread=False))
     job = partial(kitchen.cook, recipe, problem, seed)
     drive(list(kitchen.session.engines.values()), [job], found.append, 1)
     return found[0]
@@ -207,6 +210,28 @@ def test_concurrent_searches_share_the_engine_and_answer_as_alone(
     # vLLM is not batch-invariant: now and then a completion differs between batches.
     same = [a.choices[0].message.content == b for a, b in zip(found, alone, strict=True)]
     assert sum(same) >= 6
+
+
+def test_slow_grader_holds_up_nobody_else(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grade, question = Tape.grade, "11+22-3"
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(self: Tape, text: str, problem: Problem) -> Grade:
+        if problem.question == question:
+            begun.set()
+            go_on.wait(30)
+        return grade(self, text, problem)
+
+    monkeypatch.setattr(Tape, "grade", slow)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, client, "majority-1", question)
+        assert begun.wait(30)
+        assert ask(client, "pav-beam-2").choices
+        assert not waiting.done()
+        go_on.set()
+        assert waiting.result().choices
 
 
 def test_client_that_goes_away_has_its_search_cancelled(served: tuple[str, Service]) -> None:
