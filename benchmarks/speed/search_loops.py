@@ -63,7 +63,7 @@ class LoopsConfig:
         verifier: a verifier that is served in an engine of its own.
         fused: a verifier that is served by the policy's engine (barrier only).
         problems: how many.
-        barrier_n: beam width against the barrier.
+        barrier_n: beam widths against the barrier.
         concurrency: problems in flight.
         engine: device settings.
     """
@@ -71,7 +71,7 @@ class LoopsConfig:
     verifier: str = "pav:reference"
     fused: str = "pav:reference_fused"
     problems: int = 64
-    barrier_n: int = 4
+    barrier_n: list[int] = field(default_factory=lambda: [1, 4])
     concurrency: int = 64
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -272,27 +272,34 @@ def _barrier(config: LoopsConfig) -> tuple[list[dict[str, Any]], list[dict[str, 
         session = open_session(verifier, None, None, longer, config.engine)
         scorer = session.scorer(verifier, "auto", True, None)
         session.sampling_engine(scorer)
-        n, label = config.barrier_n, f"{mode}, N={config.barrier_n}"
-        ours = _searched(session, verifier, scorer, problems, n, len(problems), f"ours, {label}")
         engines = dict(session.engines)
-        session.engines |= {k: Barrier(e) for k, e in engines.items()}  # type: ignore[misc]
-        held = replace(scorer, engine=Barrier(scorer.engine))  # type: ignore[arg-type]
-        for directory, engine in engines.items():
-            if engine is scorer.engine:
-                session.engines[directory] = held.engine
-        theirs = _searched(session, verifier, held, problems, n, len(problems), f"barrier, {label}")
-        session.engines |= engines
+        for n in config.barrier_n:
+            label = f"{mode}, N={n}"
+            ours = _searched(
+                session, verifier, scorer, problems, n, len(problems), f"ours, {label}"
+            )
+            session.engines |= {k: Barrier(e) for k, e in engines.items()}  # type: ignore[misc]
+            held = replace(scorer, engine=_of(session, engines, scorer.engine))
+            theirs = _searched(
+                session, verifier, held, problems, n, len(problems), f"barrier, {label}"
+            )
+            session.engines |= engines
+            rows += [ours.row, theirs.row]
+            same = np.mean([a.correct == b.correct for a, b in
+                            zip(ours.records, theirs.records, strict=True)])  # fmt: skip
+            at = f"over the barrier, {label}"
+            metrics += [
+                metric(f"beam search, problems/s {at}", theirs.cpu / ours.cpu, (">=", BARRIER)),
+                metric(f"beam search, problems/s {at}, by the clock", theirs.clock / ours.clock),
+                metric(f"problems with the same outcome, {label}", float(same)),
+            ]
         session.shutdown()
-        rows += [ours.row, theirs.row]
-        same = np.mean([a.correct == b.correct for a, b in
-                        zip(ours.records, theirs.records, strict=True)])  # fmt: skip
-        at = f"over the barrier, {label}"
-        metrics += [
-            metric(f"beam search, problems/s {at}", theirs.cpu / ours.cpu, (">=", BARRIER)),
-            metric(f"beam search, problems/s {at}, by the clock", theirs.clock / ours.clock),
-            metric(f"problems with the same outcome, {label}", float(same)),
-        ]
     return metrics, rows
+
+
+def _of(session: Session, engines: dict[str, Engine], engine: Engine) -> Any:
+    """What stands in the place of ``engine`` now."""
+    return next(session.engines[name] for name, own in engines.items() if own is engine)
 
 
 def _searched(
