@@ -1,0 +1,1 @@
+"""What makes a verifier good, measured on the tape."""

@@ -1,0 +1,59 @@
+"""The verifier study: subsets of a pool are what a smaller label run would have been."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.verifier.figures import figures_of, resampled
+from benchmarks.verifier.fitting import values_of
+from benchmarks.verifier.pool import Part, encode, shifted, subset
+from benchmarks.verifier.rows import DEFAULT, rows
+from benchmarks.verifier.setting import HEADS, Study
+from pav.judged import MODES
+from pav.labels import read_labels
+from pav.policy import PolicyConfig, load_policy, model_path
+from pav.report import first_half
+from tests.pav.label_runs import TASK, write_labels
+
+
+def test_a_row_of_the_study_learns_from_its_part_of_the_pool(tmp_path: Path) -> None:
+    labels = read_labels([write_labels(tmp_path / "labels", Path(model_path("pav:base")))])
+    policy = load_policy(PolicyConfig(), TASK.step_rule)
+    study = Study(labels, {"validation": labels}, policy, TASK, tmp_path)
+
+    half, tokens = subset(labels, Part(2, 0, n_mc=1))
+    assert {t.seed_index for t in half.traces} == {0, 1}
+    assert {n for _, n in half.counts.values()} == {1}
+    assert {c.index for c in half.completions} == {0}
+    assert tokens == sum(len(x.ids) for x in (*half.traces, *half.completions))
+
+    # States are those of the solution that is asked for, and one token later where that is meant.
+    examples = study.examples(half, "train")
+    found = encode("pav:base", 2, 1, examples, policy)
+    again = encode("pav:base", 2, 0, shifted(examples[:3], 1), policy)
+    torch.testing.assert_close(
+        found.hidden_ND[torch.as_tensor(found.rows(examples[:3]))], again.hidden_ND
+    )
+
+    row = replace(DEFAULT, trunk="pav:base", part=Part(4, 0, n_mc=2))
+    values = values_of(study, row, [0])
+    judged = study.judged["validation"]
+    assert values["validation"].shape == (1, len(HEADS), len(MODES), len(judged.keys_N))
+    held = ~np.array([first_half(e.problem_id) for e in judged.examples])[judged.scored.example_N]
+    figures = figures_of(judged, held)
+    for head in ("q/base", "q/prover"):
+        auc = figures[f"AUC {head}"]
+        q = values["validation"][0, HEADS.index(head), 0]
+        assert auc.of(q, auc.rows) > 0.8
+        assert auc.of(-q, auc.rows) < 0.2
+    owner = judged.scored.example_N
+    draws = resampled(owner, auc.rows)
+    assert all(np.isin(draw, auc.rows).all() for draw in draws)
+    assert len({row.key for row in rows()}) == len(rows())
+    assert all(
+        row.like is None or row.like in {(r.group, r.name) for r in rows()} for row in rows()
+    )
