@@ -88,11 +88,11 @@ def ratios(points: Sequence[Point], invested: dict[str, float] | None = None) ->
     """Ratios of every method on the base policy against the ORM baseline, on every axis.
 
     Args:
-        points: of a comparison; without an ORM baseline there is no ratio.
+        points: of a comparison; without an ORM baseline that is ever right there is no ratio.
         invested: method -> FLOPs that went into its verifier; those it lacks are unknown.
     """
     name = baseline(points)
-    if name is None:
+    if name is None or not any(p.correct_PS.any() for p in points if p.method == name):
         return []
     out = []
     for method in dict.fromkeys(p.method for p in points if p.base and p.method != name):

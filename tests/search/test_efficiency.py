@@ -90,6 +90,11 @@ def test_without_an_orm_baseline_there_is_no_ratio() -> None:
     assert ratios(curve("beam", PAV_9B, beam=True)) == []
 
 
+def test_with_a_baseline_that_is_never_right_there_is_no_ratio() -> None:
+    never = curve("orm", [0.0, 0.0], beam=False)
+    assert ratios(curve("beam", [0.0, 0.5], beam=True) + never) == []
+
+
 def test_flops_are_left_out_where_they_are_unknown() -> None:
     found = ratios(
         curve("beam", PAV_9B, beam=True, flops=math.nan) + curve("orm", ORM_9B, beam=False)
