@@ -49,10 +49,11 @@ class EngineSpeedConfig:
     Args:
         fused: a verifier that is served by the policy's engine.
         separate: one with an engine of its own.
-        other: another fused verifier, e.g. runs/gsm8k/demo/pav.ckpt, with ``other_problems``.
+        other: another fused verifier, e.g. runs/gsm8k/demo/pav.ckpt of ``make demo-gsm8k``.
         problems: how many.
-        other_problems: how many for ``other``.
         n: beam widths.
+        other_problems: how many for ``other``.
+        other_n: beam widths for ``other``.
         engine: device settings.
     """
 
@@ -60,8 +61,9 @@ class EngineSpeedConfig:
     separate: str = "pav:reference"
     other: str | None = None
     problems: int = 64
-    other_problems: int = 8
     n: list[int] = field(default_factory=lambda: [4, 16])
+    other_problems: int = 4
+    other_n: list[int] = field(default_factory=lambda: [4])
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -98,12 +100,14 @@ class Recorder:
 
 def engine_speed(config: EngineSpeedConfig) -> None:
     """Measure and write (see the module)."""
-    metrics, rows = _fused(config, config.fused, "tape", config.problems, 0.7)
-    if config.other is not None:
-        more, other = _fused(config, config.other, "SmolLM2", config.other_problems, 0.85)
-        metrics, rows = metrics + more, rows + other
+    metrics, rows = _fused(config.fused, "tape", config.problems, config.n, 0.7, config.engine)
     more, other = _separate(config)
     metrics, rows = metrics + more, rows + other
+    if config.other is not None:
+        more, other = _fused(
+            config.other, "SmolLM2", config.other_problems, config.other_n, 0.85, config.engine
+        )
+        metrics, rows = metrics + more, rows + other
     write("search_engine", metrics, rows, [0], config.problems, COMMAND)
     sampled = [r for r in rows if not r["way"].startswith("readings")]
     bars(
@@ -114,10 +118,10 @@ def engine_speed(config: EngineSpeedConfig) -> None:
 
 
 def _fused(
-    config: EngineSpeedConfig, name: str, task: str, count: int, least: float
+    name: str, task: str, count: int, widths: Sequence[int], least: float, device: EngineConfig
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     verifier = load_verifier(name)
-    session = open_session(verifier, None, None, None, config.engine)
+    session = open_session(verifier, None, None, None, device)
     scorer = session.scorer(verifier, "fused", True, None)
     engine = scorer.engine
     problems = session.problems("test", count)
@@ -127,7 +131,7 @@ def _fused(
         rows.append({"way": f"{way}, {task}", "tokens": tokens, "cpu_seconds": round(cpu, 2)})
         print(rows[-1], flush=True)
 
-    for n in config.n:
+    for n in widths:
         recorder = Recorder(engine)
         records, spent = _searched(session, scorer, recorder, problems, n)
         tokens = sum(r.policy_tokens for r in records)
