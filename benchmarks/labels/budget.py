@@ -31,7 +31,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks.labels.measure import curve, irreducible, measure
-from benchmarks.labels.ratio import Curve, brier, brier_difference, token_ratio
+from benchmarks.labels.ratio import Curve, bound, brier, brier_difference, token_ratio
 from benchmarks.labels.study import (
     ADAPTIVE,
     ARMS,
@@ -125,10 +125,12 @@ def _ratios(m: Measured) -> list[dict[str, Any]]:
         for arm in (a for a in m.curves if a != reference):
             is_ours = arm in ADAPTIVE
             value, interval = token_ratio(m.curves[arm], m.curves[reference])
-            name = f"tokens of {arm.name} / {reference.name} at the latter's Brier score"
+            least = bound(m.curves[arm], m.curves[reference])
+            name = f"{least}tokens of {arm.name} / {reference.name} at the latter's Brier score"
             target = {"op": "<=", "value": TARGET} if is_ours else None
             rows.append(_row(f"{name} ({m.where})", value, interval, target))
-        limit = f"limit of all: tokens of n_mc 16 at the price of n_mc 1 / {reference.name}"
+        least = bound(m.limit, m.curves[reference])
+        limit = f"limit of all: {least}tokens of n_mc 16 at the price of n_mc 1 / {reference.name}"
         rows.append(_row(f"{limit} ({m.where})", *token_ratio(m.limit, m.curves[reference])))
     return rows + [
         _row(f"Brier score, {arm.name}, whole budget ({m.where})", *brier(c, FULL))

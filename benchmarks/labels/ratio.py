@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import inf, log
+from math import log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,8 @@ class Curve:
 def tokens_for(brier: float, tokens_S: Array, brier_S: Array) -> float:
     """Tokens at which a curve first reaches a Brier score, by interpolation over log tokens.
 
-    The curve's first tokens if it starts as good as that, infinity if it never becomes so.
+    Its first tokens if it starts as good as that, its last ones if it never becomes so: then the
+    true number lies below, or above.
     """
     if brier_S[0] <= brier:
         return float(tokens_S[0])
@@ -54,14 +55,15 @@ def tokens_for(brier: float, tokens_S: Array, brier_S: Array) -> float:
             part = (brier_S[i - 1] - brier) / (brier_S[i - 1] - brier_S[i])
             low, high = log(tokens_S[i - 1]), log(tokens_S[i])
             return float(np.exp(low + part * (high - low)))
-    return inf
+    return float(tokens_S[-1])
 
 
 def token_ratio(arm: Curve, reference: Curve, seed: int = 0) -> tuple[float, list[float]]:
     """Tokens at which ``arm`` is as good as the whole ``reference``, over the latter's.
 
     Returns:
-        The ratio and its 95% interval, by a bootstrap over replicates and held-out problems.
+        The ratio (a bound where :func:`tokens_for` gives one) and its 95% interval, by a bootstrap
+        over replicates and held-out problems.
     """
 
     def ratio(rows: NDArray[np.intp], problems: NDArray[np.intp]) -> float:
@@ -69,6 +71,14 @@ def token_ratio(arm: Curve, reference: Curve, seed: int = 0) -> tuple[float, lis
         return tokens_for(float(brier_S[-1]), *arm.mean(rows, problems)) / float(tokens_S[-1])
 
     return _with_interval(ratio, arm, seed)
+
+
+def bound(arm: Curve, reference: Curve) -> str:
+    """Whether the ratio is only a bound: ``at most``, ``at least`` or nothing."""
+    brier_S, wanted = arm.whole[1], reference.whole[1][-1]
+    if brier_S[0] <= wanted:
+        return "at most "
+    return "" if (brier_S <= wanted).any() else "at least "
 
 
 def brier_difference(

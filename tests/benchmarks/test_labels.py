@@ -12,7 +12,7 @@ import torch
 from benchmarks.labels import study
 from benchmarks.labels.pool import fill
 from benchmarks.labels.quality import load_judge, quality
-from benchmarks.labels.ratio import Curve, token_ratio, tokens_for
+from benchmarks.labels.ratio import Curve, bound, token_ratio, tokens_for
 from benchmarks.labels.study import Arm, Replays, StudyConfig, label_set
 from data_gen.rollouts import RolloutsConfig, rollouts
 from data_gen.runs import Run, read_run
@@ -138,7 +138,10 @@ def test_tokens_at_equal_quality_are_interpolated_over_log_tokens() -> None:
     assert tokens_for(0.2, tokens, brier) == pytest.approx(200)
     assert tokens_for(0.15, tokens, brier) == pytest.approx(200 * 2**0.5)
     assert tokens_for(0.5, tokens, brier) == 100
-    assert tokens_for(0.05, tokens, brier) == inf
+    assert tokens_for(0.05, tokens, brier) == 400
     ratio, interval = token_ratio(curve([0.3, 0.1], [50, 200]), curve([0.3, 0.2], [100, 400]))
     assert ratio == pytest.approx(100 / 400)
     assert interval == pytest.approx([0.25, 0.25])
+    curves = [curve([0.3, last], [50, 200]) for last in (0.1, 0.25)]
+    assert [bound(c, curve([0.3, 0.2], [100, 400])) for c in curves] == ["", "at least "]
+    assert bound(curves[0], curve([0.4, 0.35], [100, 400])) == "at most "
