@@ -70,13 +70,13 @@ class Roller:
         return self.policy.config.label
 
     async def finish(
-        self, problem: Problem, prefix: list[int], seed: int
+        self, prompt: list[int], prefix: list[int], seed: int
     ) -> tuple[list[int], bool]:
-        """Sample from ``prefix`` to the end; (new ids, whether it was truncated).
+        """Sample after ``prompt + prefix`` to the end; (new ids, whether it was truncated).
 
         Truncated: by the length cap, or by a cut step that is not scored, at which search stops.
         """
-        ids = self.policy.encode(problem) + prefix
+        ids = prompt + prefix
         room = self.sampler.max_length - len(ids)
         if room <= 0:
             return [], True
@@ -103,7 +103,7 @@ class Labeler:
         plan: how rollouts are spent; names the same policies.
         seed: run seed; every request's seed is a hash of it and of the request's key.
         store: where finished solutions and rollouts go.
-        deadline: on the monotonic clock; what finishes later ends the run.
+        deadline: on the monotonic clock; it ends the run.
     """
 
     task: Task
@@ -124,7 +124,9 @@ class Labeler:
             roller = next(r for r in self.rollers if r.name == seed.writer)
             key = prefix_key(problem.id, [])
             ids, truncated = await roller.finish(
-                problem, [], seed_of(self.seed, "seed", seed.writer, key, seed.index)
+                roller.policy.encode(problem),
+                [],
+                seed_of(self.seed, "seed", seed.writer, key, seed.index),
             )
         policy = self.rollers[0].policy
         grade = self.task.grade(policy.text(ids), problem)
@@ -142,34 +144,46 @@ class Labeler:
             correct=grade.correct and not truncated,
             truncated=truncated,
         )
-        self._keep(trace)
+        self.store.add(trace)
         return trace
 
     async def rollouts(self, trace: Trace, problem: Problem) -> None:
         """Rollouts from the prefixes of ``trace`` until the plan wants no more."""
         stepper = self.rollers[0].policy.stepper
+        # Once per solution: encoding for every rollout took 5% of a run.
+        rollers = {r.name: (r, r.policy.encode(problem)) for r in self.rollers}
         while requests := wanted(self.plan, trace, self.store.completions, stepper):
-            await asyncio.gather(*(self._rollout(request, problem) for request in requests))
+            await asyncio.gather(*(self._rollout(r, problem, *rollers[r.policy]) for r in requests))
 
-    async def _rollout(self, request: Request, problem: Problem) -> None:
+    async def _rollout(
+        self, request: Request, problem: Problem, roller: Roller, prompt: list[int]
+    ) -> None:
         key, prefix, index = request.key, request.prefix, request.index
-        roller = next(r for r in self.rollers if r.name == request.policy)
         ids, truncated = await roller.finish(
-            problem, prefix, seed_of(self.seed, "rollout", roller.name, key, index)
+            prompt, prefix, seed_of(self.seed, "rollout", roller.name, key, index)
         )
         grade = self.task.grade(roller.policy.text(prefix + ids), problem)
         # A truncated rollout is a failure, whatever its text says.
         correct = grade.correct and not truncated
-        self._keep(
+        self.store.add(
             Completion(
                 key, problem.id, roller.name, index, prefix, ids, grade.answer, correct, truncated
             )
         )
 
-    def _keep(self, record: Trace | Completion) -> None:
-        self.store.add(record)
-        if monotonic() >= self.deadline:
-            raise OutOfTime
+
+@dataclass(frozen=True)
+class _Clock:
+    """Turned with the engines, so that time is up also where no worker answers or has started."""
+
+    deadline: float
+
+    @property
+    def busy(self) -> bool:
+        return monotonic() >= self.deadline
+
+    def step(self) -> None:
+        raise OutOfTime
 
 
 def owed(rounds: list[list[Seed]], plan: Plan, store: Store, stepper: Stepper) -> list[list[Seed]]:
@@ -225,7 +239,7 @@ def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
             await turns.start_of(number)
             # The prefixes that it shares with earlier solutions of the problem are there by now.
             await labeler.rollouts(trace, seed.problem)
-        except (UserError, OutOfTime) as error:
+        except UserError as error:
             # Several jobs may meet the same full disk; the first one ends the run.
             return error
         turns.finished_one(number)
@@ -251,4 +265,5 @@ def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
             note = f"{len(store.completions)} rollouts, {tokens:.0f} tokens/s"
             reporter.update(done, note, lines)
 
-        drive(engines, jobs, advance, concurrency)
+        # The clock comes last: what an engine's step finished is kept.
+        drive([*engines, _Clock(labeler.deadline)], jobs, advance, concurrency)

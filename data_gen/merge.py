@@ -1,4 +1,7 @@
-"""``data_gen.merge DIR ... --output OUT``: several label runs, shards say, as one."""
+"""``data_gen.merge DIR ... --output OUT``: several label runs, shards say, as one.
+
+Traces, rollouts and counts, and the tables of ``data_gen.likelihood`` beside them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from typing import Any
 from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
 from data_gen.interrupt import interruptible
+from data_gen.likelihood import write_part
 from data_gen.runs import Run, read_run, run_on_directories
 from data_gen.store import Store
 from pav.errors import UserError
-from pav.labels import AGREE, check_agreement
+from pav.labels import AGREE, LIKELIHOODS, check_agreement, likelihood_rows
 
 
 @dataclass(frozen=True)
@@ -42,26 +46,53 @@ def merge(config: MergeConfig) -> None:
             raise UserError(f"labels {directory!r} hold no traces; let it run, or leave it out")
     parts = list(runs.values())
     manifest = _manifest(parts)
-    with interruptible(), Store(Path(config.output), manifest) as store:
+    output = Path(config.output)
+    likelihoods = _likelihoods([output, *(run.directory for run in parts)])
+    with interruptible(), Store(output, manifest) as store:
         for run in parts:
             store.traces.update(run.traces)
             store.completions.update(run.completions)
         store.seal(manifest["rollout_policies"], changed=True)
+        # Those of the output come first: the same command once more adds nothing.
+        if lacking := likelihoods[len(likelihood_rows(output)) :]:
+            write_part(output / LIKELIHOODS, lacking)
         repeated = sum(len(r.completions) for r in parts) - len(store.completions)
         print(
             f"{len(runs)} runs: {len(store.traces)} traces, {len(store.completions)} rollouts in "
             f"{config.output}; {repeated} rollouts stand in several runs and count once"
         )
+        if likelihoods:
+            print(f"  {len(likelihoods)} likelihoods")
         unsealed = [name for name, run in runs.items() if not run.sealed]
         if unsealed:
             print(f"  not finished, merged as far as they are: {', '.join(unsealed)}")
         seconds = sum(r.seconds for r in parts)
-        merged = Run(
-            Path(config.output), manifest, store.traces, store.completions, seconds=seconds
-        )
-        print_health(write_health(merged), Path(config.output))
+        merged = Run(output, manifest, store.traces, store.completions, seconds=seconds)
+        print_health(write_health(merged), output)
         write_data_card(merged)
     print(f"next: pav.train --labels '[{config.output}]' --output runs/pav.ckpt")
+
+
+def _likelihoods(directories: list[Path]) -> list[dict[str, Any]]:
+    """Rows of several tables of likelihoods, one for every prefix and policy.
+
+    Raises:
+        UserError: if they call two policies by one name.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    named: dict[str, tuple[str, Path]] = {}
+    for directory in directories:
+        for row in likelihood_rows(directory):
+            name, fingerprint = row["policy"], row["policy_fingerprint"]
+            known, where = named.setdefault(name, (fingerprint, directory))
+            if known != fingerprint:
+                raise UserError(
+                    f"labels {str(where)!r} and {str(directory)!r} hold likelihoods of two "
+                    f"policies called {name!r} (fingerprints {known} and {fingerprint}); remove "
+                    f"{LIKELIHOODS}/ in one of them, or make it again with another policy.name"
+                )
+            found.setdefault((row["prefix_key"], name), row)
+    return list(found.values())
 
 
 def _manifest(runs: list[Run]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Requests wait in one queue per model. A worker gets a lease, a run of successive requests (which
 mostly share a prefix), while it holds fewer than it can run and a lease more. What a dead worker
-held goes back to the front, to whoever has room; only the first answer to a request counts. A worker
-that holds requests says every half a minute that its engine still steps; silence is a death.
+held goes back to the front, to whoever has room; only the first answer to a request counts. A
+worker that holds requests says every half a minute that its engine still steps; silence is a death.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Transport(Protocol):
         """(worker, message) of what comes within ``seconds``; returns with the first of it."""
 
     def end(self, worker: int) -> None:
-        """End a worker that does not answer; it may be started again, and is not heard of before."""
+        """End a worker that does not answer; nothing more is received of it."""
 
     def close(self) -> None:
         """End all workers, within seconds."""

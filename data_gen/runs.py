@@ -17,6 +17,7 @@ from pav.cli import Config, run
 from pav.errors import UserError
 from pav.labels import Completion, Trace
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
+from pav.steps import Stepper, StepRule
 from pav.tasks.base import Task
 from pav.verifier import prompt_from, resolve_task
 
@@ -110,6 +111,16 @@ def base_policy(run: Run, task: Task) -> Policy:
             f"{policy.path!r} has now; put the old one back"
         )
     return policy
+
+
+def stepper_of(run: Run) -> Stepper:
+    """What cuts the solutions of a run into steps; needs its base policy's tokenizer, no task.
+
+    Raises:
+        UserError: if the model is gone.
+    """
+    rule = StepRule(**run.manifest["task_spec"]["init_args"]["step_rule"])
+    return load_policy(policy_config(run.manifest), rule).stepper
 
 
 def task_of(run: Run, given: Task | None) -> Task:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from data_gen.pool import worker_lines
-from data_gen.runs import Run, print_wide, read_run, run_on_directories
+from data_gen.runs import Run, print_wide, read_run, run_on_directories, stepper_of
 from data_gen.store import JOURNAL
 from data_gen.strategies import plan_of, wanted
 from pav.errors import UserError
@@ -57,7 +57,8 @@ def status(config: StatusConfig) -> None:
 
 def _row(run: Run) -> list[str]:
     plan = plan_of(run.manifest)
-    done = sum(not wanted(plan, t, run.completions) for t in run.traces.values())
+    stepper = stepper_of(run) if plan.branches else None
+    done = sum(not wanted(plan, t, run.completions, stepper) for t in run.traces.values())
     total = run.solutions or _planned(run.manifest)
     per_second, tokens = rates(run)
     # Rollouts are what takes time; solutions come in bursts.

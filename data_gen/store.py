@@ -16,7 +16,6 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from time import monotonic, time
 from typing import IO, Any
@@ -32,6 +31,7 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 Key = tuple[str, str, int]
 _TABLES = (("traces", "trace"), ("completions", "completion"))
+_JSON = json.JSONEncoder(separators=(",", ":"))
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -98,7 +98,7 @@ class Store:
 
     def _replay(self) -> None:
         for kind, row in sealed(self.directory):
-            self._remember(kind, row)
+            remember(kind, row, self.traces, self.completions)
         path = self.directory / JOURNAL
         if not path.exists():
             return
@@ -113,7 +113,7 @@ class Store:
                 self._solutions = entry["record"]["solutions"]
             else:
                 self._unsealed = True
-                self._remember(entry["kind"], entry["record"])
+                remember(entry["kind"], entry["record"], self.traces, self.completions)
             if not damaged:
                 whole = end
         if not damaged:
@@ -131,9 +131,6 @@ class Store:
     def _open_journal(self) -> None:
         self._journal = (self.directory / JOURNAL).open("ab", buffering=0)
         self._size = os.fstat(self._journal.fileno()).st_size
-
-    def _remember(self, kind: str, record: dict[str, Any]) -> None:
-        remember(kind, record, self.traces, self.completions)
 
     @property
     def seconds(self) -> float:
@@ -156,11 +153,9 @@ class Store:
         Raises:
             UserError: if it cannot be written (full disk); the journal then ends as before.
         """
-        kind = "trace" if isinstance(record, Trace) else "completion"
-        plain = asdict(record)
-        self._append(kind, plain)
+        self._append("trace" if isinstance(record, Trace) else "completion", vars(record))
         self._unsealed = True
-        self._remember(kind, plain)
+        place(record, self.traces, self.completions)
 
     def _append(self, kind: str, record: dict[str, Any]) -> None:
         if self._failed:
@@ -191,8 +186,8 @@ class Store:
         if not (self._unsealed or changed):
             return
         try:
-            self._write("traces", TRACES, [asdict(t) for t in self.traces.values()])
-            self._write("completions", COMPLETIONS, [asdict(c) for c in self.completions.values()])
+            self._write("traces", TRACES, [vars(t) for t in self.traces.values()])
+            self._write("completions", COMPLETIONS, [vars(c) for c in self.completions.values()])
             self._write("labels", LABELS, count(self.completions, fingerprints))
             replace_file(self.directory / JOURNAL, _line("run", self._run_record(), self.seconds))
             self._journal.close()
@@ -303,13 +298,23 @@ def remember(
     traces: dict[str, Trace],
     completions: dict[Key, Completion],
 ) -> None:
-    """Put a record in its place; a later one of the same key replaces an earlier one."""
+    """Put a record as it was read in its place (see :func:`place`); other kinds are left out."""
     if kind == "trace":
-        trace = Trace(**record)
-        traces[trace.trace_id] = trace
+        place(Trace(**record), traces, completions)
     elif kind == "completion":
-        completion = Completion(**record)
-        completions[completion.prefix_key, completion.policy, completion.index] = completion
+        place(Completion(**record), traces, completions)
+
+
+def place(
+    record: Trace | Completion,
+    traces: dict[str, Trace],
+    completions: dict[Key, Completion],
+) -> None:
+    """Put a record in its place; a later one of the same key replaces an earlier one."""
+    if isinstance(record, Trace):
+        traces[record.trace_id] = record
+    else:
+        completions[record.prefix_key, record.policy, record.index] = record
 
 
 def _lock(directory: Path) -> IO[bytes]:
@@ -352,7 +357,7 @@ def _refuse_foreign(directory: Path) -> None:
 
 def _line(kind: str, record: dict[str, Any], seconds: float) -> bytes:
     entry = {"kind": kind, "t": round(seconds, 1), "record": record}
-    body = json.dumps(entry, separators=(",", ":")).encode()
+    body = _JSON.encode(entry).encode()
     return b"%08x %b\n" % (zlib.crc32(body), body)
 
 

@@ -22,6 +22,7 @@ from scipy.stats import binom
 from data_gen import regrade as regrade_module
 from data_gen import runs as runs_module
 from data_gen.health import health_of, label_noise, print_health, write_health
+from data_gen.likelihood import write_part
 from data_gen.merge import MergeConfig, merge
 from data_gen.regrade import RegradeConfig, regrade
 from data_gen.rollouts import RolloutsConfig, _manifest
@@ -31,7 +32,14 @@ from data_gen.status import StatusConfig, status
 from data_gen.store import JOURNAL, Store
 from data_gen.strategies import prefixes
 from pav.errors import UserError
-from pav.labels import Completion, Trace, prefix_key, read_labels
+from pav.labels import (
+    LIKELIHOODS,
+    Completion,
+    Trace,
+    likelihood_rows,
+    prefix_key,
+    read_labels,
+)
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.steps import StepRule
 from pav.tasks.base import Grade, Problem
@@ -258,6 +266,39 @@ def test_merged_shards_read_as_the_whole_run_and_load_as_data_sets(
         Store(Path(output), manifest_of(run_config(policy), policy))
 
 
+def test_merged_runs_bring_their_likelihoods_each_once(
+    policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = some_problems(2)
+    parts = []
+    for i, problem in enumerate(problems):
+        manifest = manifest_of(run_config(policy, shard=f"{i}/2"), policy)
+        part = write(tmp_path / str(i), manifest, records(policy, [problem], Tape()))
+        parts.append(str(part))
+        # Both know one row of the first problem.
+        write_part(part / LIKELIHOODS, likely(problems[: i + 1]))
+    output = tmp_path / "merged"
+    for _ in range(2):  # the same command once more changes nothing
+        merge(MergeConfig(str(output), parts))
+    assert "  2 likelihoods" in capsys.readouterr().out
+    assert likelihood_rows(output) == likely(problems)
+    write_part(Path(parts[1]) / LIKELIHOODS, likely(problems[:1], fingerprint="h"))
+    with pytest.raises(
+        UserError, match=r"likelihoods of two policies called 'base' \(fingerprints"
+    ):
+        merge(MergeConfig(str(tmp_path / "other"), parts))
+    assert not (tmp_path / "other").exists()
+
+
+def likely(problems: list[Problem], fingerprint: str = "g") -> list[dict[str, Any]]:
+    return [
+        {"prefix_key": prefix_key(p.id, []), "problem_id": p.id, "policy": "base",
+         "policy_fingerprint": fingerprint, "answer": f"A{p.gold}", "answer_tokens": 3,
+         "logprob": -1.5}
+        for p in problems
+    ]  # fmt: skip
+
+
 def test_runs_that_disagree_are_not_merged(policy: Policy, made: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "merged")
     manifest = manifest_of(run_config(policy), policy)
@@ -305,6 +346,22 @@ def test_status_of_a_running_run_is_right_and_leaves_it_alone(
     assert "stopped, sealed" in capsys.readouterr().out
     with pytest.raises(UserError, match="labels is empty"):
         status(StatusConfig())
+
+
+def test_status_counts_solutions_whose_branches_are_owed_as_not_done(
+    policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = records(policy, some_problems(1), Tape())
+    line = policy.tokenizer.encode("=1\n", add_special_tokens=False)
+    branched = [
+        replace(r, ids=line + r.ids) if isinstance(r, Completion) and not r.prefix_ids else r
+        for r in content
+    ]
+    for name, records_, done in (("ended", content, 2), ("branched", branched, 0)):
+        config = run_config(policy, n_mc=2, branches=1)
+        run = write(tmp_path / name, manifest_of(config, policy), records_, seal=False)
+        status(StatusConfig([str(run)]))
+        assert f" {done}/2 " in capsys.readouterr().out
 
 
 def test_rates_are_those_of_the_last_ten_minutes_of_work() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ import pytest
 from data_gen.pool import (
     DEATHS,
     WORKERS,
+    Alive,
     Call,
     Finished,
     Message,
@@ -184,10 +186,14 @@ def test_ray_that_is_not_installed_is_named_with_its_extra(
 
 
 class Scripted:
-    """Workers that answer and die by lot: what a pool makes of that is under test."""
+    """Workers that answer and die by lot: what a pool makes of that is under test.
+
+    Those that hang answer nothing until they are ended.
+    """
 
     def __init__(self, lot: Random, deaths: int = 0, answers: int = 8) -> None:
         self.lot, self.deaths, self.answers = lot, deaths, answers
+        self.hanging: set[int] = set()
         self.held: dict[int, deque[Call]] = {}
         self.most_held = 0
         self.answered: Counter[int] = Counter()
@@ -207,6 +213,8 @@ class Scripted:
     def receive(self, seconds: float) -> list[tuple[int, Message]]:
         coming, self.coming = self.coming, []
         for worker, held in self.held.items():
+            if worker in self.hanging:
+                continue
             if held and self.deaths and self.lot.random() < 0.2:
                 self.deaths -= 1
                 coming.append((worker, Died("signal SIGKILL")))
@@ -218,6 +226,10 @@ class Scripted:
             # What a worker says twice, or for another, counts once.
             coming += [(worker, Finished(answers)), (0, Finished(answers[:1]))]
         return coming
+
+    def end(self, worker: int) -> None:
+        self.hanging.remove(worker)
+        self.held[worker].clear()
 
     def close(self) -> None:
         self.closed = True
@@ -250,6 +262,57 @@ def test_every_request_is_answered_once_whoever_dies(
     assert [answer.ids for answer in found] == [[i, 7] for i in range(200)]
     assert set(transport.answered.values()) == {1}
     assert capsys.readouterr().err.count("WARNING: worker ") == DEATHS - 1 - transport.deaths
+
+
+def test_worker_that_hangs_is_ended_and_what_it_held_goes_to_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data_gen.pool.SILENT_SECONDS", 0.05)
+    transport = Scripted(Random(0))
+    transport.hanging = {1}
+    found = sampled(transport, 200, 3)
+    assert [answer.ids for answer in found] == [[i, 7] for i in range(200)]
+    assert set(transport.answered.values()) == {1}
+    assert not transport.hanging
+    said = capsys.readouterr().err
+    assert "WARNING: worker 1 died (silent for 0 minutes, ended); the " in said
+    assert said.count("WARNING") == 1
+
+
+def test_worker_that_says_it_is_alive_is_given_all_the_time_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data_gen.pool.SILENT_SECONDS", 0.05)
+    transport, started = Scripted(Random(0)), time.monotonic()
+    transport.hanging = {0}
+    inner = transport.receive
+
+    def receive(seconds: float) -> list[tuple[int, Message]]:
+        if time.monotonic() - started > 0.2:
+            transport.hanging.clear()
+        return [*inner(seconds), (0, Alive())]
+
+    monkeypatch.setattr(transport, "receive", receive)
+    assert len(sampled(transport, 20, 1)) == 20
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_hours_hold_while_no_worker_has_started(
+    config: RolloutsConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    transport = Scripted(Random(0))
+    monkeypatch.setattr(transport, "start", lambda worker: None)
+
+    def open_pool(models: list[Model], count: int, ray: str | None, note: Path | None) -> Pool:
+        return Pool(transport, models, count, note)
+
+    monkeypatch.setattr("data_gen.rollouts.open_pool", open_pool)
+    rollouts(replace(config, output=str(tmp_path / "run"), workers=2, hours=1e-4))
+    assert transport.closed
+    assert "stopped after 0.0001 hours: 0 of 2 rounds are complete" in capsys.readouterr().out
 
 
 def test_worker_holds_what_it_can_run_and_two_leases_and_leases_are_successive() -> None:
