@@ -11,8 +11,10 @@ In one process, on one engine and on the same requests (ids, sampler, seeds), by
     one problem at a time, one generate call per prefix: the solution, then its prefixes, each
     with its ``n_mc`` samples. On the first problems only; its rate does not depend on how many.
 
-Seconds are those of the clock and those of the processor. With one thread on a CPU the ratio of the
-latter is what an idle machine shows by the clock, also where other work shares the machine.
+Ratios are means over turns with t intervals, each turn's of its own rates. Seconds are those of the
+clock and those of the processor. With one thread on a CPU the ratio of the latter is what an idle
+machine shows by the clock, also where other work shares the machine. Tokens per step say how full
+the engine is.
 Writes ``benchmarks/results/speed_generation.{json,csv,png}``.
 """
 
@@ -24,6 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
+from scipy.stats import t as student_t
 
 from benchmarks.speed.results import RESULTS, metric, write
 from data_gen.label import Labeler, Roller, Seed, label
@@ -47,16 +52,16 @@ class GenerationConfig:
 
     Args:
         policy: the base policy.
-        problems: problems at ``n_mc`` 4; at 16 there are a quarter of them.
-        usual_problems: problems of the usual loop.
-        turns: how often each way is measured at ``n_mc`` 4; once at 16.
+        problems: problems, two solutions of each at ``n_mc`` 4 and one at 16.
+        usual_problems: problems of the usual loop at ``n_mc`` 4; at 16 half of them.
+        turns: how often each way is measured.
         engine: device settings.
     """
 
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig("pav:base"))
-    problems: int = 64
-    usual_problems: int = 3
-    turns: int = 2
+    problems: int = 256
+    usual_problems: int = 8
+    turns: int = 5
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -69,13 +74,21 @@ class Call:
     samples: list[tuple[int, int]]
 
 
-@dataclass
-class Speed:
-    """What one way made in how many seconds, summed over its turns."""
+@dataclass(frozen=True)
+class Turn:
+    """What one way made in one turn.
 
-    tokens: int = 0
-    clock: float = 0.0
-    cpu: float = 0.0
+    Attributes:
+        tokens: sampled.
+        steps: of the engine.
+        clock: seconds.
+        cpu: processor seconds.
+    """
+
+    tokens: int
+    steps: int
+    clock: float
+    cpu: float
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -91,35 +104,30 @@ def generation(config: GenerationConfig) -> None:
     policies = [load_policy(config.policy, labels.task.step_rule)]
     with loaded(labels, policies) as rollers:
         for n_mc, (least, n_seeds) in CASES.items():
-            few = n_mc > min(CASES)
             labels = RolloutsConfig(
                 output="", policy=config.policy, validation_problems=0, n_mc=n_mc, n_seeds=n_seeds,
-                problems=config.problems // 4 if few else config.problems,
+                problems=config.problems // 2 if n_seeds == 1 else config.problems,
             )  # fmt: skip
-            rounds = rounds_of(labels, policies)
-            speeds = _case(labels, rollers[0], rounds, config, 1 if few else config.turns)
-            metrics += _metrics(n_mc, least, speeds)
-            for way, speed in speeds.items():
-                rows.append(
-                    {"n_mc": n_mc, "way": way, "tokens": speed.tokens,
-                     "seconds": round(speed.clock, 2), "cpu_seconds": round(speed.cpu, 2)}
-                )  # fmt: skip
-                print(rows[-1])
+            turns = _case(labels, rollers[0], rounds_of(labels, policies), config)
+            metrics += _metrics(n_mc, least, turns)
+            rows += [
+                {"n_mc": n_mc, "turn": i, "way": way, "tokens": turn.tokens, "steps": turn.steps,
+                 "seconds": round(turn.clock, 2), "cpu_seconds": round(turn.cpu, 2)}
+                for i, ways in enumerate(turns) for way, turn in ways.items()
+            ]  # fmt: skip
     write("generation", metrics, rows, [0], config.problems, COMMAND)
     _plot(rows, RESULTS / "speed_generation.png")
 
 
 def _case(
-    labels: RolloutsConfig,
-    roller: Roller,
-    rounds: list[list[Seed]],
-    config: GenerationConfig,
-    turns: int,
-) -> dict[str, Speed]:
+    labels: RolloutsConfig, roller: Roller, rounds: list[list[Seed]], config: GenerationConfig
+) -> list[dict[str, Turn]]:
     engine = roller.engine
     assert isinstance(engine, Engine)
-    speeds = {"data_gen": Speed(), "raw vLLM": Speed(), "usual loop": Speed()}
-    for _ in range(turns):
+    first = {seed.problem.id for seed in rounds[0][: config.usual_problems * len(rounds) // 2]}
+    turns = []
+    for number in range(config.turns):
+        ways = {}
         with TemporaryDirectory() as name, Store(Path(name), {}) as store:
             labeler = Labeler(labels.task, [roller], labels.plan, labels.seed, store)
 
@@ -129,21 +137,40 @@ def _case(
                 store.seal({roller.name: ""})
                 return engine.usage.generated - before
 
-            _time(speeds["data_gen"], engine, work)
+            ways["data_gen"] = _time(engine, work)
             calls = _calls(labels.plan, labeler, roller, rounds)
-        _time(speeds["raw vLLM"], engine, lambda calls=calls: _raw(engine, roller, calls))
-    first = {seed.problem.id for seed in rounds[0][: config.usual_problems]}
-    own = [call for call in calls if call.problem in first]
-    _time(speeds["usual loop"], engine, lambda: sum(_raw(engine, roller, [call]) for call in own))
-    return speeds
+            asked = sum(len(call.samples) for call in calls)
+            if asked != len(store.traces) + len(store.completions):
+                raise RuntimeError("raw vLLM would not be given the requests of the label run")
+        own = [call for call in calls if call.problem in first]
+        ways["raw vLLM"] = _time(engine, lambda calls=calls: _raw(engine, roller, calls))
+        ways["usual loop"] = _time(
+            engine, lambda own=own: sum(_raw(engine, roller, [call]) for call in own)
+        )
+        turns.append(ways)
+        for way, turn in ways.items():
+            print(
+                f"n_mc {labels.n_mc} turn {number} {way}: {turn.rates[0]:.0f} tokens/s, "
+                f"{turn.rates[1]:.0f} by the processor, {turn.tokens / turn.steps:.0f} a step"
+            )
+    return turns
 
 
-def _time(speed: Speed, engine: Engine, work: Callable[[], int]) -> None:
+def _time(engine: Engine, work: Callable[[], int]) -> Turn:
     engine.reset_prefix_cache()
+    inner, steps = engine._engine.step, 0
+
+    def step() -> Any:
+        nonlocal steps
+        steps += 1
+        return inner()
+
+    engine._engine.step = step  # type: ignore[method-assign]
     clock, cpu = time.perf_counter(), time.process_time()
-    speed.tokens += work()
-    speed.clock += time.perf_counter() - clock
-    speed.cpu += time.process_time() - cpu
+    tokens = work()
+    clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+    engine._engine.step = inner  # type: ignore[method-assign]
+    return Turn(tokens, steps, clock, cpu)
 
 
 def _calls(plan: Plan, labeler: Labeler, roller: Roller, rounds: list[list[Seed]]) -> list[Call]:
@@ -190,33 +217,47 @@ def _raw(engine: Engine, roller: Roller, calls: Sequence[Call]) -> int:
     return tokens
 
 
-def _metrics(n_mc: int, least: float, speeds: dict[str, Speed]) -> list[dict[str, Any]]:
-    ours, raw, usual = (speeds[way].rates for way in ("data_gen", "raw vLLM", "usual loop"))
+def _metrics(n_mc: int, least: float, turns: list[dict[str, Turn]]) -> list[dict[str, Any]]:
     out = []
     for i, by in enumerate(("clock", "processor")):
-        at = f"n_mc {n_mc}, by the {by}"
-        out += [
-            metric(f"data_gen.rollouts over raw vLLM, tokens/s, {at}", ours[i] / raw[i],
-                   (">=", 0.95)),
-            metric(f"data_gen.rollouts over the usual loop, tokens/s, {at}", ours[i] / usual[i],
-                   (">=", least)),
-            metric(f"ceiling: raw vLLM over the usual loop, tokens/s, {at}", raw[i] / usual[i]),
-        ]  # fmt: skip
+        for name, over, under, target in (
+            ("data_gen.rollouts over raw vLLM", "data_gen", "raw vLLM", (">=", 0.95)),
+            ("data_gen.rollouts over the usual loop", "data_gen", "usual loop", (">=", least)),
+            ("ceiling: raw vLLM over the usual loop", "raw vLLM", "usual loop", None),
+        ):
+            ratios = [t[over].rates[i] / t[under].rates[i] for t in turns]
+            value, ci95 = mean_and_interval(ratios)
+            title = f"{name}, tokens/s, n_mc {n_mc}, by the {by}"
+            out.append(metric(title, value, target, ci95))
     return out
 
 
-def _plot(rows: Sequence[dict[str, Any]], target: Path) -> None:
-    import matplotlib
+def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Mean and 95% t interval; no interval of one value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    half = float(
+        student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    )
+    return mean, (mean - half, mean + half)
 
-    matplotlib.use("Agg")
+
+def _plot(rows: Sequence[dict[str, Any]], target: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    names = [f"{row['way']}\nn_mc {row['n_mc']}" for row in rows]
-    axes.bar(names, [row["tokens"] / row["cpu_seconds"] for row in rows])
-    axes.tick_params(labelsize=8)
-    axes.set_ylabel("tokens per processor second")
+    for i, (n_mc, way) in enumerate(dict.fromkeys((r["n_mc"], r["way"]) for r in rows)):
+        own = [r for r in rows if (r["n_mc"], r["way"]) == (n_mc, way)]
+        rates = [r["tokens"] / r["cpu_seconds"] for r in own]
+        axes.bar(i, np.mean(rates), color="0.8")
+        axes.plot([i] * len(rates), rates, "k.", ms=4)
+        axes.annotate(f"{np.mean(rates):.0f}", (i, 0), (0, 3), textcoords="offset points",
+                      ha="center", fontsize=8)  # fmt: skip
+    names = dict.fromkeys(f"{row['way']}\nn_mc {row['n_mc']}" for row in rows)
+    axes.set_xticks(range(len(names)), list(names), fontsize=8)
+    axes.set_ylabel("tokens per processor second\n(a dot is a turn)")
     figure.savefig(target, dpi=150)
 
 

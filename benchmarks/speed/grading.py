@@ -1,10 +1,10 @@
 """How many ``math`` answers are graded in a second, by two processes on two cores.
 
-``python -m benchmarks.speed.grading`` writes ``benchmarks/results/speed_grading.{json,csv}``. Every
-problem of MATH-500 gets a right answer in another spelling and the answer of another problem, each
-(answer, reference) pair once: nothing is answered from a cache but the reference, which is read
-before the clock starts (a label run grades hundreds of answers per reference). Equal text counts
-for nothing: that short cut is cut off.
+``python -m benchmarks.speed.grading`` writes ``benchmarks/results/speed_grading.{json,csv,png}``.
+Every problem of MATH-500 gets a right answer in another spelling and the answer of another
+problem, each (answer, reference) pair once: nothing is answered from a cache but the reference,
+which is read before the clock starts (a label run grades hundreds of answers per reference). Equal
+text counts for nothing: that short cut is cut off.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Timed:
 
 def measure(config: GradingConfig) -> None:
     """Grade, print and write (see :class:`GradingConfig`)."""
-    from benchmarks.speed.results import metric, write  # torch: not in the processes
+    from benchmarks.speed.results import RESULTS, bars, metric, write  # torch: not here
 
     task = Math(data=config.data, test=None)
     problems = [p for s in ("train", "validation", "test") for p in task.problems(s)]  # type: ignore[arg-type]
@@ -90,6 +90,8 @@ def measure(config: GradingConfig) -> None:
         metrics.append(metric(name, grades / wall, target) | measured)
         table.append({"metric": name, "grades_per_second": grades / wall} | measured)
     write("grading", metrics, table, [], len(problems), COMMAND)
+    rates = [(str(row["metric"]), row["grades_per_second"]) for row in table]
+    bars(rates, f"grades/s, {config.processes} processes", RESULTS / "speed_grading.png")
 
 
 def answers(problems: list[Problem]) -> list[Pair]:
