@@ -275,10 +275,13 @@ def shown_row(row: dict[str, Any]) -> dict[str, str]:
     matches = [
         f"{what} of beam {row[key]}"
         for what, key in (("tokens", "matched_to_beam_n"), ("FLOPs", "flops_matched_to_beam_n"))
-        if row[key]
+        if row.get(key)
     ]
     accuracy = Interval(float(row["accuracy"]), float(row["low"]), float(row["high"]))
-    policy, verifier = (float(row[f"{of}_flops"]) / 1e6 for of in ("policy", "verifier"))
+    # Columns that came later than the first files.
+    believed, policy, verifier = (
+        float(row.get(key) or "nan") for key in ("believed", "policy_flops", "verifier_flops")
+    )
     return result_row(
         row["method"],
         f"{row['n']} ({', '.join(matches)})" if matches else str(row["n"]),
@@ -288,8 +291,8 @@ def shown_row(row: dict[str, Any]) -> dict[str, str]:
         float(row["verifier_tokens"]),
         float(row["seconds"]),
     ) | {
-        "believed": f"{float(row['believed']):.3f}",
-        "MFLOPs policy + verifier": f"{policy:.0f} + {verifier:.0f}",
+        "believed": f"{believed:.3f}",
+        "MFLOPs policy + verifier": f"{policy / 1e6:.0f} + {verifier / 1e6:.0f}",
     }
 
 

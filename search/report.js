@@ -24,6 +24,7 @@ const number = (x) => (x === null || x === undefined ? "–" : x.toFixed(3).repl
 const change = (a, b) => {
   if (a === null || b === null || a === undefined || b === undefined) return "–";
   const d = b - a;
+  if (Math.abs(d) < 0.0005) return "0";
   return `${d < 0 ? "−" : "+"}${Math.abs(d).toFixed(3).replace(/^0\./, ".")}`;
 };
 const shown = (text) => (text === null || text === "" ? el("i", "", text === null ? "none" : "empty") : text);
@@ -31,7 +32,7 @@ const shown = (text) => (text === null || text === "" ? el("i", "", text === nul
 function table(rows) {
   if (!rows.length) return el("p", "", "None.");
   const head = el("tr", "", ...Object.keys(rows[0]).map((k) => el("th", "", k)));
-  const body = rows.map((row) => el("tr", "", ...Object.values(row).map((v) => el("td", "", v))));
+  const body = rows.map((row) => el("tr", "", ...Object.values(row).map((v) => el("td", "", v === "nan" ? "–" : v))));
   return el("table", "", el("thead", "", head), el("tbody", "", ...body));
 }
 
@@ -95,7 +96,7 @@ function draw() {
   const missed = outcomes.filter((o) => !o.right && o.found).length;
   $("tally").textContent =
     `${right} of the ${problems.length} held here are right` +
-    (missed ? `, ${missed} more have a right answer in the final set` : "");
+    (missed ? `, of ${missed} more the final set holds a right answer` : "");
   let at = problems.findIndex((p) => p.id === state.problem);
   if (!list.includes(at)) at = list.length ? list[0] : -1;
   $("list").replaceChildren(
@@ -103,7 +104,7 @@ function draw() {
       const { problem, right } = outcomes[i];
       const mark = el("span", right ? "right" : "wrong", right ? "✓" : "✗");
       mark.setAttribute("aria-label", right ? "right" : "wrong");
-      const button = el("button", "", mark, " ", el("b", "text", problem.id), " ", el("span", "text", problem.question.slice(0, 80)));
+      const button = el("button", "", mark, " ", el("span", "text", problem.question.slice(0, 80)), " ", el("small", "text", problem.id));
       button.type = "button";
       if (i === at) button.setAttribute("aria-current", "true");
       button.addEventListener("click", () => go(i));
@@ -127,6 +128,7 @@ function draw() {
 function go(index) {
   state.problem = search().problems[index].id;
   draw();
+  if ($("problem").getBoundingClientRect().top < 0) $("problem").scrollIntoView();
 }
 
 function step(by) {
@@ -169,7 +171,7 @@ function problemParts(found, list, index) {
   return parts.filter((p) => p !== null);
 }
 
-/** The final set, best first as the search left it. */
+/** The final set in its order, but for the pick, which comes first. */
 function finalSet({ problem, candidates, picked }) {
   if (!candidates.length) return [el("p", "", "No candidate is left.")];
   const columns = search().columns;
@@ -179,15 +181,16 @@ function finalSet({ problem, candidates, picked }) {
     const marks = el("td", "state", el("span", c.correct ? "right" : "wrong", c.correct ? "✓ right" : c.finished ? "✗ wrong" : "✗ cut by the length cap"));
     if (i === picked) marks.prepend(el("span", "badge chosen", "★ picked"), " ");
     const values = columns.map((column, h) => labelled("value", column.name, number(c.q[h])));
-    const row = el("tr", i === picked ? "picked" : "", el("td", "", String(i + 1)), el("td", "text", shown(c.answer)), marks, ...values, inTree ? null : el("td", "text solution", c.text));
+    const row = el("tr", i === picked ? "picked" : "", el("td", "", String(i + 1)), el("td", "text", shown(c.answer)), marks, ...values, inTree ? null : el("td", "", el("div", "text solution", c.text)));
     if (c.step !== null) {
       row.classList.add("link");
       row.addEventListener("click", () => select(c.step, true));
     }
     return row;
   });
+  rows.unshift(...rows.splice(picked ?? 0, 1));
   const count = `${candidates.length} ${inTree ? "in the final set" : "independent solutions"}`;
-  return [el("h4", "", count), el("div", "scroll", el("table", "final", el("thead", "", head), el("tbody", "", ...rows)))];
+  return [el("h4", "", count, " ", el("span", "note", "values after the last step")), el("div", inTree ? "scroll limited" : "scroll", el("table", "final", el("thead", "", head), el("tbody", "", ...rows)))];
 }
 
 function labelled(className, label, ...children) {
@@ -273,7 +276,7 @@ function treeParts(found) {
   filter();
   const legend = el(
     "p", "note legend",
-    key("circle kept", "kept (the darker, the higher Q)"), key("circle", "pruned"),
+    key("circle kept", "kept (the fuller its colour, the higher Q)"), key("circle", "pruned"),
     key("square kept", "finished"), key("line", "path of the pick"),
   );
   return [
@@ -298,7 +301,7 @@ function drawn(nodes, rounds, found) {
   const pitch = most > 40 ? 9 : 13;
   const across = Math.max(44, Math.min(96, 900 / rounds));
   const height = most * pitch + 28;
-  const width = rounds * across + 40;
+  const width = rounds * across + 90;
   const y = new Map();
   const x = (n) => 16 + n.depth * across;
   const middle = height / 2 + 6;
@@ -331,6 +334,12 @@ function drawn(nodes, rounds, found) {
     dot.addEventListener("click", () => select(n.i, true));
     (n.chosen ? edges.append(edge) : edges.prepend(edge));
     dots.append(dot);
+    if (n.final.length) {
+      const right = found.candidates[n.final[0]].correct;
+      const label = shape("text", { x: to.x + 9, y: to.y + 4 }, right ? "right" : "wrong");
+      label.textContent = `${right ? "✓" : "✗"}${n.final.includes(found.picked) ? " picked" : ""}`;
+      dots.append(label);
+    }
     return [edge, dot];
   });
   dots.append(shape("circle", { cx: root.x, cy: root.y, r: 5 }, "root"));
@@ -363,11 +372,11 @@ function rowsOf(nodes, first, rounds, found) {
       return cells;
     });
   const root = found.problem.root;
-  const rows = [el("tr", "root", el("td", "step", el("span", "text", "the problem")), ...values(root, null), labelled("value", "score", ""), el("td", "state", "step 0"))];
+  const rows = [el("tr", "root", el("td", "step", el("span", "count", "0"), el("i", "", "the problem")), ...values(root, null), labelled("value", "score", ""), el("td", "state", ""))];
   const add = (node) => {
     const [label, kind] = stateOf(node, found);
     const before = node.parent < 0 ? root : nodes[node.parent].q;
-    const cell = el("td", "step", el("span", "text", shown(node.text)));
+    const cell = el("td", "step", el("span", "count", String(node.depth)), el("span", "text", shown(node.text)));
     cell.style.setProperty("--depth", Math.min(node.depth, 40));
     const ends = node.final.map((k) => found.candidates[k]);
     const verdict = ends.length ? el("span", ends[0].correct ? "right" : "wrong", ends[0].correct ? " ✓ right" : " ✗ wrong") : null;
@@ -396,7 +405,7 @@ function fromHash() {
 }
 
 $("title").textContent = `Search report: ${DATA.title}`;
-document.title = `${DATA.title} – search report`;
+document.title = `${DATA.title} - search report`;
 $("result-table").append(table(DATA.results));
 $("paired").hidden = !DATA.differences.length;
 $("difference-table").append(table(DATA.differences));

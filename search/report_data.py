@@ -76,7 +76,7 @@ def report_data(
         left_out.append(f"seed {', '.join(map(str, held))} of {', '.join(map(str, known))}")
     return {
         "title": directory.resolve().name,
-        "results": _results(directory, views, records),
+        "results": _results(directory, shown, records),
         "differences": _differences(directory),
         "leftOut": f"{'; '.join(left_out)}.",
         "command": f"search.report {quote(str(directory))} --problems 100",
@@ -132,12 +132,17 @@ def _results(
     rows = []
     for view in views:
         own = records[view.file]
+        picked = [view.picked.get(r.problem_id) for r in own]
+        right = [
+            k is not None and k >= 0 and r.candidates[k].correct
+            for r, k in zip(own, picked, strict=True)
+        ]
         rows.append(
             result_row(
                 view.method,
                 str(view.n),
-                bootstrap(np.array([[r.correct] for r in own], dtype=float)),
-                float(np.mean([any(c.correct for c in r.candidates) for r in own])),
+                bootstrap(np.array(right, dtype=float)[:, None]),
+                float(np.mean([any(c.correct for c in r.candidates[: view.n]) for r in own])),
                 float(np.mean([r.policy_tokens for r in own])),
                 float(np.mean([r.verifier_tokens for r in own])),
                 math.nan,
