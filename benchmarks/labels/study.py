@@ -41,7 +41,7 @@ from pav.policy import PolicyConfig, Sampler
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
 
-SHARES = (0.0625, 0.125, 0.25, 0.5, 1.0)
+SHARES = (0.125, 0.25, 0.5, 1.0)
 REFERENCE_SEEDS = 4
 # What costs little per solution runs out of new ones.
 MOST_SEEDS = 20
@@ -72,7 +72,7 @@ REFERENCE = Arm("all_prefixes", 4)
 SWEEP = tuple(Arm("all_prefixes", n_mc) for n_mc in (1, 2, 4, 8, 16))
 PITS = (Arm("first_pit", 4), Arm("first_pit", 16))
 ADAPTIVE = (Arm("adaptive", 4),)
-ENDINGS = (Arm("all_prefixes", 0, True), Arm("all_prefixes", 1, True))
+ENDINGS = (Arm("all_prefixes", 0, True),)
 ARMS = (*SWEEP, *PITS, *ADAPTIVE, *ENDINGS)
 
 
