@@ -59,8 +59,8 @@ class RolloutsConfig:
         n_mc: rollouts per prefix and rollout policy; ``adaptive`` spends that on average at most.
             With 0 there are solutions only, for data_gen.likelihood.
         strategy: ``all_prefixes``; ``first_pit``: of wrong solutions no further than to the first
-            prefix without a right rollout; ``adaptive``: rollouts where the value of a prefix is
-            least known, until it is known well enough (see data_gen/strategies.py).
+            prefix without a right rollout; ``adaptive``: one per prefix, more only where they
+            teach more than a new solution does (see data_gen/strategies.py).
         max_labelled_prefixes: label at most so many prefixes of a solution, spread evenly over it,
             the problem and the last one always; by default all.
         branches: for data_gen.select_prover: in every state of the base's solutions, the next steps

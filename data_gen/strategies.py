@@ -16,21 +16,20 @@ its prefixes, of the number of workers, or of the moment at which a run was kill
     ends at the problem. Differs from the paper in one thing: its wrong solutions also start from
     states of high value found on the way; all of ours are seeds, which start at the problem.
 ``adaptive``
-    ``n_mc`` rollouts per prefix on average at most, in rounds (see :func:`adaptive`). Where the
-    stop depends on outcomes, the mean of k/n over prefixes is biased, but the sum of (k - n Q) is
-    not (optional stopping), and that is what training on counts fits.
+    ``n_mc`` rollouts per prefix on average at most: one for every prefix, more only where a token
+    teaches more than it does in a new solution (see :func:`adaptive`). Where the stop depends on
+    outcomes, the mean of k/n over prefixes is biased, but the sum of (k - n Q) is not (optional
+    stopping), and that is what training on counts fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta
 
 from data_gen.store import Key
 from pav.labels import Completion, Trace, prefix_key
@@ -38,13 +37,6 @@ from pav.steps import Stepper
 
 Strategy = Literal["all_prefixes", "first_pit", "adaptive"]
 Counts = NDArray[np.int64]
-
-# A label is certain enough when its 90% interval is this narrow, or when Q lies on its side of 0.5
-# (the two buckets that training balances) with this chance.
-WIDTH = 0.3
-BUCKET_CHANCE = 0.95
-# Most rollouts of a prefix, in units of n_mc.
-MOST = 4
 
 
 @dataclass(frozen=True)
@@ -134,10 +126,12 @@ def _play(
 ) -> list[Request]:
     """Play the rounds of a strategy; what is missing of the first round that is not complete."""
     keys = [prefix_key(trace.problem_id, ids) for ids in chosen]
+    # Rollouts are about as long as what the solution itself has left; branches may be longer.
+    left_P = np.array([max(1, len(trace.ids) - len(ids)) for ids in chosen])
     k_RP = np.zeros((len(plan.policies), len(keys)), dtype=np.int64)
     n_RP = np.zeros_like(k_RP)
     while True:
-        more_RP = allocate(strategy, k_RP, n_RP, plan.n_mc, trace.correct)
+        more_RP = allocate(strategy, k_RP, n_RP, plan.n_mc, trace.correct, left_P)
         if not more_RP.any():
             return []
         missing = []
@@ -153,7 +147,9 @@ def _play(
         n_RP += more_RP
 
 
-def allocate(strategy: Strategy, k_RP: Counts, n_RP: Counts, n_mc: int, correct: bool) -> Counts:
+def allocate(
+    strategy: Strategy, k_RP: Counts, n_RP: Counts, n_mc: int, correct: bool, left_P: Counts
+) -> Counts:
     """Rollouts that the next round adds, (policies, prefixes); all zero when there is none.
 
     Args:
@@ -162,9 +158,10 @@ def allocate(strategy: Strategy, k_RP: Counts, n_RP: Counts, n_mc: int, correct:
         n_RP: rollouts so far.
         n_mc: rollouts per prefix.
         correct: whether the solution is right.
+        left_P: tokens of the solution behind each prefix.
     """
     if strategy == "adaptive":
-        return np.stack([adaptive(k, n, n_mc) for k, n in zip(k_RP, n_RP, strict=True)])
+        return np.stack([adaptive(k, n, n_mc, left_P) for k, n in zip(k_RP, n_RP, strict=True)])
     if strategy == "all_prefixes" or correct:
         return n_mc - n_RP
     more_RP = np.zeros_like(n_RP)
@@ -175,46 +172,41 @@ def allocate(strategy: Strategy, k_RP: Counts, n_RP: Counts, n_mc: int, correct:
     return more_RP
 
 
-def adaptive(k_P: Counts, n_P: Counts, n_mc: int) -> Counts:
+def adaptive(k_P: Counts, n_P: Counts, n_mc: int, left_P: Counts) -> Counts:
     """Rollouts that the next round adds to the prefixes of a solution under one policy.
 
-    The first round gives every prefix a quarter of ``n_mc``. Each later round doubles the rollouts
-    of those prefixes that are not :func:`settled` yet, of these the half whose value is least known
-    (largest variance of the Beta posterior, earlier prefixes first among equals), down to the last
-    rollout of ``n_mc`` times the number of prefixes. No prefix gets more than four times ``n_mc``.
+    The first round gives every prefix one rollout. Each later round gives one more to the prefixes
+    where the variance of Q is expected to fall by more per token than it does in the first round of
+    a solution, its own tokens included: what is not spent here buys such a solution. (Largest fall
+    per token first, earlier prefixes first among equals, down to the last rollout of ``n_mc`` times
+    the number of prefixes.) So it is the short rollouts near the end that are repeated, and those
+    whose outcomes differ.
+
+    Args:
+        k_P: right rollouts so far.
+        n_P: rollouts so far.
+        n_mc: rollouts per prefix on average, at most.
+        left_P: tokens of the solution behind each prefix, about those of a rollout; positive.
     """
-    more_P = np.zeros_like(n_P)
-    left = max(0, n_mc * len(n_P) - int(n_P.sum()))
     if not n_P.any():
-        return more_P + -(-n_mc // 4)
-    counts = [(int(k), int(n)) for k, n in zip(k_P, n_P, strict=True)]
-    open_P = [p for p, (k, n) in enumerate(counts) if n < MOST * n_mc and not settled(k, n)]
-    open_P.sort(key=lambda p: -_variance(*counts[p]))
-    for p in open_P[: -(-len(open_P) // 2)]:
-        n = counts[p][1]
-        more_P[p] = min(n, MOST * n_mc - n, left)
-        left -= int(more_P[p])
+        return np.full_like(n_P, min(n_mc, 1))
+    per_token_P = gain(k_P, n_P) / left_P
+    new = len(n_P) * gain(np.zeros(1), np.zeros(1)) / (left_P.max() + left_P.sum())
+    order = np.argsort(-per_token_P, kind="stable")
+    worth = order[per_token_P[order] > new]
+    more_P = np.zeros_like(n_P)
+    more_P[worth[: max(0, n_mc * len(n_P) - int(n_P.sum()))]] = 1
     return more_P
 
 
-@cache
-def settled(k: int, n: int) -> bool:
-    """Whether more rollouts would hardly change a label of ``k`` right of ``n``.
+def gain(k: NDArray[Any], n: NDArray[Any]) -> NDArray[np.float64]:
+    """How much one more rollout is expected to lower the variance of Q, after k right of n.
 
-    Either the 90% interval of Q is narrower than :data:`WIDTH`, or Q lies on one side of 0.5, and
-    the label in one of training's two buckets, with a chance of :data:`BUCKET_CHANCE`; both by the
-    Beta posterior under Jeffreys' prior.
+    Q follows its Beta posterior under Jeffreys' prior, Beta(a, b): a rollout leaves (a + b) /
+    (a + b + 1) of its variance.
     """
-    posterior = beta(k + 0.5, n - k + 0.5)
-    below = posterior.cdf(0.5)
-    width = posterior.ppf(0.95) - posterior.ppf(0.05)
-    return bool(width <= WIDTH or max(below, 1 - below) >= BUCKET_CHANCE)
-
-
-def _variance(k: int, n: int) -> float:
-    """Variance of the same posterior."""
     a, b = k + 0.5, n - k + 0.5
-    return a * b / ((a + b) ** 2 * (a + b + 1))
+    return np.asarray(a * b / ((a + b) ** 2 * (a + b + 1) ** 2), dtype=np.float64)
 
 
 def plan_of(manifest: Mapping[str, Any]) -> Plan:
