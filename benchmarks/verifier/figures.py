@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pav.judged import Judged, slips_of
-from pav.metrics import Array, auc
+from pav.metrics import Array
 from pav.verifier import ORM
 
 RESAMPLES = 200
@@ -26,12 +26,12 @@ class Figure:
     Attributes:
         head: whose values.
         rows: positions it is about.
-        of: (values N, chosen rows) -> number.
+        of: (values N, weights of ``rows``) -> number.
     """
 
     head: str
     rows: Rows
-    of: Callable[[Array, Rows], float]
+    of: Callable[[Array, Array], float]
 
 
 def figures_of(judged: Judged, held_N: NDArray[np.bool_]) -> dict[str, Figure]:
@@ -78,43 +78,57 @@ def figures_of(judged: Judged, held_N: NDArray[np.bool_]) -> dict[str, Figure]:
     return found
 
 
+def weighted_auc(q_N: Array, high_N: NDArray[np.bool_], weight_N: Array) -> float:
+    """Area under the ROC curve of weighted rows; NaN where one class is missing."""
+    _, place_N = np.unique(q_N, return_inverse=True)
+    high, low = (np.bincount(place_N, weight_N * side) for side in (high_N, ~high_N))
+    pairs = high.sum() * low.sum()
+    below = np.cumsum(low) - low / 2
+    return float((high * below).sum() / pairs) if pairs else float("nan")
+
+
 def _auc(head: str, rows: Rows, high_N: NDArray[np.bool_]) -> Figure:
-    return Figure(head, rows, lambda q_N, at: auc(q_N[at], high_N[at]))
+    return Figure(head, rows, lambda q_N, w: weighted_auc(q_N[rows], high_N[rows], w))
 
 
 def _at_depth(head: str, rows: Rows, high_N: NDArray[np.bool_], step_N: NDArray[np.intp]) -> Figure:
     """AUC over pairs of prefixes with as many steps: what a search compares."""
+    parts = [step_N[rows] == step for step in np.unique(step_N[rows])]
 
-    def of(q_N: Array, at: Rows) -> float:
+    def of(q_N: Array, w: Array) -> float:
         right = pairs = 0.0
-        for step in np.unique(step_N[at]):
-            own = at[step_N[at] == step]
-            high = int(high_N[own].sum())
-            if 0 < high < len(own):
-                count = high * (len(own) - high)
-                right, pairs = right + count * auc(q_N[own], high_N[own]), pairs + count
+        for at in parts:
+            high, weight = high_N[rows[at]], w[at]
+            count = float((weight * high).sum() * (weight * ~high).sum())
+            if count:
+                right += count * weighted_auc(q_N[rows[at]], high, weight)
+                pairs += count
         return right / pairs if pairs else float("nan")
 
     return Figure(head, rows, of)
 
 
 def _brier(head: str, rows: Rows, share_N: Array, n_N: Array) -> Figure:
-    def of(q_N: Array, at: Rows) -> float:
-        q, y = q_N[at], share_N[at]
-        return float(np.average(y * (q - 1) ** 2 + (1 - y) * q**2, weights=n_N[at]))
+    y, n = share_N[rows], n_N[rows]
+
+    def of(q_N: Array, w: Array) -> float:
+        q = q_N[rows]
+        return float(np.average(y * (q - 1) ** 2 + (1 - y) * q**2, weights=w * n))
 
     return Figure(head, rows, of)
 
 
 def _over(head: str, rows: Rows, share_N: Array, n_N: Array) -> Figure:
-    return Figure(
-        head, rows, lambda q_N, at: float(np.average(q_N[at] - share_N[at], weights=n_N[at]))
-    )
+    y, n = share_N[rows], n_N[rows]
+    return Figure(head, rows, lambda q_N, w: float(np.average(q_N[rows] - y, weights=w * n)))
 
 
 def _correlation(head: str, rows: Rows, before_N: Rows, change_N: Array) -> Figure:
-    def of(q_N: Array, at: Rows) -> float:
-        return float(np.corrcoef(q_N[at] - q_N[before_N[at]], change_N[at])[0, 1])
+    change, before = change_N[rows], before_N[rows]
+
+    def of(q_N: Array, w: Array) -> float:
+        both = np.cov(q_N[rows] - q_N[before], change, aweights=w)
+        return float(both[0, 1] / np.sqrt(both[0, 0] * both[1, 1]))
 
     return Figure(head, rows, of)
 
@@ -126,6 +140,15 @@ def resampled(problem_N: NDArray[np.intp], rows: Rows, seed: int = 0) -> list[Ro
     of = {p: rows[problem_N[rows] == p] for p in present}
     draws = rng.choice(present, size=(RESAMPLES, len(present)))
     return [np.concatenate([of[p] for p in draw]) for draw in draws]
+
+
+def weights(problem_N: NDArray[np.intp], rows: Rows, seed: int = 0) -> Array:
+    """(R, rows) weights that stand for the same resamples, for all figures alike."""
+    rng = np.random.default_rng(seed)
+    present, number = np.unique(problem_N[rows], return_inverse=True)
+    draws = rng.integers(len(present), size=(RESAMPLES, len(present)))
+    times = np.stack([np.bincount(draw, minlength=len(present)) for draw in draws])
+    return times[:, number].astype(np.float64)
 
 
 def interval(values_R: Array) -> tuple[float, float]:

@@ -144,7 +144,8 @@ def calibrated(
     k, n = judged.scored.k_NH[:, head], judged.scored.n_NH[:, head]
     rows = np.flatnonzero(half[judged.scored.example_N] & (n > 0))
     if mode == "surprise" and row.fit_rows is not None:
-        rows = np.random.default_rng(seed).choice(rows, row.fit_rows, replace=False)
+        size = min(row.fit_rows, len(rows))
+        rows = np.random.default_rng(seed).choice(rows, size, replace=False)
     if mode == "surprise" and row.fit_on == "train" and fitted.own is not None:
         examples = study.training(row)
         k, n = (

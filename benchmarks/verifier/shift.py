@@ -3,7 +3,7 @@
 Run first (each resumes; minutes each)::
 
     data_gen.rollouts --config configs/tape/verifier/labels_validation.yaml
-    search.beam --verifier pav:reference --n 16 --split validation --problems 80 \
+    search.beam --verifier pav:reference --n 16 --split validation --problems 60 \
         --output runs/verifier/searched
     data_gen.rollouts --config configs/tape/verifier/labels_searched.yaml
 

@@ -7,7 +7,7 @@ Run first (each resumes; minutes each)::
     search.beam --verifier pav:reference --n 4 --split train --problems 100 \
         --output runs/verifier/searched_train
     data_gen.rollouts --config configs/tape/verifier/labels_round2.yaml
-    search.beam --verifier pav:reference --n 16 --split validation --problems 80 \
+    search.beam --verifier pav:reference --n 16 --split validation --problems 60 \
         --output runs/verifier/searched
     data_gen.rollouts --config configs/tape/verifier/labels_searched.yaml
 
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.verifier.figures import Figure, figures_of, interval, resampled
+from benchmarks.verifier.figures import Figure, figures_of, interval, weights
 from benchmarks.verifier.fitting import values_of
 from benchmarks.verifier.plot import draw
 from benchmarks.verifier.results import metric, write
@@ -112,8 +112,9 @@ def collect(config: StudyConfig, setting: Study, directory: Path) -> None:
         ids = {p: i for i, p in enumerate(sorted({e.problem_id for e in judged.examples}))}
         problem_N = np.array([ids[e.problem_id] for e in judged.examples])[judged.scored.example_N]
         figures[name] = figures_of(judged, held_N)
-        problems[name] = {shown: resampled(problem_N, figures[name][shown].rows) for shown in SHOWN}
-        count = len(np.unique(problem_N[held_N]))
+        problems[name] = {shown: weights(problem_N, figures[name][shown].rows) for shown in SHOWN}
+        if name == "validation":
+            count = len(np.unique(problem_N[held_N]))
     table: list[dict[str, Any]] = []
     metrics: list[dict[str, Any]] = []
     spread: dict[tuple[str, str, str, str, str], np.ndarray] = {}
@@ -129,9 +130,7 @@ def collect(config: StudyConfig, setting: Study, directory: Path) -> None:
                     if shown not in SHOWN:
                         continue
                     key = (row.group, row.name, name, mode, shown)
-                    spread[key] = np.array(
-                        [_mean(figure, q_SN, at) for at in problems[name][shown]]
-                    )
+                    spread[key] = np.array([_mean(figure, q_SN, w) for w in problems[name][shown]])
                     low, high = interval(spread[key])
                     other = ("default", DEFAULT.name) if row.like is None else row.like
                     base = spread.get((*other, name, mode, shown))
@@ -169,9 +168,9 @@ def _values(q_SHMN: np.ndarray, figure: Figure, mode: str) -> np.ndarray:
     return found
 
 
-def _mean(figure: Figure, q_SN: np.ndarray, rows: np.ndarray | None = None) -> float:
-    at = figure.rows if rows is None else rows
-    return float(np.mean([figure.of(q_N, at) for q_N in q_SN]))
+def _mean(figure: Figure, q_SN: np.ndarray, weight: np.ndarray | None = None) -> float:
+    w = np.ones(len(figure.rows)) if weight is None else weight
+    return float(np.mean([figure.of(q_N, w) for q_N in q_SN]))
 
 
 def _short(value: Any) -> Any:

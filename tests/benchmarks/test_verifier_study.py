@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from benchmarks.verifier.figures import figures_of, resampled
+from benchmarks.verifier.figures import figures_of, resampled, weights
 from benchmarks.verifier.fitting import values_of
 from benchmarks.verifier.pool import Part, encode, shifted, subset
 from benchmarks.verifier.rows import DEFAULT, rows
 from benchmarks.verifier.setting import HEADS, Study
 from pav.judged import MODES
 from pav.labels import read_labels
+from pav.metrics import auc as plain_auc
 from pav.policy import PolicyConfig, load_policy, model_path
 from pav.report import first_half
 from tests.pav.label_runs import TASK, write_labels
@@ -48,11 +50,16 @@ def test_a_row_of_the_study_learns_from_its_part_of_the_pool(tmp_path: Path) -> 
     for head in ("q/base", "q/prover"):
         auc = figures[f"AUC {head}"]
         q = values["validation"][0, HEADS.index(head), 0]
-        assert auc.of(q, auc.rows) > 0.8
-        assert auc.of(-q, auc.rows) < 0.2
+        assert auc.of(q, np.ones(len(auc.rows))) > 0.8
+        assert auc.of(-q, np.ones(len(auc.rows))) < 0.2
     owner = judged.scored.example_N
-    draws = resampled(owner, auc.rows)
-    assert all(np.isin(draw, auc.rows).all() for draw in draws)
+    # A resample by weights is one by copies.
+    counts = judged.counts[auc.head]
+    for w, draw in zip(weights(owner, auc.rows), resampled(owner, auc.rows), strict=True):
+        assert w.sum() > 0 and np.isin(draw, auc.rows).all()
+        copies = np.repeat(auc.rows, w.astype(int))
+        high = counts.share_N[copies] >= 0.5
+        assert auc.of(q, w) == pytest.approx(plain_auc(q[copies], high), abs=1e-5)
     assert len({row.key for row in rows()}) == len(rows())
     assert all(
         row.like is None or row.like in {(r.group, r.name) for r in rows()} for row in rows()
