@@ -40,5 +40,5 @@ def draw(table: Sequence[Mapping[str, Any]]) -> Figure:
         axis.grid(axis="y", color="0.92", linewidth=0.6)
     axes[0].set_yticks(list(place.values()), [f"{g}: {n}" for g, n in names], fontsize=7)
     axes[0].set_ylim(min(place.values()) - 0.8, 0.8)
-    axes[0].legend(fontsize=8, title="calibrator", title_fontsize=8)
+    axes[0].legend(fontsize=8, title="calibrator", title_fontsize=8, loc="lower center")
     return figure
