@@ -114,9 +114,10 @@ class Script:
         heads = np.arange(len(ids) - 1, len(ids) - 1 + len(out), dtype=np.float64)[:, None]
         return Sampled(out, bool(stops), np.zeros(len(out), np.float32), heads if scores else None)
 
-    async def read(self, ids: list[int], *, surprise: bool) -> Read:
+    async def read(self, ids: list[int], *, logprobs_from: int | None = None) -> Read:
         self.read_ids.append(ids)
-        return Read(np.array([len(ids) - 1.0]), None, len(ids), 0)
+        logprobs = None if logprobs_from is None else np.zeros(len(ids) - logprobs_from, np.float32)
+        return Read(np.array([len(ids) - 1.0]), logprobs, len(ids), 0)
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
