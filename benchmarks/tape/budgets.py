@@ -14,28 +14,24 @@ paired. Each as ``benchmarks/results/<name>.{json,csv,png}``; over FLOPs and N a
 
 from __future__ import annotations
 
-import csv
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.speed.results import machine
 from benchmarks.tape.main import (
     BEAM,
     RESULTS,
     accuracies,
-    commit,
     doublings,
     efficiency_ratios,
     read_csv,
     read_json,
     row,
+    write_result,
 )
 from pav.cli import run
 from search.records import read
@@ -116,24 +112,10 @@ def _correct(
 
 
 def _write(name: str, directory: Path, metrics: Sequence[dict[str, Any]]) -> None:
-    rows, manifest = read_csv(directory), read_json(directory / "manifest.json")
-    common = {
-        "seeds": manifest["seeds"],
-        "n_problems": manifest["problems"],
-        "command": COMMAND,
-        "machine": machine(),
-        "date": date.today().isoformat(),
-        "commit": commit(),
-    }
-    target = RESULTS / f"{name}.json"
-    every = [{**common, **m} for m in (*metrics, *accuracies(rows))]
-    target.write_text(json.dumps(every, indent=1) + "\n")
-    with target.with_suffix(".csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    shutil.copy(directory / "compare.png", target.with_suffix(".png"))
-    print(f"{len(every)} metrics in {target}\nnext: python -m benchmarks.summary")
+    rows = read_csv(directory)
+    manifest = read_json(directory / "manifest.json")
+    write_result(name, [*metrics, *accuracies(rows)], rows, manifest, COMMAND)
+    shutil.copy(directory / "compare.png", RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

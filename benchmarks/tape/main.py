@@ -55,27 +55,38 @@ def collect(config: MainConfig) -> None:
     rows = [*main_rows, *ablation_rows]
     manifest = read_json(run_directory / "manifest.json")
     ablation_seeds = read_json(Path(config.ablations) / "manifest.json")["seeds"]
+    ratios = efficiency_ratios(read_json(run_directory / "efficiency.json"))
+    metrics = [*_leads(differences), *doublings(differences), *ratios, *accuracies(main_rows)]
+    metrics += [{**m, "seeds": ablation_seeds} for m in accuracies(ablation_rows)]
+    write_result("tape_main", metrics, rows, manifest, COMMAND)
+    shutil.copy(run_directory / "compare.png", RESULTS / "tape_main.png")
+    shutil.copy(run_directory / "optimisation.png", RESULTS / "tape_main_optimisation.png")
+    shutil.copy(Path(config.ablations) / "compare.png", RESULTS / "tape_main_ablations.png")
+
+
+def write_result(
+    name: str,
+    metrics: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, str]],
+    manifest: dict[str, Any],
+    command: str,
+) -> None:
+    """Write ``<name>.json`` (metrics) and ``<name>.csv`` (rows) of a comparison's ``manifest``."""
     common = {
         "seeds": manifest["seeds"],
         "n_problems": manifest["problems"],
-        "command": COMMAND,
+        "command": command,
         "machine": machine(),
         "date": date.today().isoformat(),
         "commit": commit(),
     }
-    ratios = efficiency_ratios(read_json(run_directory / "efficiency.json"))
-    metrics = [*_leads(differences), *doublings(differences), *ratios, *accuracies(main_rows)]
-    metrics += [{**m, "seeds": ablation_seeds} for m in accuracies(ablation_rows)]
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / "tape_main.json"
+    target = RESULTS / f"{name}.json"
     target.write_text(json.dumps([{**common, **m} for m in metrics], indent=1) + "\n")
-    with (RESULTS / "tape_main.csv").open("w", newline="") as stream:
+    with target.with_suffix(".csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    shutil.copy(run_directory / "compare.png", RESULTS / "tape_main.png")
-    shutil.copy(run_directory / "optimisation.png", RESULTS / "tape_main_optimisation.png")
-    shutil.copy(Path(config.ablations) / "compare.png", RESULTS / "tape_main_ablations.png")
     print(f"{len(metrics)} metrics in {target}\nnext: python -m benchmarks.summary")
 
 
