@@ -44,7 +44,7 @@ class GrowthConfig:
 
     verifier: str = "pav:reference"
     n: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64, 128])
-    n_problems: int = 8
+    n_problems: int = 4
     problems: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256, 512])
     width: int = 2
     concurrency: int = 64
