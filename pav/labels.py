@@ -147,8 +147,11 @@ class LabelSet:
 
     @property
     def graded(self) -> bool:
-        """Whether the grader read an answer in any solution; ``grader: none`` never does."""
-        return any(t.answer is not None or t.correct for t in self.traces)
+        """Whether solutions are graded: there are rollouts, or an answer was read in a solution.
+
+        Under ``grader: none`` there is neither; a weak policy may have rollouts without an answer.
+        """
+        return bool(self.counts) or any(t.answer is not None or t.correct for t in self.traces)
 
 
 # What must agree before labels of several runs, or labels and a verifier, may be mixed.
