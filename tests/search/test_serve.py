@@ -445,5 +445,6 @@ def test_command_serves_until_it_is_told_to_stop(verifier: str) -> None:
         client = openai.OpenAI(base_url=address, api_key="s3cret", max_retries=3, timeout=60)
         assert ask(client, "pav-beam-2").choices[0].message.content
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        # The server ends by itself; whether the interrupt still reaches Python then is a race.
+        assert process.wait(60) in (0, 130)
         assert "Traceback" not in process.stderr.read()
