@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from benchmarks.speed.results import RESULTS, metric, write
+from benchmarks.speed.results import metric, result, write
 from data_gen.label import Labeler, Roller, Seed, label
 from data_gen.rollouts import RolloutsConfig, loaded
 from data_gen.rollouts import _rounds as rounds_of
@@ -116,7 +116,7 @@ def generation(config: GenerationConfig) -> None:
                 for i, ways in enumerate(turns) for way, turn in ways.items()
             ]  # fmt: skip
     write("generation", metrics, rows, [0], config.problems, COMMAND)
-    _plot(rows, RESULTS / "speed_generation.png")
+    _plot(rows, result("generation", "png"))
 
 
 def _case(

@@ -64,7 +64,7 @@ class Timed:
 
 def measure(config: GradingConfig) -> None:
     """Grade, print and write (see :class:`GradingConfig`)."""
-    from benchmarks.speed.results import RESULTS, bars, metric, write  # torch: not here
+    from benchmarks.speed.results import bars, metric, result, write  # torch: not here
 
     task = Math(data=config.data, test=None)
     problems = [p for s in ("train", "validation", "test") for p in task.problems(s)]  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def measure(config: GradingConfig) -> None:
     rates = [(row["metric"].removeprefix("math answers graded per second, "), row["value"])
              for row in metrics]  # fmt: skip
     what = f"math answers graded per second, {config.processes} processes"
-    bars(rates, what, RESULTS / "speed_grading.png")
+    bars(rates, what, result("grading", "png"))
 
 
 def answers(problems: list[Problem]) -> list[Pair]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.speed.results import RESULTS, metric, write
+from benchmarks.speed.results import metric, result, write
 from data_gen.label import Labeler, Roller, Seed, label
 from data_gen.pool import Call, Finished, Message, Model, Pool, Started
 from data_gen.runs import Run, base_policy, read_run, task_of
@@ -79,7 +79,7 @@ def overhead(config: OverheadConfig) -> None:
                  r["share_of_ideal"]) for r in rows[1:]),
     ]  # fmt: skip
     write("overhead", metrics, rows, [made.manifest["seed"]], alone["problems"], COMMAND)
-    _plot(rows[1:], full / rate, RESULTS / "speed_overhead.png")
+    _plot(rows[1:], full / rate, result("overhead", "png"))
 
 
 def _simulated(made: Run, workers: int, problems: int, rate: float) -> dict[str, Any]:

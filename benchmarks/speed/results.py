@@ -1,4 +1,7 @@
-"""Writes ``benchmarks/results/speed_<name>.{json,csv}`` (format: :mod:`benchmarks.summary`)."""
+"""Writes ``benchmarks/results/speed_<name>.{json,csv}`` (format: :mod:`benchmarks.summary`).
+
+On a machine with a GPU the name ends in ``_gpu``, so that figures of both kinds stand side by side.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -16,6 +20,20 @@ import torch
 
 RESULTS = Path(__file__).parents[1] / "results"
 Target = tuple[str, float] | None
+GPU = torch.cuda.is_available()
+SECOND = "second" if GPU else "processor second"
+
+
+def seconds() -> float:
+    """A clock: with a GPU that on the wall, else the processor's, which other work on the machine
+    does not move.
+    """
+    return time.perf_counter() if GPU else time.process_time()
+
+
+def result(name: str, suffix: str) -> Path:
+    """Where a result of a benchmark goes."""
+    return RESULTS / f"speed_{name}{'_gpu' if GPU else ''}.{suffix}"
 
 
 def metric(
@@ -28,7 +46,7 @@ def metric(
 
 def machine() -> str:
     """Processor, cores, threads and GPU."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    device = torch.cuda.get_device_name() if GPU else "no GPU"
     return (
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} thread(s), {device}"
@@ -54,7 +72,7 @@ def write(
         "commit": git.stdout.strip() or "unknown",
     }
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"speed_{name}.json"
+    target = result(name, "json")
     target.write_text(json.dumps([{**m, **common} for m in metrics], indent=1) + "\n")
     with target.with_suffix(".csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(table[0]))

@@ -11,14 +11,14 @@
 * **fused scoring over none**: the same requests with and without scores.
 * **separate scoring**: a search's readings with the prefix cache and without.
 
-Seconds are the processor's, with one thread those of a clock on an idle machine.
+Seconds are the processor's, with one thread those of a clock on an idle machine; on a GPU those of
+the clock.
 Writes ``benchmarks/results/speed_search_engine.{json,csv,png}``.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.speed.results import RESULTS, bars, metric, write
+from benchmarks.speed.results import SECOND, bars, metric, result, seconds, write
 from pav.cli import run
 from pav.engine import Engine, EngineConfig, Read, Sampled, drive, seed_of
 from pav.tasks.base import Problem
@@ -111,9 +111,9 @@ def engine_speed(config: EngineSpeedConfig) -> None:
     write("search_engine", metrics, rows, [0], config.problems, COMMAND)
     sampled = [r for r in rows if not r["way"].startswith("readings")]
     bars(
-        [(r["way"], r["tokens"] / r["cpu_seconds"]) for r in sampled],
-        "policy tokens per processor second",
-        RESULTS / "speed_search_engine.png",
+        [(r["way"], r["tokens"] / r["seconds"]) for r in sampled],
+        f"policy tokens per {SECOND}",
+        result("search_engine", "png"),
     )  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def _fused(
     problems = session.problems("test", count)
     metrics, rows = [], []
 
-    def row(way: str, tokens: int, cpu: float) -> None:
-        rows.append({"way": f"{way}, {task}", "tokens": tokens, "cpu_seconds": round(cpu, 2)})
+    def row(way: str, tokens: int, spent: float) -> None:
+        rows.append({"way": f"{way}, {task}", "tokens": tokens, "seconds": round(spent, 2)})
         print(rows[-1], flush=True)
 
     for n in widths:
@@ -193,11 +193,11 @@ def _separate(config: EngineSpeedConfig) -> tuple[list[dict[str, Any]], list[dic
     session.shutdown()
     label = f"tape, N={n}"
     rows = [
-        {"way": f"beam N={n}, separate, tape", "tokens": tokens, "cpu_seconds": round(spent, 2)},
+        {"way": f"beam N={n}, separate, tape", "tokens": tokens, "seconds": round(spent, 2)},
         {"way": f"readings with cache, {label}", "tokens": cached,
-         "cpu_seconds": round(with_cache, 2)},
+         "seconds": round(with_cache, 2)},
         {"way": f"readings without cache, {label}", "tokens": whole,
-         "cpu_seconds": round(without, 2)},
+         "seconds": round(without, 2)},
     ]  # fmt: skip
     for shown in rows:
         print(shown, flush=True)
@@ -259,9 +259,9 @@ def _run(
     session: Session, job: Any, problems: list[Problem], what: str
 ) -> tuple[list[Record], float]:
     with TemporaryDirectory() as directory:
-        started = time.process_time()
+        started = seconds()
         found, _ = session.run(Path(directory) / "r.jsonl", problems, job, len(problems), what)
-        return found, time.process_time() - started
+        return found, seconds() - started
 
 
 def _replay(
@@ -299,7 +299,7 @@ def _raw(
 def _timed(
     engine: Engine, jobs: Sequence[Callable[[], Any]], size: Callable[[Any], int]
 ) -> tuple[int, float]:
-    """Sum of ``size`` over the results of ``jobs``, all given at once, and processor seconds."""
+    """Sum of ``size`` over the results of ``jobs``, all given at once, and seconds."""
     total = 0
 
     def keep(out: Any) -> None:
@@ -307,9 +307,9 @@ def _timed(
         total += size(out)
 
     engine.reset_prefix_cache()
-    started = time.process_time()
+    started = seconds()
     drive([engine], jobs, keep, len(jobs))
-    return total, time.process_time() - started
+    return total, seconds() - started
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Writes ``benchmarks/results/speed_search_growth.{json,csv,png}``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.speed.results import RESULTS, metric, write
+from benchmarks.speed.results import SECOND, metric, result, seconds, write
 from pav.cli import run
 from pav.engine import EngineConfig
 from pav.tasks.base import Problem
@@ -66,15 +65,15 @@ def growth(config: GrowthConfig) -> None:
             return await beam_record(session, scorer, settings, "orm", "beam", 0, problem)
 
         with TemporaryDirectory() as directory:
-            started = time.process_time()
+            started = seconds()
             path, what = Path(directory) / "r.jsonl", f"N={n}, {len(problems)} problems"
             found, _ = session.run(path, problems, search, config.concurrency, what)
-            spent = time.process_time() - started
+            spent = seconds() - started
         return {
             "over": over,
             "n": n,
             "problems": len(problems),
-            "cpu_seconds": round(spent, 2),
+            "seconds": round(spent, 2),
             "policy_tokens": sum(r.policy_tokens for r in found),
             "verifier_tokens": sum(r.verifier_tokens for r in found),
             "rss_gib": round(process.memory_info().rss / 2**30, 3),
@@ -88,7 +87,7 @@ def growth(config: GrowthConfig) -> None:
     metrics = []
     for over in ("n", "problems"):
         own = [r for r in rows if r["over"] == over]
-        for what in ("cpu_seconds", "policy_tokens"):
+        for what in ("seconds", "policy_tokens"):
             metrics.append(
                 metric(
                     f"{what} grow with {over} to the power of (least squares, "
@@ -100,7 +99,7 @@ def growth(config: GrowthConfig) -> None:
         metrics.append(metric(f"resident memory added from the smallest to the largest {over}, GiB",
                               grown))  # fmt: skip
     write("search_growth", metrics, rows, [0], max(config.problems), COMMAND)
-    _plot(rows, RESULTS / "speed_search_growth.png")
+    _plot(rows, result("search_growth", "png"))
 
 
 def _power(x: Sequence[float], y: Sequence[float]) -> float:
@@ -115,7 +114,7 @@ def _plot(rows: Sequence[dict[str, Any]], target: Path) -> None:
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots(2, 3, sharex="row")
-    named = {"cpu_seconds": "processor seconds", "policy_tokens": "policy tokens",
+    named = {"seconds": f"{SECOND}s", "policy_tokens": "policy tokens",
              "rss_gib": "resident memory, GiB"}  # fmt: skip
     for line, over in zip(axes, ("n", "problems"), strict=True):
         own = [r for r in rows if r["over"] == over]

@@ -16,7 +16,8 @@ way is measured by turns in one process on one engine:
 
 Beside each ratio stands what generation alone allows: the tokens per second that vLLM makes of
 whole solutions with as many sequences in flight as either loop has. Seconds are the processor's,
-with one thread those of a clock on an idle machine; ``by the clock`` stands beside them.
+with one thread those of a clock on an idle machine; ``by the clock`` stands beside them. On a GPU
+both are the clock's.
 Writes ``benchmarks/results/speed_search_loops.{json,csv,png}``.
 """
 
@@ -35,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.speed.results import RESULTS, bars, metric, write
+from benchmarks.speed.results import GPU, SECOND, bars, metric, result, seconds, write
 from pav.cli import run
 from pav.engine import Engine, EngineConfig, Read, Sampled, drive, seed_of
 from pav.policy import Policy, Sampler
@@ -130,10 +131,11 @@ class Batched:
         ids_BT = torch.zeros(len(texts), max(len(ids) for ids, _ in texts), dtype=torch.long)
         for row, (ids, _) in zip(ids_BT, texts, strict=True):
             row[: len(ids)] = torch.tensor(ids)
+        ids_BT = ids_BT.to(self.model.head.weight.device)
         states_BTD = self.model.hidden(ids_BT)
         last_BD = states_BTD[range(len(texts)), [len(ids) - 1 for ids, _ in texts]]
-        heads_BH = (self.model.head_logits(last_BD) - self.model.head.bias).numpy()  # type: ignore[operator]
-        logprobs_BT = self.model.token_logprobs(states_BTD, ids_BT).numpy()
+        heads_BH = (self.model.head_logits(last_BD) - self.model.head.bias).float().cpu().numpy()  # type: ignore[operator]
+        logprobs_BT = self.model.token_logprobs(states_BTD, ids_BT).float().cpu().numpy()
         for (ids, future), heads, logprobs in zip(texts, heads_BH, logprobs_BT, strict=True):
             future.set_result(Read(heads, logprobs[: len(ids) - 1], len(ids), 0))
 
@@ -190,7 +192,7 @@ class Timed:
     way: str
     records: list[Record]
     clock: float
-    cpu: float
+    spent: float
 
     @property
     def row(self) -> dict[str, Any]:
@@ -199,7 +201,7 @@ class Timed:
             "way": self.way,
             "problems": len(self.records),
             "seconds": round(self.clock, 2),
-            "cpu_seconds": round(self.cpu, 2),
+            "spent": round(self.spent, 2),
             "policy_tokens": sum(r.policy_tokens for r in self.records),
             "accuracy": float(np.mean([r.correct for r in self.records])),
         }
@@ -211,9 +213,9 @@ def loops(config: LoopsConfig) -> None:
     more, other = _barrier(config)
     write("search_loops", metrics + more, rows + other, [0], config.problems, COMMAND)
     bars(
-        [(r["way"], r["problems"] / r["cpu_seconds"]) for r in rows + other],
-        "problems per processor second (log)",
-        RESULTS / "speed_search_loops.png",
+        [(r["way"], r["problems"] / r["spent"]) for r in rows + other],
+        f"problems per {SECOND} (log)",
+        result("search_loops", "png"),
         log=True,
     )
 
@@ -224,7 +226,8 @@ def _sequential(config: LoopsConfig) -> tuple[list[dict[str, Any]], list[dict[st
     scorer = session.scorer(verifier, "separate", True, None)
     engine = session.sampling_engine(scorer)
     problems = session.problems("test", config.problems)
-    batched = Batched(scorer, load_model(verifier, trunk_path(verifier)), engine)
+    model = load_model(verifier, trunk_path(verifier)).to("cuda" if GPU else "cpu")
+    batched = Batched(scorer, model, engine)
     metrics, rows = [], []
     for n, least in SEQUENTIAL.items():
         ours = _searched(session, verifier, scorer, problems, n, config.concurrency, f"ours N={n}")
@@ -243,7 +246,7 @@ def _sequential(config: LoopsConfig) -> tuple[list[dict[str, Any]], list[dict[st
         )  # fmt: skip
         at = f"over the sequential loop, N={n}"
         metrics += [
-            metric(f"beam search, problems/s {at}", theirs.cpu / ours.cpu, (">=", least)),
+            metric(f"beam search, problems/s {at}", theirs.spent / ours.spent, (">=", least)),
             metric(f"beam search, problems/s {at}, by the clock", theirs.clock / ours.clock),
             metric(f"accuracy minus that of the sequential loop, N={n}", difference.mean, None,
                    (difference.low, difference.high)),
@@ -289,7 +292,7 @@ def _barrier(config: LoopsConfig) -> tuple[list[dict[str, Any]], list[dict[str, 
                             zip(ours.records, theirs.records, strict=True)])  # fmt: skip
             at = f"over the barrier, {label}"
             metrics += [
-                metric(f"beam search, problems/s {at}", theirs.cpu / ours.cpu, (">=", BARRIER)),
+                metric(f"beam search, problems/s {at}", theirs.spent / ours.spent, (">=", BARRIER)),
                 metric(f"beam search, problems/s {at}, by the clock", theirs.clock / ours.clock),
                 metric(f"problems with the same outcome, {label}", float(same)),
             ]
@@ -317,9 +320,9 @@ def _searched(
         return await beam_record(session, scorer, settings, "orm", "beam", 0, problem)
 
     with TemporaryDirectory() as directory:
-        clock, cpu = time.perf_counter(), time.process_time()
+        clock, spent = time.perf_counter(), seconds()
         found, _ = session.run(Path(directory) / "r.jsonl", problems, search, concurrency, way)
-        return Timed(way, found, time.perf_counter() - clock, time.process_time() - cpu)
+        return Timed(way, found, time.perf_counter() - clock, seconds() - spent)
 
 
 def raw_rate(
@@ -329,7 +332,7 @@ def raw_rate(
     problems: Sequence[Problem],
     in_flight: int,
 ) -> float:
-    """Tokens per processor second of whole solutions, ``in_flight`` at a time, no scores."""
+    """Tokens per second of whole solutions, ``in_flight`` at a time, no scores."""
     count = max(4 * in_flight, 256)
     prompts = [policy.encode(problems[i % len(problems)]) for i in range(count)]
     tokens = 0
@@ -350,9 +353,9 @@ def raw_rate(
         for i, prompt in enumerate(prompts)
     ]
     engine.reset_prefix_cache()
-    cpu = time.process_time()
+    started = seconds()
     drive([engine], jobs, keep, in_flight)
-    return tokens / (time.process_time() - cpu)
+    return tokens / (seconds() - started)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.speed.results import RESULTS, metric, write
+from benchmarks.speed.results import metric, result, write
 from pav.batches import MAX_WASTE, LabelData, collate
 from pav.checkpoints import LastCheckpoint
 from pav.cli import run
@@ -169,7 +169,7 @@ def training(config: TrainingConfig) -> None:
     for row in rows:
         print(row)
     write("training", _metrics(config, speeds), rows, [0], config.traces, COMMAND)
-    _plot(rows, RESULTS / "speed_training.png")
+    _plot(rows, result("training", "png"))
 
 
 def traces(config: TrainingConfig) -> list[Example]:

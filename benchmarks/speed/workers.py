@@ -18,7 +18,7 @@ from typing import Any
 from scipy.stats import beta, norm
 
 from benchmarks.speed.generation import mean_and_interval
-from benchmarks.speed.results import RESULTS, metric, write
+from benchmarks.speed.results import metric, result, write
 from data_gen.label import Labeler, Roller, label
 from data_gen.pool import RemoteEngine
 from data_gen.rollouts import RolloutsConfig, loaded
@@ -97,7 +97,7 @@ def workers(config: WorkersConfig) -> None:
         for i, pair in enumerate(turns) for n, made in zip((1, config.workers), pair, strict=True)
     ]  # fmt: skip
     write("workers", metrics, rows, [one.seed], config.problems, COMMAND)
-    _plot(rows, RESULTS / "speed_workers.png")
+    _plot(rows, result("workers", "png"))
 
 
 def _wait(roller: Roller) -> None:
