@@ -33,6 +33,7 @@ import lightning as L
 import numpy as np
 import psutil
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.flop_counter import FlopCounterMode
@@ -226,7 +227,9 @@ def lightning_epoch(
         data = LabelData(model, examples, examples[:1], None, False, 0, weight_2H, config.tokens)  # type: ignore[arg-type]
         watch = Watch()
         callbacks = [
-            LastCheckpoint(Path(directory) / "last.ckpt", 60), LightningProgress(10**9), watch
+            LastCheckpoint(Path(directory) / "last.ckpt", 60), LightningProgress(10**9), watch,
+            # Lightning's own would write to the working directory.
+            ModelCheckpoint(directory),
         ]  # fmt: skip
         trainer = trainer_of(settings, callbacks)
         trainer.limit_val_batches = 0
