@@ -5,6 +5,7 @@ All processes run the same code; only the first writes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,11 @@ class VerifierModule(L.LightningModule):
 
 
 def fit(
-    config: TrainConfig, model: HeadedTrunk, data: LabelData, working: Path
+    config: TrainConfig,
+    model: HeadedTrunk,
+    data: LabelData,
+    working: Path,
+    module: Callable[..., VerifierModule] = VerifierModule,
 ) -> dict[str, Tensor] | None:
     """Train heads (and trunk); the trained tensors of the best epoch on validation.
 
@@ -158,6 +163,7 @@ def fit(
         model: trunk and heads.
         data: labels (:func:`label_data`).
         working: directory of checkpoints.
+        module: the losses.
 
     Returns:
         The state of ``model`` without what was not trained (keys of :class:`HeadedTrunk`), on the
@@ -195,10 +201,9 @@ def fit(
         ],
         logger,
     )
-    module = VerifierModule(model, data.weight_2H, config, steps)
     try:
         trainer.fit(
-            module,
+            module(model, data.weight_2H, config, steps),
             datamodule=data,
             ckpt_path=str(last) if last.exists() and not config.dry_run else None,
             weights_only=True,

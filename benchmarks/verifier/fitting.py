@@ -9,7 +9,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -17,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.verifier.consistency import ConsistentModule, sampled_steps
 from benchmarks.verifier.pool import subset, truncated
 from benchmarks.verifier.rows import DEFAULT, Row
 from benchmarks.verifier.setting import HEADS, Study
 from pav.calibrate import SURPRISE, Calibrator, fit_calibrator
 from pav.data import Example, score
-from pav.fit import fit, label_data
+from pav.fit import VerifierModule, fit, label_data
 from pav.judged import MODES
 from pav.policy import model_path
 from pav.report import first_half
@@ -72,7 +75,13 @@ def fit_frozen(study: Study, row: Row, seed: int) -> Fitted:
             "train": _dataset(states, train),
             "validation": _dataset(study.states(row, early), early),
         }
-        state = fit(config, model, data, Path(directory) / "run")
+        module: Any = VerifierModule
+        if row.consistency:
+            steps = sampled_steps(subset(study.pool, row.part)[0], train, HEADS)
+            module = partial(
+                ConsistentModule, hidden_ND=states, steps=steps, weight=row.consistency
+            )
+        state = fit(config, model, data, Path(directory) / "run", module)
     if state is None:
         raise RuntimeError("nothing was trained")
     model.load_state_dict(state, strict=False)

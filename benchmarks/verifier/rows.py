@@ -29,6 +29,8 @@ class Row:
             concatenated): 1 is the token that ends the step, -1 the one before the last content.
         head: linear or mlp.
         loss: of the heads.
+        consistency: weight of the term beside it (frozen only; see
+            :mod:`benchmarks.verifier.consistency`).
         mode: what is trained.
         truth: a probe: labels say whether there is no slip so far, which no user knows.
         features: surprise features of the calibrator.
@@ -45,6 +47,7 @@ class Row:
     offsets: tuple[int, ...] = (0,)
     head: HeadKind = "linear"
     loss: Loss = "bce"
+    consistency: float = 0.0
     mode: Literal["frozen", "lora", "full"] = "frozen"
     truth: bool = False
     features: tuple[str, ...] = SURPRISE
@@ -101,6 +104,9 @@ def rows() -> list[Row]:
     bce = ("n_mc", "4, half the seeds, twice the tokens")
     for loss in ("hard", "mse", "beta_binomial"):
         found.append(Row("loss", f"{loss}, n_mc 4", Part(2, 2, n_mc=4), loss=loss, like=bce))
+    # Against the default: one rollout a prefix is what its neighbours could help.
+    for weight in (0.1, 1.0, 10.0):
+        found.append(Row("loss", f"consistency {weight:g}", consistency=weight))
     found.append(Row("round 2", "half searched prefixes", Part(2, 2, searched=4)))
     for mode in ("lora", "full"):
         found.append(Row("trained trunk", f"strong, {mode}", mode=mode))
