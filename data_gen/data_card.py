@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from data_gen.runs import Run
 from data_gen.store import replace_file
+from pav.labels import own_endings
 
 CARD = "README.md"
 _TABLES = {
@@ -30,7 +31,7 @@ def write_data_card(run: Run) -> None:
 
 def data_card(run: Run) -> str:
     """Metadata and text of the card."""
-    rows = len({(c.prefix_key, c.policy) for c in run.completions.values()})
+    rows = len(run.counts)
     data = DatasetCardData(
         configs=[
             {"config_name": name, "data_files": f"{name}/*.parquet", "default": name == "labels"}
@@ -91,6 +92,11 @@ def _facts(run: Run) -> list[str]:
         lines[2] = (
             f"* imported from a file of the layout `{imported['format']}`: a label is one "
             "judgement of a step, n = 1, and has no rollout behind it"
+        )
+    if own_endings(manifest, run.traces.values()):
+        lines.append(
+            "* endings count: a solution is one more rollout of its writer from each of its "
+            "prefixes, which is not in the table `labels`"
         )
     for policy, n in sorted(rollouts.items()):
         what = "labels" if imported else "rollouts"

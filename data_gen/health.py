@@ -34,7 +34,8 @@ def health_of(run: Run) -> dict[str, Any]:
     """Figures by rollout policy, of the seeds, and of the whole run, as plain data.
 
     ``policies.<name>.steps`` has a row per step (0 is the problem itself): prefixes, mean k/n and
-    the histogram of k/n in five equal bins. ``label_noise`` is the expected standard deviation of
+    the histogram of k/n in five equal bins (k and n as in training: with own endings, where they
+    count). ``label_noise`` is the expected standard deviation of
     k/n around Q: unbiased over prefixes with two rollouts and more, where all have one an upper
     limit (``label_noise_is_limit``). ``first_error`` counts, over wrong seeds, the first step whose
     prefix had no right rollout.
@@ -43,7 +44,10 @@ def health_of(run: Run) -> dict[str, Any]:
     by_policy: dict[str, list[Completion]] = {name: [] for name in run.policies}
     for completion in run.completions.values():
         by_policy.setdefault(completion.policy, []).append(completion)
-    labels = len({(c.prefix_key, c.policy) for c in run.completions.values()})
+    counts: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in by_policy}
+    for (key, name), kn in run.counts.items():
+        counts[name][key] = kn
+    labels = sum(map(len, counts.values()))
     return {
         "problems": len({t.problem_id for t in traces}),
         "labels": labels,
@@ -56,7 +60,7 @@ def health_of(run: Run) -> dict[str, Any]:
             name: _seeds([t for t in traces if t.policy == name])
             for name in sorted({t.policy for t in traces})
         },
-        "policies": {name: _policy(traces, own) for name, own in by_policy.items()},
+        "policies": {name: _policy(traces, own, counts[name]) for name, own in by_policy.items()},
         "base_accuracy": base_accuracy(traces, run.completions.values(), run.base),
     }
 
@@ -73,12 +77,11 @@ def _seeds(traces: list[Trace]) -> dict[str, Any]:
     }
 
 
-def _policy(traces: list[Trace], completions: list[Completion]) -> dict[str, Any]:
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+def _policy(
+    traces: list[Trace], completions: list[Completion], counts: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
     answers: dict[str, set[str | None]] = defaultdict(set)
     for c in completions:
-        counts[c.prefix_key][0] += c.correct
-        counts[c.prefix_key][1] += 1
         answers[c.problem_id].add(c.answer)
     noise, is_limit = label_noise(list(counts.values()))
     distinct = {(c.prefix_key, tuple(c.ids)) for c in completions}
@@ -101,7 +104,7 @@ def _policy(traces: list[Trace], completions: list[Completion]) -> dict[str, Any
     }
 
 
-def label_noise(counts: list[list[int]]) -> tuple[float, bool]:
+def label_noise(counts: list[tuple[int, int]]) -> tuple[float, bool]:
     """(expected standard deviation of k/n around Q, whether it is only an upper limit).
 
     The variance of k/n is Q(1-Q)/n; k(n-k) / (n^2 (n-1)) estimates it without bias where n > 1.
@@ -118,7 +121,7 @@ def label_noise(counts: list[list[int]]) -> tuple[float, bool]:
     return float(np.sqrt(q * (1 - q))), True
 
 
-def _steps(traces: list[Trace], counts: dict[str, list[int]]) -> list[dict[str, Any]]:
+def _steps(traces: list[Trace], counts: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
     """Values of the distinct prefixes of every length in steps."""
     seen: set[str] = set()
     values: dict[int, list[float]] = defaultdict(list)
@@ -140,7 +143,7 @@ def _steps(traces: list[Trace], counts: dict[str, list[int]]) -> list[dict[str, 
 
 
 def _first_errors(
-    traces: list[Trace], counts: dict[str, list[int]]
+    traces: list[Trace], counts: dict[str, tuple[int, int]]
 ) -> tuple[dict[str, int], float]:
     """(step -> wrong seeds whose first prefix with Q = 0 it is, share of wrong seeds without)."""
     found: Counter[int] = Counter()
@@ -208,6 +211,10 @@ def print_health(health: dict[str, Any], directory: Path) -> None:
             f"{s['duplicates']:.1%} duplicates"
         )
     for name, p in health["policies"].items():
+        if not p["rollouts"]:
+            if p["prefixes"]:
+                print(f"  {name}: endings of its solutions label {p['prefixes']} prefixes")
+            continue
         limit = "at most " if p["label_noise_is_limit"] else ""
         print(
             f"  rollouts of {name}: {p['right']:.3f} of {p['rollouts']} right, "

@@ -23,9 +23,8 @@ from data_gen.forced_answer import Scorer, answer_ids, one_by_one, scorer_for
 from data_gen.interrupt import interruptible
 from data_gen.runs import Run, policy_config, read_run, run_on_directories, task_of
 from data_gen.store import Store, replace_file
-from data_gen.strategies import prefixes
 from pav.errors import UserError
-from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key
+from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.progress import Reporter
 from pav.tasks.base import Problem, Task

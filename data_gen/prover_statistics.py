@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_gen.runs import Run
-from data_gen.strategies import next_prefix, plan_of, prefixes
+from data_gen.strategies import next_prefix, plan_of
 from pav.advantage import best_of_k_from_counts
-from pav.labels import prefix_key
+from pav.labels import prefix_key, prefixes
 from pav.steps import Stepper
 
 Array = NDArray[np.float64]

@@ -57,10 +57,12 @@ class RolloutsConfig:
             labels win when it is large (PAV paper, Fig. 13).
         prover_share: share of the seeds that the provers write, in equal parts.
         n_mc: rollouts per prefix and rollout policy; ``adaptive`` spends that on average at most.
-            With 0 there are solutions only, for data_gen.likelihood.
+            With 0 there are solutions only: for data_gen.likelihood, or labelled by their own
+            endings under ``adaptive``.
         strategy: ``all_prefixes``; ``first_pit``: of wrong solutions no further than to the first
-            prefix without a right rollout; ``adaptive``: one per prefix, more only where they
-            teach more than a new solution does (see data_gen/strategies.py).
+            prefix without a right rollout; ``adaptive``: how a solution ends counts as a rollout
+            from each of its prefixes, more only where they teach more than a new solution does
+            (see data_gen/strategies.py).
         max_labelled_prefixes: label at most so many prefixes of a solution, spread evenly over it,
             the problem and the last one always; by default all.
         branches: for data_gen.select_prover: in every state of the base's solutions, the next steps
@@ -328,7 +330,7 @@ def _summary(config: RolloutsConfig, records: Run, left: list[int], stopped: boo
         following = f"pav.train --labels '[{directory}]' --output runs/pav.ckpt"
         if config.branches:
             following = f"data_gen.select_prover {directory}"
-        elif not config.n_mc:
+        elif not config.n_mc and config.strategy != "adaptive":
             following = f"data_gen.likelihood {directory}"
         print(f"next: {following}")
     else:

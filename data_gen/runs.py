@@ -15,7 +15,7 @@ from rich.table import Table
 from data_gen.store import JOURNAL, Key, journal_lines, read_manifest, remember, sealed
 from pav.cli import Config, run
 from pav.errors import UserError
-from pav.labels import Completion, Trace
+from pav.labels import Completion, Trace, count, own_endings
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.steps import Stepper, StepRule
 from pav.tasks.base import Task
@@ -55,6 +55,11 @@ class Run:
     def base(self) -> str:
         """Name of the base policy."""
         return policy_config(self.manifest).label
+
+    @property
+    def counts(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """(prefix key, policy) -> (k, n), as training reads them."""
+        return count(self.completions.values(), own_endings(self.manifest, self.traces.values()))
 
     @property
     def generated(self) -> int:

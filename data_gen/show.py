@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -39,11 +38,7 @@ def show(config: ShowConfig) -> None:
     run = read_run(config.labels)
     policy = base_policy(run, task_of(run, config.task))
     traces = _traces(run, config.problem)
-    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    for c in run.completions.values():
-        if c.problem_id == traces[0].problem_id:
-            counts[c.prefix_key, c.policy][0] += c.correct
-            counts[c.prefix_key, c.policy][1] += 1
+    counts = run.counts
     likelihoods = read_likelihood(run.directory)
     print(f"problem {traces[0].problem_id} ({traces[0].split}), answer {traces[0].gold}")
     print(traces[0].question)
@@ -71,7 +66,7 @@ def _table(
     trace: Trace,
     policy: Policy,
     names: list[str],
-    counts: dict[tuple[str, str], list[int]],
+    counts: dict[tuple[str, str], tuple[int, int]],
     likelihoods: dict[tuple[str, str], float],
 ) -> Table:
     """A row per step; Q is the share of right rollouts after it, A what the step changed."""

@@ -16,10 +16,13 @@ its prefixes, of the number of workers, or of the moment at which a run was kill
     ends at the problem. Differs from the paper in one thing: its wrong solutions also start from
     states of high value found on the way; all of ours are seeds, which start at the problem.
 ``adaptive``
-    ``n_mc`` rollouts per prefix on average at most: one for every prefix, more only where a token
-    teaches more than it does in a new solution (see :func:`adaptive`). Where the stop depends on
-    outcomes, the mean of k/n over prefixes is biased, but the sum of (k - n Q) is not (optional
-    stopping), and that is what training on counts fits.
+    The solution's own ending is the first rollout of each of its prefixes (:func:`own_endings` in
+    ``pav/labels.py``), and the policies that did not write it add one each. More only where a token
+    teaches more than it does in a new solution (see :func:`adaptive`); ``n_mc`` sampled rollouts
+    per prefix on average at most, so that with 0 endings are all there is. What is saved buys
+    solutions: raise ``n_seeds``. Where the stop depends on outcomes, the mean of k/n over prefixes
+    is biased, but the sum of (k - n Q) is not (optional stopping), and that is what training on
+    counts fits.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_gen.store import Key
-from pav.labels import Completion, Trace, prefix_key
+from pav.labels import Completion, Trace, prefix_key, prefixes
 from pav.steps import Stepper
 
 Strategy = Literal["all_prefixes", "first_pit", "adaptive"]
@@ -45,7 +48,8 @@ class Plan:
 
     Attributes:
         policies: names of the rollout policies, the base first.
-        n_mc: rollouts per prefix and policy; for ``adaptive`` the most on average.
+        n_mc: rollouts per prefix and policy; for ``adaptive`` the most on average, own endings
+            not counted.
         strategy: see the module.
         max_labelled_prefixes: labelled prefixes per solution, spread evenly; None for all.
         branches: of so many rollouts of the base from every prefix of a base solution, the prefix
@@ -67,12 +71,6 @@ class Request:
     prefix: list[int]
     policy: str
     index: int
-
-
-def prefixes(trace: Trace) -> list[list[int]]:
-    """Solution ids of every prefix to go on from: step 0 and every step but the one that ends."""
-    ends = trace.step_ends if trace.truncated else trace.step_ends[:-1]
-    return [[], *(trace.ids[:end] for end in ends)]
 
 
 def spread(count: int, most: int | None) -> list[int]:
@@ -130,8 +128,14 @@ def _play(
     left_P = np.array([max(1, len(trace.ids) - len(ids)) for ids in chosen])
     k_RP = np.zeros((len(plan.policies), len(keys)), dtype=np.int64)
     n_RP = np.zeros_like(k_RP)
+    own_R1 = np.array([[strategy == "adaptive" and trace.policy == name] for name in plan.policies])
     while True:
-        more_RP = allocate(strategy, k_RP, n_RP, plan.n_mc, trace.correct, left_P)
+        seen_k_RP, seen_n_RP = k_RP + own_R1 * trace.correct, n_RP + own_R1
+        if strategy == "adaptive":
+            parts = zip(seen_k_RP, seen_n_RP, n_RP, strict=True)
+            more_RP = np.stack([adaptive(k, n, made, plan.n_mc, left_P) for k, n, made in parts])
+        else:
+            more_RP = allocate(strategy, k_RP, n_RP, plan.n_mc, trace.correct)
         if not more_RP.any():
             return []
         missing = []
@@ -147,21 +151,16 @@ def _play(
         n_RP += more_RP
 
 
-def allocate(
-    strategy: Strategy, k_RP: Counts, n_RP: Counts, n_mc: int, correct: bool, left_P: Counts
-) -> Counts:
+def allocate(strategy: Strategy, k_RP: Counts, n_RP: Counts, n_mc: int, correct: bool) -> Counts:
     """Rollouts that the next round adds, (policies, prefixes); all zero when there is none.
 
     Args:
-        strategy: see the module.
+        strategy: ``all_prefixes`` or ``first_pit``.
         k_RP: right rollouts so far, under each policy from each prefix in order.
         n_RP: rollouts so far.
         n_mc: rollouts per prefix.
         correct: whether the solution is right.
-        left_P: tokens of the solution behind each prefix.
     """
-    if strategy == "adaptive":
-        return np.stack([adaptive(k, n, n_mc, left_P) for k, n in zip(k_RP, n_RP, strict=True)])
     if strategy == "all_prefixes" or correct:
         return n_mc - n_RP
     more_RP = np.zeros_like(n_RP)
@@ -172,30 +171,31 @@ def allocate(
     return more_RP
 
 
-def adaptive(k_P: Counts, n_P: Counts, n_mc: int, left_P: Counts) -> Counts:
+def adaptive(k_P: Counts, n_P: Counts, made_P: Counts, n_mc: int, left_P: Counts) -> Counts:
     """Rollouts that the next round adds to the prefixes of a solution under one policy.
 
-    The first round gives every prefix one rollout. Each later round gives one more to the prefixes
-    where the variance of Q is expected to fall by more per token than it does in the first round of
-    a solution, its own tokens included: what is not spent here buys such a solution. (Largest fall
-    per token first, earlier prefixes first among equals, down to the last rollout of ``n_mc`` times
-    the number of prefixes.) So it is the short rollouts near the end that are repeated, and those
-    whose outcomes differ.
+    Where nothing is known yet, every prefix gets one. Each later round gives one more to the
+    prefixes where the variance of Q is expected to fall by more per token than it does in a new
+    solution of this policy, whose ending labels all its prefixes: what is not spent here buys such
+    a solution. (Largest fall per token first, earlier prefixes first among equals, down to the last
+    rollout of ``n_mc`` times the number of prefixes.) So it is the shortest rollouts, at the very
+    end, that are repeated, and those whose outcomes differ.
 
     Args:
-        k_P: right rollouts so far.
-        n_P: rollouts so far.
-        n_mc: rollouts per prefix on average, at most.
+        k_P: right outcomes so far, that of the solution itself included where it is the policy's.
+        n_P: outcomes so far.
+        made_P: those of them that were sampled.
+        n_mc: sampled rollouts per prefix on average, at most.
         left_P: tokens of the solution behind each prefix, about those of a rollout; positive.
     """
     if not n_P.any():
         return np.full_like(n_P, min(n_mc, 1))
     per_token_P = gain(k_P, n_P) / left_P
-    new = len(n_P) * gain(np.zeros(1), np.zeros(1)) / (left_P.max() + left_P.sum())
+    new = len(n_P) * gain(np.zeros(1), np.zeros(1)) / left_P.max()
     order = np.argsort(-per_token_P, kind="stable")
     worth = order[per_token_P[order] > new]
     more_P = np.zeros_like(n_P)
-    more_P[worth[: max(0, n_mc * len(n_P) - int(n_P.sum()))]] = 1
+    more_P[worth[: max(0, n_mc * len(n_P) - int(made_P.sum()))]] = 1
     return more_P
 
 

@@ -6,7 +6,8 @@ A run directory holds ``manifest.json`` and three folders of Parquet files:
     one row per seed solution: ids, step ends, grade, policy, seed.
 ``labels``
     one row per (prefix, rollout policy): k right of n rollouts. ``(trace, step) -> prefix`` is
-    derivable by :func:`prefix_key`, so identical prefixes are paid for once.
+    derivable by :func:`prefix_key`, so identical prefixes are paid for once. Endings of solutions
+    (:func:`own_endings`) are not in it: :func:`count` adds them.
 ``completions``
     one row per rollout, kept beside the counts so that a grader can be mended afterwards.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,49 @@ class Completion:
     truncated: bool
 
 
+def prefixes(trace: Trace) -> list[list[int]]:
+    """Solution ids of every prefix to go on from: step 0 and every step but the one that ends."""
+    ends = trace.step_ends if trace.truncated else trace.step_ends[:-1]
+    return [[], *(trace.ids[:end] for end in ends)]
+
+
+def own_endings(manifest: Mapping[str, Any], traces: Iterable[Trace]) -> list[Trace]:
+    """The solutions of a run whose endings count as rollouts from their own prefixes.
+
+    A solution that a rollout policy wrote went on from each of its prefixes as a rollout does: its
+    ending is one more sample of the same distribution, and costs nothing. It is left out where
+    rollouts end at a place that depends on it (``first_pit``), and under ``all_prefixes``, whose
+    n is ``n_mc``. Endings of one solution are one event: they tell less than as many rollouts.
+    """
+    parts = (manifest, *manifest.get("merged", ()))
+    if not any(part.get("strategy") == "adaptive" for part in parts):
+        return []
+    return [trace for trace in traces if trace.policy in manifest["rollout_policies"]]
+
+
+def count(
+    completions: Iterable[Completion], endings: Iterable[Trace]
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """(prefix key, policy name) -> (k, n): k of n rollouts are right.
+
+    Args:
+        completions: the rollouts.
+        endings: see :func:`own_endings`.
+    """
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def add(key: str, policy: str, correct: bool) -> None:
+        k, n = found.get((key, policy), (0, 0))
+        found[key, policy] = k + correct, n + 1
+
+    for completion in completions:
+        add(completion.prefix_key, completion.policy, completion.correct)
+    for trace in endings:
+        for prefix in prefixes(trace):
+            add(prefix_key(trace.problem_id, prefix), trace.policy, trace.correct)
+    return found
+
+
 @dataclass(frozen=True)
 class LabelSet:
     """Everything one or more label runs hold.
@@ -124,7 +168,7 @@ class LabelSet:
     Attributes:
         manifest: the manifest of the first run; the others agree with it where it matters.
         traces: seed solutions.
-        counts: (prefix key, policy name) -> (k, n).
+        counts: see :func:`count`.
         completions: rollouts.
         likelihoods: (prefix key, policy name) -> log-probability of the task's forced answer.
     """
@@ -170,6 +214,7 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
     manifests: dict[str, dict[str, Any]] = {}
     traces: dict[str, Trace] = {}
     completions: dict[tuple[str, str, int], Completion] = {}
+    endings: dict[str, Trace] = {}
     likelihoods: dict[tuple[str, str], float] = {}
     asked: dict[str, str] = {}
     for directory in map(Path, directories):
@@ -181,8 +226,9 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
             )
         manifests[str(directory)] = json.loads(path.read_text())
         check_agreement(manifests)
-        for row in _rows(directory / "traces"):
-            traces[row["trace_id"]] = Trace(**row)
+        own = {row["trace_id"]: Trace(**row) for row in _rows(directory / "traces")}
+        traces |= own
+        endings |= {t.trace_id: t for t in own_endings(manifests[str(directory)], own.values())}
         for row in _rows(directory / "completions"):
             completion = Completion(**row)
             completions[completion.prefix_key, completion.policy, completion.index] = completion
@@ -196,11 +242,7 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
             likelihoods[row["prefix_key"], name] = row["logprob"]
     if not traces:
         raise UserError(f"labels {list(directories)} hold no traces; let data_gen.rollouts finish")
-    counts: dict[tuple[str, str], tuple[int, int]] = {}
-    for completion in completions.values():
-        where = (completion.prefix_key, completion.policy)
-        k, n = counts.get(where, (0, 0))
-        counts[where] = (k + completion.correct, n + 1)
+    counts = count(completions.values(), endings.values())
     manifest = next(iter(manifests.values()))
     return LabelSet(
         manifest, list(traces.values()), counts, list(completions.values()), likelihoods

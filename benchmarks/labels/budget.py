@@ -223,14 +223,15 @@ def _plot(path: Path, shown: Sequence[Measured], arms: Sequence[Arm]) -> None:
 def _style(arm: Arm) -> dict[str, Any]:
     lines = {"all_prefixes": "-", "first_pit": "--", "adaptive": "-."}
     colours = {
-        0: "tab:pink",
         1: "tab:blue",
         2: "tab:cyan",
         4: "tab:green",
         8: "tab:orange",
         16: "tab:red",
     }
-    colour = "tab:purple" if arm.strategy == "adaptive" else colours[arm.n_mc]
+    colour = colours.get(arm.n_mc, "tab:pink")
+    if arm.strategy == "adaptive" and arm.n_mc:
+        colour = "tab:purple"
     return {
         "linestyle": ":" if arm.endings else lines[arm.strategy],
         "color": colour,

@@ -51,7 +51,7 @@ def measure(config: StudyConfig, arms: Sequence[Arm], trunk: str) -> list[dict[s
                 if (arm.name, replicate, share) in there:
                     continue
                 bought = replays.buy(arm, problems, budget)
-                labels = label_set(bought, pool.manifest, arm.endings)
+                labels = label_set(bought, pool.manifest, arm.traces_count)
                 found = quality(judge, labels, config.seed + replicate)
                 # The sharpest labels at the price of one rollout each: a limit (see curve).
                 one = replays.price(SWEEP[0], bought.traces) if arm == SWEEP[-1] else None

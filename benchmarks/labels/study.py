@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.store import Key
-from data_gen.strategies import Plan, Strategy, prefixes, wanted
-from pav.labels import Completion, LabelSet, Trace, prefix_key
+from data_gen.strategies import Plan, Strategy, wanted
+from pav.labels import Completion, LabelSet, Trace, count
 from pav.policy import PolicyConfig, Sampler
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
@@ -54,8 +54,8 @@ class Arm:
     Attributes:
         strategy: as in data_gen.rollouts.
         n_mc: as there.
-        endings: a solution's own ending counts as a rollout from each of its prefixes, too, which
-            no label run does: what could be learned for nothing.
+        endings: a solution's own ending counts as a rollout from each of its prefixes, as it does
+            under ``adaptive``: what rollouts add to it.
     """
 
     strategy: Strategy
@@ -67,12 +67,17 @@ class Arm:
         """What tables and plots call it."""
         return f"{self.strategy}, n_mc {self.n_mc}" + (" and own endings" if self.endings else "")
 
+    @property
+    def traces_count(self) -> bool:
+        """Whether endings of solutions are labels."""
+        return self.endings or self.strategy == "adaptive"
+
 
 REFERENCE = Arm("all_prefixes", 4)
 SWEEP = tuple(Arm("all_prefixes", n_mc) for n_mc in (1, 2, 4, 8, 16))
 PITS = (Arm("first_pit", 4), Arm("first_pit", 16))
-ADAPTIVE = (Arm("adaptive", 4),)
-ENDINGS = (Arm("all_prefixes", 0, True),)
+ADAPTIVE = (Arm("adaptive", 4), Arm("adaptive", 0))
+ENDINGS = (Arm("all_prefixes", 1, True),)
 ARMS = (*SWEEP, *PITS, *ADAPTIVE, *ENDINGS)
 
 
@@ -188,18 +193,7 @@ def label_set(bought: Bought, manifest: dict[str, Any], endings: bool) -> LabelS
 
     Every second problem is one of validation.
     """
-    counts: dict[tuple[str, str], tuple[int, int]] = {}
-
-    def add(key: str, policy: str, correct: bool) -> None:
-        k, n = counts.get((key, policy), (0, 0))
-        counts[key, policy] = k + correct, n + 1
-
-    for (key, policy, _), c in bought.completions.items():
-        add(key, policy, c.correct)
-    if endings:
-        for trace in bought.traces:
-            for prefix in prefixes(trace):
-                add(prefix_key(trace.problem_id, prefix), trace.policy, trace.correct)
+    counts = count(bought.completions.values(), bought.traces if endings else [])
     watched = set(list(dict.fromkeys(t.problem_id for t in bought.traces))[1::2])
     traces = [
         replace(t, split="validation") if t.problem_id in watched else t for t in bought.traces

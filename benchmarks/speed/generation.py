@@ -35,10 +35,10 @@ from data_gen.label import Labeler, Roller, Seed, label
 from data_gen.rollouts import RolloutsConfig, loaded
 from data_gen.rollouts import _rounds as rounds_of
 from data_gen.store import Store
-from data_gen.strategies import Plan, prefixes
+from data_gen.strategies import Plan
 from pav.cli import run
 from pav.engine import Engine, EngineConfig, seed_of
-from pav.labels import prefix_key
+from pav.labels import prefix_key, prefixes
 from pav.policy import PolicyConfig, load_policy
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.generation"

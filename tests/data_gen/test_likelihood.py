@@ -21,9 +21,8 @@ from data_gen.likelihood import LikelihoodConfig, likelihood, read_likelihood
 from data_gen.rollouts import RolloutsConfig, _manifest, rollouts
 from data_gen.show import ShowConfig, show
 from data_gen.store import Store
-from data_gen.strategies import prefixes
 from pav.errors import UserError
-from pav.labels import Trace, prefix_key, read_labels
+from pav.labels import Trace, prefix_key, prefixes, read_labels
 from pav.policy import PolicyConfig, Sampler, load_policy
 from pav.tasks.base import Grade, Problem
 from pav.tasks.jsonl import Jsonl

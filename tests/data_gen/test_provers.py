@@ -37,12 +37,12 @@ from data_gen.select_prover import (
 )
 from data_gen.show import ShowConfig, show
 from data_gen.status import StatusConfig, status
-from data_gen.strategies import next_prefix, prefixes
+from data_gen.strategies import next_prefix
 from pav.advantage import alignment, best_of_k, distinguishability
 from pav.cli import run as run_command
 from pav.engine import EngineConfig
 from pav.errors import UserError
-from pav.labels import Completion, Trace, prefix_key, read_labels
+from pav.labels import Completion, Trace, prefix_key, prefixes, read_labels
 from pav.policy import PolicyConfig, Sampler, load_policy
 from pav.steps import Stepper, StepRule
 from pav.train import TrainConfig, new_card

@@ -20,10 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from data_gen.rollouts import RolloutsConfig, rollouts
 from data_gen.store import Store
-from data_gen.strategies import prefixes
 from pav.engine import EngineConfig
 from pav.errors import UserError
-from pav.labels import Completion, LabelSet, Trace, prefix_key, read_labels
+from pav.labels import Completion, LabelSet, Trace, prefix_key, prefixes, read_labels
 from pav.policy import PolicyConfig, Sampler, load_policy
 from pav.steps import StepRule
 from pav.tasks.base import Grade, Problem

@@ -24,13 +24,12 @@ from data_gen.strategies import (
     allocate,
     gain,
     plan_of,
-    prefixes,
     spread,
     wanted,
 )
 from pav.engine import EngineConfig
 from pav.errors import UserError
-from pav.labels import Completion, LabelSet, Trace, prefix_key, read_labels
+from pav.labels import Completion, LabelSet, Trace, count, prefix_key, prefixes, read_labels
 from pav.policy import PolicyConfig, Sampler, load_policy
 from pav.steps import Stepper, StepRule
 from pav.tasks.tape import Tape
@@ -124,34 +123,38 @@ def test_no_strategy_exceeds_the_budget_and_labels_skip_no_number(
         assert all(sorted(v) == list(range(len(v))) for v in own.values())
         assert sum(map(len, own.values())) <= plan.n_mc * len(labelled)
         if plan.strategy == "adaptive":
-            assert all(min(plan.n_mc, 1) <= len(v) for v in own.values())
+            # The writer's own ending is the first label; the others have one rollout each.
+            if policy != trace.policy:
+                assert len(own) == (len(labelled) if plan.n_mc else 0)
         else:
             assert {len(v) for v in own.values()} <= {plan.n_mc}
-        # All policies label the same prefixes.
-        assert own.keys() == {key for key, _, _ in done}
+            # All policies label the same prefixes.
+            assert own.keys() == {key for key, _, _ in done}
     everything = play(replace(plan, strategy="all_prefixes"), [trace], World(seed))
     assert {key for key, _, _ in done} <= {key for key, _, _ in everything}
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 20), st.floats(0, 1), st.integers(1, 80)), min_size=1,
-                max_size=10), st.integers(1, 12))  # fmt: skip
+                max_size=10), st.integers(1, 12), st.booleans())  # fmt: skip
 def test_adaptive_adds_where_a_token_teaches_most_and_more_than_in_a_new_solution(
-    cells: list[tuple[int, float, int]], n_mc: int
+    cells: list[tuple[int, float, int]], n_mc: int, own: bool
 ) -> None:
     n = np.array([n for n, _, _ in cells])
     k = np.array([round(n * share) for n, share, _ in cells])
     left = np.array([left for _, _, left in cells])
-    more = adaptive(k, n, n_mc, left)
+    made = n - int(own)
+    more = adaptive(k, n, made, n_mc, left)
     assert set(more) <= {0, 1}
-    assert n.sum() + more.sum() <= max(n.sum(), n_mc * len(n))
-    # Jeffreys' prior has a variance of 1/8, and half of it is left after a rollout.
-    new = len(n) / 16 / (left.max() + left.sum())
+    assert made.sum() + more.sum() <= max(made.sum(), n_mc * len(n))
+    # Jeffreys' prior has a variance of 1/8, and half of it is left after a rollout. A new solution
+    # labels all its prefixes for its own tokens.
+    new = len(n) / 16 / left.max()
     a, b = k + 0.5, n - k + 0.5
     variance = a * b / ((a + b) ** 2 * (a + b + 1))
     worth = variance / (a + b + 1) / left
     assert (worth[more > 0] > new).all()
-    if more.any() and n.sum() + more.sum() < n_mc * len(n):
+    if more.any() and made.sum() + more.sum() < n_mc * len(n):
         assert (more > 0).sum() == (worth > new).sum()
     if more.any() and (more == 0).any():
         assert worth[more > 0].min() >= worth[more == 0].max()
@@ -168,36 +171,41 @@ def test_gain_is_the_expected_fall_of_the_variance_of_q(k: int, other: int) -> N
 def test_adaptive_repeats_short_rollouts_and_leaves_long_ones_for_new_solutions() -> None:
     left = np.array([70, 60, 50, 40, 30, 20, 10, 3])
     zero = np.zeros(8, int)
-    assert adaptive(zero, zero, 4, left).tolist() == [1] * 8
-    assert not adaptive(zero, zero, 0, left).any()
+    assert adaptive(zero, zero, zero, 4, left).tolist() == [1] * 8
+    assert not adaptive(zero, zero, zero, 0, left).any()
+    # The solution's own ending is there: no first round.
     once = zero + 1
-    assert adaptive(zero, once, 4, left).tolist() == [0] * 6 + [1, 1]
-    # A run without a budget for more has n_mc 1.
-    assert not adaptive(zero, once, 1, left).any()
+    left[7] = 2
+    assert adaptive(zero, once, zero, 4, left).tolist() == [0] * 7 + [1]
+    # A run without a budget for more has n_mc 0.
+    assert not adaptive(zero, once, zero, 0, left).any()
     # Repeated until it is known; longer where the outcomes differ.
-    n = np.array([1] * 7 + [4])
-    assert adaptive(np.array([0] * 7 + [2]), n, 4, left)[7] == 1
-    assert adaptive(np.array([0] * 7 + [4]), n, 4, left)[7] == 0
+    left[7], n = 1, np.array([1] * 7 + [3])
+    assert adaptive(np.array([0] * 7 + [1]), n, n - 1, 4, left)[7] == 1
+    assert adaptive(np.array([0] * 7 + [3]), n, n - 1, 4, left)[7] == 0
 
 
 def test_optional_stopping_leaves_the_sum_of_k_minus_n_q_without_bias() -> None:
-    q, n_mc, left = [0.3, 0.9, 0.6], 4, np.array([40, 6, 3])
+    q, n_mc, left = [0.3, 0.9, 0.6], 4, np.array([40, 3, 2])
 
-    def expected(k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, float]:
-        """(sum of k - n Q, mean of k/n over prefixes), over all courses from here."""
-        more = adaptive(k, n, n_mc, left)
+    def expected(ending: int, k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, float]:
+        """(sum of k - n Q over what was sampled, mean of k/n), over all courses from here."""
+        more = adaptive(k + ending, n + 1, n, n_mc, left)
         if not more.any():
-            return k - n * q, float((k / n).mean())
+            return k - n * q, float(((k + ending) / (n + 1)).mean())
         total, mean = np.zeros(3), 0.0
         for drawn in np.ndindex(*(more + 1)):
             chance = float(np.prod(binom.pmf(drawn, more, q)))
-            score, value = expected(k + drawn, n + more)
+            score, value = expected(ending, k + drawn, n + more)
             total, mean = total + chance * score, mean + chance * value
         return total, mean
 
-    score, mean = expected(np.zeros(3, int), np.zeros(3, int))
-    np.testing.assert_allclose(score, 0, atol=1e-12)
-    assert abs(mean - np.mean(q)) > 0.005  # which is why the docstring says so
+    zero, means = np.zeros(3, int), []
+    for ending in (0, 1):
+        score, mean = expected(ending, zero, zero)
+        np.testing.assert_allclose(score, 0, atol=1e-12)
+        means.append(mean)
+    assert means[0] < np.mean(q) < means[1]
 
 
 @given(st.integers(1, 60), st.integers(2, 20))
@@ -223,12 +231,11 @@ def test_first_pit_walks_wrong_solutions_to_the_first_prefix_without_a_right_rol
         pit = value.index(False) if False in value else 8
         assert {key for key, _, _ in done} == set(keys[: pit + 1])
     k, n = np.array([[2, 0], [1, 0]]), np.array([[3, 3], [3, 3]])
-    left = np.array([4, 2])
     # One policy with a right rollout is enough to walk on.
-    assert allocate("first_pit", k[:, :1], n[:, :1], 3, False, left).tolist() == [[0], [0]]
-    assert not allocate("first_pit", k, n, 3, False, left).any()
+    assert allocate("first_pit", k[:, :1], n[:, :1], 3, False).tolist() == [[0], [0]]
+    assert not allocate("first_pit", k, n, 3, False).any()
     k = np.array([[0, 0], [1, 0]])
-    assert allocate("first_pit", k, n * [1, 0], 3, False, left).tolist() == [[0, 3], [0, 3]]
+    assert allocate("first_pit", k, n * [1, 0], 3, False).tolist() == [[0, 3], [0, 3]]
 
 
 def test_branches_label_the_next_steps_of_the_bases_rollouts_and_of_no_other() -> None:
@@ -321,8 +328,15 @@ def test_strategies_on_the_tapes_base_policy_ask_for_what_their_plan_says(
     sizes = {name: len(labels.completions) for name, labels in found.items()}
     assert sizes["adaptive"] <= sizes["all_prefixes"]
     assert sizes["first_pit"] < sizes["all_prefixes"]
-    n = [n for _, n in found["adaptive"].counts.values()]
+    adaptively = found["adaptive"]
+    n = [n for _, n in adaptively.counts.values()]
     assert min(n) == 1 < max(n)
+    # Endings are labels, too: step 0 has one of every solution beside what was sampled.
+    sampled = {k for k in count(adaptively.completions, [])}
+    assert sampled < set(adaptively.counts)
+    for trace in adaptively.traces:
+        for prefix in prefixes(trace):
+            assert adaptively.counts[prefix_key(trace.problem_id, prefix), "base"][1] >= 1
     # At most six prefixes of a solution, step 0 and the last one among them.
     for trace in found["all_prefixes"].traces:
         keys = [prefix_key(trace.problem_id, ids) for ids in prefixes(trace)]
@@ -338,8 +352,9 @@ def test_adaptive_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(
 ) -> None:
     arguments = [
         "--policy.model", "pav:base", "--policy.name", "base", "--sampler.max_length", "128",
-        "--problems", "6", "--validation_problems", "2", "--n_seeds", "2", "--n_mc", "4",
-        "--strategy", "adaptive", "--concurrency", "6",
+        "--prover.model", "pav:prover", "--prover.name", "prover",
+        "--problems", "12", "--validation_problems", "4", "--n_seeds", "2", "--n_mc", "4",
+        "--strategy", "adaptive", "--concurrency", "4",
         "--engine.kv_gib", "0.05", "--engine.max_num_seqs", "32",
     ]  # fmt: skip
     drive, random = Driver(tmp_path / "run", arguments), Random(3)
@@ -354,9 +369,9 @@ def test_adaptive_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(
     drive.close()
     assert len(before) > 20
     labels = read_labels([str(drive.output)])
-    assert len(labels.traces) == 16
+    assert len(labels.traces) == 32
     keys = [(c.prefix_key, c.policy, c.index) for c in labels.completions]
     assert len(set(keys)) == len(keys)
     stepper = load_policy(PolicyConfig("pav:base"), Tape().step_rule).stepper
     # The run without a death asks for exactly this: a strategy replayed on the same outcomes.
-    assert set(keys) == asked_for(labels, Plan(("base",), 4, "adaptive"), stepper)
+    assert set(keys) == asked_for(labels, Plan(("base", "prover"), 4, "adaptive"), stepper)

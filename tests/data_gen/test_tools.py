@@ -30,7 +30,6 @@ from data_gen.runs import Run, read_run
 from data_gen.show import ShowConfig, main, show
 from data_gen.status import StatusConfig, status
 from data_gen.store import JOURNAL, Store
-from data_gen.strategies import prefixes
 from pav.errors import UserError
 from pav.labels import (
     LIKELIHOODS,
@@ -38,6 +37,7 @@ from pav.labels import (
     Trace,
     likelihood_rows,
     prefix_key,
+    prefixes,
     read_labels,
 )
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
