@@ -67,7 +67,7 @@ def figures_of(judged: Judged, held_N: NDArray[np.bool_]) -> dict[str, Figure]:
         scope = held_N & once_N & (scored.step_N > 0)
         clean = scope & (kind_N == "")
         found[f"no slip {head}"] = _auc(head, np.flatnonzero(scope), kind_N == "")
-        found[f"no slip, equal depth {head}"] = _at_depth(
+        found[f"no slip, equal depth {head}"] = within(
             head, np.flatnonzero(scope), kind_N == "", scored.step_N
         )
         # Clean steps against those that hold the first slip of a solution, as pav.measure has it.
@@ -91,9 +91,9 @@ def _auc(head: str, rows: Rows, high_N: NDArray[np.bool_]) -> Figure:
     return Figure(head, rows, lambda q_N, w: weighted_auc(q_N[rows], high_N[rows], w))
 
 
-def _at_depth(head: str, rows: Rows, high_N: NDArray[np.bool_], step_N: NDArray[np.intp]) -> Figure:
-    """AUC over pairs of prefixes with as many steps: what a search compares."""
-    parts = [step_N[rows] == step for step in np.unique(step_N[rows])]
+def within(head: str, rows: Rows, high_N: NDArray[np.bool_], part_N: NDArray[np.intp]) -> Figure:
+    """AUC over pairs of rows in the same part; parts of as many steps are what search compares."""
+    parts = [part_N[rows] == part for part in np.unique(part_N[rows])]
 
     def of(q_N: Array, w: Array) -> float:
         right = pairs = 0.0

@@ -72,8 +72,8 @@ def fit_frozen(study: Study, row: Row, seed: int) -> Fitted:
         _widen(model, states.shape[1])
         data = label_data(config, model, train, early, study.policy)
         data.cached = {
-            "train": _dataset(states, train),
-            "validation": _dataset(study.states(row, early), early),
+            "train": dataset(states, train),
+            "validation": dataset(study.states(row, early), early),
         }
         module: Any = VerifierModule
         if row.consistency:
@@ -109,7 +109,8 @@ def _widen(model: torch.nn.Module, width: int) -> None:
         model.head[0] = wider
 
 
-def _dataset(states_ND: Tensor, examples: Sequence[Example]) -> TensorDataset:
+def dataset(states_ND: Tensor, examples: Sequence[Example]) -> TensorDataset:
+    """Labelled rows of ``examples`` for :func:`pav.fit.fit`, states computed already."""
     k, n = (np.concatenate([getattr(e, name) for e in examples]) for name in ("k_PH", "n_PH"))
     share = np.concatenate([e.share_P1 for e in examples])
     keep = n.sum(1) > 0
