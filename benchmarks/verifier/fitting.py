@@ -66,9 +66,10 @@ def fit_frozen(study: Study, row: Row, seed: int) -> Fitted:
             [], f"{directory}/pav.ckpt", trunk=row.trunk, head=row.head, loss=row.loss, seed=seed,
             accelerator="cpu", checkpoint_minutes=1e6,
         )  # fmt: skip
+        # States before the seed: the first row to read them loads a trunk, which draws numbers.
+        states = study.states(row, train)
         L.seed_everything(seed, verbose=False)
         model = truncated(row.trunk, None, len(HEADS), row.head)
-        states = study.states(row, train)
         _widen(model, states.shape[1])
         data = label_data(config, model, train, early, study.policy)
         data.cached = {

@@ -44,6 +44,9 @@ def test_a_row_of_the_study_learns_from_its_part_of_the_pool(tmp_path: Path) -> 
     row = replace(DEFAULT, trunk="pav:base", part=Part(4, 0, n_mc=2))
     values = values_of(study, row, [0])
     judged = study.judged["validation"]
+    # Also where the trunk's states are there already.
+    again_SHMN = values_of(study, row, [0])["validation"]
+    np.testing.assert_array_equal(again_SHMN, values["validation"])
     assert values["validation"].shape == (1, len(HEADS), len(MODES), len(judged.keys_N))
     held = ~np.array([first_half(e.problem_id) for e in judged.examples])[judged.scored.example_N]
     figures = figures_of(judged, held)
