@@ -32,6 +32,9 @@ SCORE_BIAS = -100.0
 SCORE_SCALE = 8.0
 # A resolved request reaches its job in a few turns; far more without any work is a dead end.
 IDLE_TURNS = 1000
+# A step costs about the same for one request as for thirty. So an engine with few requests, beside
+# one with FEW times as many, lets up to PATIENCE turns pass until more have come.
+FEW, PATIENCE = 8, 4
 _ON_CPU = not torch.cuda.is_available()
 if _ON_CPU:
     # The only compiled function left on the CPU path counts ranks, which we do not read; eager
@@ -189,9 +192,9 @@ class Engine:
         self._next = 0
 
     @property
-    def busy(self) -> bool:
-        """Whether requests wait for a step."""
-        return bool(self._futures)
+    def busy(self) -> int:
+        """Requests that wait for a step."""
+        return len(self._futures)
 
     async def sample(
         self,
@@ -370,7 +373,7 @@ class Driven(Protocol):
     """What :func:`drive` turns: an :class:`Engine`, or one that is in another process."""
 
     @property
-    def busy(self) -> bool: ...
+    def busy(self) -> int: ...
 
     def step(self) -> None: ...
 
@@ -396,6 +399,7 @@ def drive(
         active: dict[asyncio.Task[T], None] = {}
         exhausted = False
         idle = 0
+        waited = [0] * len(engines)
         while True:
             while not exhausted and len(active) < concurrency:
                 job = next(waiting, None)
@@ -409,10 +413,16 @@ def drive(
             for _ in range(4):
                 await asyncio.sleep(0)
             stepped = False
-            for engine in engines:
-                if engine.busy:
-                    engine.step()
-                    stepped = True
+            most = max(engine.busy for engine in engines)
+            for i, engine in enumerate(engines):
+                if not engine.busy:
+                    continue
+                if engine.busy * FEW < most and waited[i] < PATIENCE:
+                    waited[i] += 1
+                    continue
+                waited[i] = 0
+                engine.step()
+                stepped = True
             finished = [task for task in active if task.done()]
             idle = 0 if stepped or finished else idle + 1
             if idle > IDLE_TURNS:

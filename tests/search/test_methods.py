@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pav.cli import run
-from pav.engine import EngineConfig, drive
+from pav.engine import PATIENCE, EngineConfig, drive
 from pav.errors import UserError
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.steps import StepRule
@@ -450,8 +450,8 @@ class Counting:
         return await future
 
     @property
-    def busy(self) -> bool:
-        return bool(self.waiting)
+    def busy(self) -> int:
+        return len(self.waiting)
 
     def step(self) -> None:
         self.steps += 1
@@ -474,6 +474,26 @@ def test_slow_problem_does_not_hold_up_another() -> None:
     jobs = [lambda: problem("slow", 3, 100), lambda: problem("fast", 3, 2)]
     drive([engine], jobs, done.append, 2)
     assert done == [("fast", 6), ("slow", 300)]
+
+
+def test_engine_with_few_requests_waits_for_company_and_never_for_long() -> None:
+    policy, verifier = Counting(), Counting()
+    waits: list[int] = []
+
+    async def problem(i: int) -> int:
+        sampled = await policy.after(1 + i)
+        await verifier.after(1)
+        return policy.steps - sampled
+
+    # One child ends in every step of the policy.
+    drive([policy, verifier], [lambda i=i: problem(i) for i in range(64)], waits.append, 64)  # type: ignore[misc]
+    assert policy.steps == 64
+    assert verifier.steps < 32
+    assert max(waits) == PATIENCE + 1
+    # With nothing else to do an engine steps at once.
+    steps = verifier.steps
+    drive([policy, verifier], [lambda: verifier.after(3)], waits.append, 1)
+    assert verifier.steps == steps + 3
 
 
 def test_jobs_that_no_engine_will_answer_are_an_error_and_no_endless_loop() -> None:
