@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta, binom
 
 from data_gen.rollouts import RolloutsConfig, rollouts
+from data_gen.show import ShowConfig, show
 from data_gen.status import StatusConfig, status
 from data_gen.store import JOURNAL, Key
 from data_gen.strategies import (
@@ -345,6 +349,35 @@ def test_strategies_on_the_tapes_base_policy_ask_for_what_their_plan_says(
         assert len(keys) <= 6 or sum(there) < len(keys)
     rollouts(replace(config, strategy="adaptive", output=str(tmp_path / "plan"), dry_run=True))
     assert "plan: 5 problems, 10 traces" in capsys.readouterr().out
+
+
+def test_endings_alone_label_solutions_and_all_tools_count_them(
+    config: RolloutsConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = replace(config, strategy="adaptive", n_mc=0, n_seeds=3, output=str(tmp_path / "run"))
+    rollouts(run)
+    said = capsys.readouterr().out
+    labels = read_labels([run.output])
+    assert not labels.completions
+    through: Counter[str] = Counter()
+    for trace in labels.traces:
+        through.update(prefix_key(trace.problem_id, ids) for ids in prefixes(trace))
+    assert {key: n for (key, _), (_, n) in labels.counts.items()} == dict(through)
+    first = labels.traces[0].problem_id
+    right = sum(t.correct for t in labels.traces if t.problem_id == first)
+    assert labels.counts[prefix_key(first, []), "base"] == (right, 3)
+    assert f"base: endings of its solutions label {len(labels.counts)} prefixes" in said
+    assert "next: pav.train" in said
+    health = json.loads((tmp_path / "run" / "health.json").read_text())
+    assert health["labels"] == len(labels.counts)
+    assert health["policies"]["base"]["steps"][0]["prefixes"] == 5
+    show(ShowConfig(run.output, problem=first))
+    assert re.search(rf"\(the problem\) +{right}/3 ", capsys.readouterr().out)
+    # Read beside a run of another strategy they still count, and only they.
+    other = replace(config, strategy="all_prefixes", n_mc=1, n_seeds=1, output=str(tmp_path / "o"))
+    rollouts(other)
+    both = read_labels([run.output, other.output])
+    assert sum(n for _, n in both.counts.values()) == sum(through.values()) + len(both.completions)
 
 
 def test_adaptive_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(
