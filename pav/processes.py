@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
@@ -105,7 +106,8 @@ class Processes:
         process, connection = self._running.pop(worker)
         connection.close()
         process.kill()
-        process.wait()
+        with suppress(TimeoutExpired):  # one that hangs in a driver dies when that lets it
+            process.wait(END_SECONDS)
 
     def close(self) -> None:
         """End all workers, within seconds."""

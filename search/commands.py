@@ -27,7 +27,7 @@ from search.scoring import StepScorer
 from search.session import Session, load_checked, sibling_orm
 from search.smc import SmcSettings
 from search.solve import beam_record, beam_settings, repick, smc_record, traces_record
-from search.workers import Search
+from search.worker import Search
 
 __all__ = [
     "AlphaLlmConfig",

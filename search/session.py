@@ -32,7 +32,8 @@ from search.records import Record, append, read, read_seconds, rewrite, write_se
 from search.reward_models import RewardModel
 from search.reward_text import RewardModelConfig
 from search.scoring import Scorer, StepScorer
-from search.workers import Elsewhere, Search, Workers
+from search.worker import Search
+from search.workers import Elsewhere, Workers
 
 Scoring = Literal["auto", "fused", "separate"]
 

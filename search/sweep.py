@@ -16,7 +16,7 @@ from search.points import Point, make_point
 from search.session import Session
 from search.smc import SmcSettings
 from search.solve import beam_record, beam_settings, repick, smc_record
-from search.workers import Search
+from search.worker import Search
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ The process that the user started leads: it decides what is searched, hands out 
 queue and writes every record. A worker loads each engine once, when the first search needs it, and
 runs as many problems at a time as one process would. So a run of any number of workers makes the
 same requests with the same seeds.
+
+A worker that dies is started again. One that is alive and says nothing is ended and not started
+again (what hung may hang the next one, too), and the others search what it held.
 """
 
 from __future__ import annotations
@@ -12,30 +15,29 @@ import math
 import pickle
 import sys
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
-from queue import SimpleQueue
+from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from pav.engine import Engine, EngineConfig, drive
+from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.policy import Dtype
-from pav.processes import Died, Processes, placement, visible_devices, work
+from pav.processes import Died, Processes, placement, visible_devices
 from search.records import Record
+from search.worker import Alive, Ask, Found, Given, Job, Refused, Search, main
 
 if TYPE_CHECKING:
     from search.session import Session
 
-# A function of a module, its arguments bound with functools.partial: it crosses to the workers.
-Search = Callable[..., Coroutine[Any, Any, Record]]
-# What it is given: a problem, and in some searches more.
-Given = tuple[Any, ...]
-
 # A worker that dies so often within so many seconds ends the run.
 DEATHS, DEATH_SECONDS = 3, 600.0
+# A worker with problems says that its engines step, 20 times in so many seconds: a single step
+# takes seconds at most. How long a process takes to start, and to load engines, nobody can say.
+SILENT_SECONDS = 600.0
 _POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -63,43 +65,27 @@ def _engine(
     return Engine(model, dtype, max_length, list(score_ids), config)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Leader to worker: a session and a :data:`Search`, pickled; how many problems at a time."""
-
-    pickled: bytes
-    concurrency: int
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """Worker to leader: engines are loaded; a problem, please. The answer is one, or None."""
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Worker to leader: what a search left."""
-
-    record: Record
-
-
-@dataclass(frozen=True)
-class _Refused:
-    """Worker to leader: what the user can mend."""
-
-    error: str
-
-
 @dataclass
 class _Worker:
-    job: _Job | None = None
+    job: Job | None = None
     # Has no more problems of its job; asks for none before the next.
     idle: bool = True
     # Has asked, and is not answered before all workers are ready.
     ready: bool = False
+    # Has said something since it was given its job; nothing more is expected before it is ready.
+    taken: bool = True
+    heard: float = 0.0
+    # It hung, and was ended for good.
+    gone: bool = False
     held: dict[str, Given] = field(default_factory=dict)
     found: int = 0
     deaths: list[float] = field(default_factory=list)
+
+    @property
+    def silent(self) -> bool:
+        """Whether a word of it is overdue."""
+        owes = bool(self.held) or not self.taken
+        return owes and monotonic() - self.heard > SILENT_SECONDS
 
 
 def check_workers(count: int) -> None:
@@ -121,10 +107,11 @@ class Workers:
 
     def __init__(self, count: int, config: EngineConfig) -> None:
         places = placement(config, count, visible_devices())
-        self._processes = Processes(__name__, None, places)
+        self._processes = Processes(main.__module__, None, places)
         self._workers = [_Worker() for _ in range(count)]
         self._started = False
-        self._job: _Job | None = None
+        self._waited = monotonic()
+        self._job: Job | None = None
         self._queue: deque[Given] = deque()
         self._keep: Callable[[Record], None] | None = None
 
@@ -132,7 +119,8 @@ class Workers:
     def lines(self) -> list[str]:
         """A line per worker."""
         return [
-            f"worker {i}: {w.found} problems, {len(w.held)} held" if w.ready
+            f"worker {i}: hung, ended" if w.gone
+            else f"worker {i}: {w.found} problems, {len(w.held)} held" if w.ready
             else f"worker {i}: starting"
             for i, w in enumerate(self._workers)
         ]  # fmt: skip
@@ -158,16 +146,18 @@ class Workers:
                 f"what is searched cannot be sent to workers ({error}); define the task in a "
                 "module, without open files, locks and lambdas in its fields, or use --workers 1"
             ) from error
-        share = math.ceil(problems / len(self._workers))
-        self._job, self._keep = _Job(pickled, max(1, min(concurrency, share))), None
-        for number, worker in enumerate(self._workers):
+        share = math.ceil(problems / len(self._left))
+        at_a_time = max(1, min(concurrency, share))
+        self._job, self._keep = Job(pickled, at_a_time, SILENT_SECONDS / 20), None
+        for number, worker in self._left:
             worker.ready = False
             if not self._started:
-                self._processes.start(number)
-            if worker.idle:
+                self._start(number)
+            elif worker.idle:
                 self._give(number)
         self._started = True
-        self._turn(lambda: all(w.ready for w in self._workers))
+        self._waited = monotonic()
+        self._turn(lambda: all(w.ready for _, w in self._left))
 
     def run(self, given: Sequence[Given], keep: Callable[[Record], None]) -> None:
         """Search what :meth:`open` prepared for; ``keep`` gets every record as it is found.
@@ -177,10 +167,10 @@ class Workers:
             keep: called once per problem.
 
         Raises:
-            UserError: if a search raised one, or a worker dies again and again.
+            UserError: if a search raised one, a worker dies again and again, or all hang.
         """
         self._queue, self._keep = deque(given), keep
-        for number in range(len(self._workers)):
+        for number, _ in self._left:
             self._answer(number)
         self._turn(lambda: not self._queue and not any(w.held for w in self._workers))
 
@@ -189,32 +179,60 @@ class Workers:
             while not done():
                 for number, message in self._processes.receive(_POLL_SECONDS):
                     self._take(number, message)
+                for number, worker in self._left:
+                    if worker.silent:
+                        self._give_up(number)
+                self._say_who_loads()
         except BaseException:
             self.close()
             raise
 
-    def _take(self, number: int, message: _Ask | _Found | _Refused | Died) -> None:
+    @property
+    def _left(self) -> list[tuple[int, _Worker]]:
+        """Number and worker of all that did not hang."""
+        return [(i, w) for i, w in enumerate(self._workers) if not w.gone]
+
+    def _say_who_loads(self) -> None:
+        """Say every minute whom the start of a search waits for: that it hangs cannot be known."""
+        if self._keep is not None or monotonic() - self._waited < _PATIENCE_SECONDS:
+            return
+        self._waited = monotonic()
+        loading = ", ".join(str(i) for i, w in self._left if not w.ready)
+        print(f"waiting: workers that still load their models: {loading}", file=sys.stderr)
+
+    def _take(self, number: int, message: Ask | Alive | Found | Refused | Died) -> None:
         worker = self._workers[number]
+        worker.heard, worker.taken = monotonic(), True
         match message:
-            case _Ask():
+            case Ask():
                 worker.ready = worker.job is self._job
                 if not worker.ready:  # it was still at an earlier one, which is over
                     self._processes.send(number, None)
                     self._give(number)
                 elif self._keep is not None:
                     self._answer(number)
-            case _Found():
+            case Alive():
+                pass
+            case Found():
                 if worker.held.pop(message.record.problem_id, None) is not None and self._keep:
                     worker.found += 1
                     self._keep(message.record)
-            case _Refused():
+            case Refused():
                 raise UserError(message.error)
             case Died():
                 self._bury(number, message.reason)
 
+    def _start(self, number: int) -> None:
+        """Start its process, and give it the job."""
+        self._processes.start(number)
+        self._give(number)
+        # Nothing is expected of it before it has imported what it needs.
+        self._workers[number].taken = True
+
     def _give(self, number: int) -> None:
         worker = self._workers[number]
         worker.job, worker.idle = self._job, False
+        worker.heard, worker.taken = monotonic(), False
         self._processes.send(number, self._job)
 
     def _answer(self, number: int) -> None:
@@ -222,6 +240,8 @@ class Workers:
         worker = self._workers[number]
         if self._queue:
             given = self._queue.popleft()
+            if not worker.held:  # it had nothing to say anything of
+                worker.heard = monotonic()
             worker.held[given[0].id] = given
             self._processes.send(number, given)
         else:
@@ -230,10 +250,7 @@ class Workers:
 
     def _bury(self, number: int, reason: str) -> None:
         worker, now = self._workers[number], monotonic()
-        lost = len(worker.held)
-        self._queue.extendleft(reversed(worker.held.values()))
-        worker.held.clear()
-        worker.ready = False
+        lost = self._take_back(worker)
         worker.deaths.append(now)
         recent = sum(now - at < DEATH_SECONDS for at in worker.deaths)
         if recent >= DEATHS:
@@ -243,47 +260,52 @@ class Workers:
                 "concurrency, engine.kv_gib or engine.max_num_seqs; the same command resumes"
             )
         print(
-            f"WARNING: worker {number} died ({reason}); the {lost} problems that it held are "
+            f"WARNING: worker {number} died ({reason}); the {len(lost)} problems that it held are "
             f"searched again, and it starts again ({recent} of {DEATHS - 1} times)",
             file=sys.stderr,
         )
-        self._processes.start(number)
-        self._give(number)
-        for other, w in enumerate(self._workers):
-            if w.idle and self._queue:
-                self._give(other)
+        self._start(number)
+        self._call_idle()
+
+    def _give_up(self, number: int) -> None:
+        """End a worker that hangs; the others search what it held.
+
+        Raises:
+            UserError: if there are no others.
+        """
+        worker = self._workers[number]
+        self._processes.end(number)
+        worker.gone = True
+        lost = self._take_back(worker)
+        said = f"worker {number} was silent for {SILENT_SECONDS:.0f} seconds and is ended"
+        if not self._left:
+            held = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+            raise UserError(
+                f"{said}, and no other worker is left; it held the problems {held or 'none'}. "
+                "What is written stays and the same command resumes; look at what the worker said "
+                "above, at its GPU, and whether the task's grader can hang"
+            )
+        print(
+            f"WARNING: {said}; the {len(lost)} problems that it held go to the others "
+            f"({len(self._left)} of {len(self._workers)} workers are left)",
+            file=sys.stderr,
+        )
+        self._call_idle()
+
+    def _take_back(self, worker: _Worker) -> list[str]:
+        """Put what a worker held in front of the queue; ids of these problems."""
+        lost = list(worker.held)
+        self._queue.extendleft(reversed(worker.held.values()))
+        worker.held.clear()
+        worker.ready = False
+        return lost
+
+    def _call_idle(self) -> None:
+        """Have those work again that were told that nothing is left."""
+        for number, worker in self._left:
+            if worker.idle and self._queue:
+                self._give(number)
 
     def close(self) -> None:
         """End all workers; what they are at is dropped."""
         self._processes.close()
-
-
-def serve(_: None, inbox: SimpleQueue[Any], send: Callable[[Any], None]) -> None:
-    """What a worker does: searches, one job after another, until its process ends."""
-    while True:
-        job: _Job = inbox.get()
-        try:
-            session, search = pickle.loads(job.pickled)  # noqa: S301 (from the one that leads)
-            served = session.served
-            for engine in served:
-                engine.reset_prefix_cache()
-            asked = _asked(search, inbox, send)
-            drive(served, asked, lambda record: send(_Found(record)), job.concurrency)
-        except UserError as error:
-            send(_Refused(str(error)))
-            return
-
-
-def _asked(
-    search: Search, inbox: SimpleQueue[Any], send: Callable[[Any], None]
-) -> Iterator[Callable[[], Coroutine[Any, Any, Record]]]:
-    """What the leading process hands out. One is asked for ahead, so that none is waited for."""
-    send(_Ask())
-    while (given := inbox.get()) is not None:
-        send(_Ask())
-        yield partial(search, *given)
-
-
-def main(fd: int) -> None:
-    """What a worker process runs; ``fd`` is its connection to the process that leads."""
-    work(fd, serve)

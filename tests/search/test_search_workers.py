@@ -1,7 +1,9 @@
-"""Searches over several workers: real processes with real vLLM, one of them killed midway."""
+"""Searches over several workers: real processes with real vLLM, killed and stopped midway."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,10 +20,12 @@ from pav.policy import Sampler
 from pav.processes import Died, Processes
 from pav.tasks.base import Problem
 from search import compare as comparison
+from search import workers as search_workers
 from search.compare import CompareConfig, Method, compare
 from search.configs import BeamConfig
 from search.records import Record, read
-from search.workers import DEATHS, Workers, _Ask, _Found, _Refused
+from search.worker import Alive, Ask, Found, Refused
+from search.workers import DEATHS, Workers
 
 # Roomy: random models do not know when to end.
 SAMPLER = Sampler(max_length=120)
@@ -117,6 +121,47 @@ def test_killed_worker_and_another_number_of_workers_make_the_records_of_one_pro
     assert records(two) == wanted
 
 
+def test_worker_that_hangs_hands_on_its_problems_and_the_last_one_ends_the_run(
+    config: CompareConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(comparison, "_report", lambda *_: None)
+    compare(config)
+    wanted = records(config)
+    two = replace(config, output=str(Path(config.output).with_name("stopped")), workers=2)
+    stopped: list[int] = []
+    with monkeypatch.context() as patch:
+        answer = Workers._answer
+
+        def stop(self: Workers, number: int) -> None:
+            # Worker 1 in the first search, and worker 0 in the last, that reads samples.
+            reads = bool(self._queue) and len(self._queue[0]) == 2
+            next_one = (1, False) if not stopped else (0, True)
+            if len(stopped) < 2 and self._workers[number].held and (number, reads) == next_one:
+                process = self._processes._running[number][0]
+                process.send_signal(signal.SIGSTOP)
+                stopped.append(process.pid)
+            answer(self, number)
+
+        patch.setattr(search_workers, "SILENT_SECONDS", 6.0)
+        patch.setattr(Workers, "_answer", stop)
+        with pytest.raises(
+            UserError, match=r"worker 0 was silent for 6 seconds .* no other .* left"
+        ):
+            compare(two)
+    said = capfd.readouterr().err
+    assert "WARNING: worker 1 was silent for 6 seconds and is ended; the " in said
+    assert "problems that it held go to the others (1 of 2 workers are left)" in said
+    assert len(stopped) == 2
+    for process in stopped:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    # All that was found before is there, and the same command goes on.
+    for name, kept in records(two).items():
+        assert kept.items() <= wanted[name].items()
+    compare(replace(two, workers=1))
+    assert records(two) == wanted
+
+
 class Scripted:
     """Workers that answer and die by lot: what is made of that is under test."""
 
@@ -150,7 +195,7 @@ class Scripted:
                 self.searched[problem.id] += 1
                 record = Record(problem.id, "", None, "beam", 1, 0, {})
                 # What a worker says twice counts once.
-                coming += [(worker, _Found(record))] * 2
+                coming += [(worker, Found(record))] * 2
             if inbox and (self.asks[worker] or not self.held[worker]):
                 message = inbox.pop(0)
                 # An answer to what it asked, or a job.
@@ -161,7 +206,7 @@ class Scripted:
                     self.held[worker].append(message)
                     self.most_held = max(self.most_held, len(self.held[worker]))
                 self.asks[worker] = True
-                coming.append((worker, _Ask()))
+                coming.append((worker, Ask()))
         return coming
 
     def close(self) -> None:
@@ -202,9 +247,48 @@ def test_worker_that_dies_again_and_again_ends_the_run() -> None:
     assert transport.closed
 
 
+class Slow(Scripted):
+    """A worker whose messages come when they are told to, on a clock of its own."""
+
+    def __init__(self, messages: list[tuple[float, Any]]) -> None:
+        super().__init__(Random(0))
+        self.messages, self.now = messages, 0.0
+        self.ended: list[int] = []
+
+    def receive(self, seconds: float) -> list[tuple[int, Any]]:
+        self.now += 100.0
+        if not self.messages or self.messages[0][0] > self.now:
+            return []
+        return [(0, self.messages.pop(0)[1])]
+
+    def end(self, worker: int) -> None:
+        self.ended.append(worker)
+
+
+def test_loading_and_a_long_search_are_not_taken_for_hanging(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Found(Record("a", "", None, "beam", 1, 0, {}))
+    # Hours until it has started, hours until it has loaded, and an hour of engine steps.
+    steps = [(20_000.0 + 500 * i, Alive()) for i in range(1, 8)]
+    asks = [(20_000.0, Ask()), (20_100.0, Ask())]  # for the first problem, and for one ahead
+    slow = Slow([(10_000.0, Alive()), *asks, *steps, (24_000.0, found)])
+    monkeypatch.setattr(search_workers, "monotonic", lambda: slow.now)
+    workers = scripted(slow, 1)
+    workers.open(SESSION, read, 1, 4)  # type: ignore[arg-type]
+    assert "waiting: workers that still load their models: 0\n" in capsys.readouterr().err
+    kept: list[Record] = []
+    workers.run([(Problem("a", ""),)], kept.append)
+    assert kept == [found.record] and not slow.ended
+    # The same worker does not even take the next search.
+    with pytest.raises(UserError, match=r"worker 0 was silent for 600 .* the problems none\."):
+        workers.open(SESSION, read, 1, 4)  # type: ignore[arg-type]
+    assert slow.ended == [0] and slow.closed
+
+
 def test_what_the_user_can_mend_ends_the_run_at_once() -> None:
     transport = Scripted(Random(0))
-    transport.coming.append((0, _Refused("vLLM cannot load 'x': no such file")))
+    transport.coming.append((0, Refused("vLLM cannot load 'x': no such file")))
     with pytest.raises(UserError, match=r"^vLLM cannot load 'x'"):
         scripted(transport, 1).open(SESSION, read, 1, 4)  # type: ignore[arg-type]
     assert transport.closed
