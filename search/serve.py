@@ -7,9 +7,11 @@ import hmac
 import ipaddress
 import json
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -219,9 +221,27 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+class _Server(uvicorn.Server):
+    """Remembers SIGINT.
+
+    uvicorn raises it again at its end, but for the handler from before: where the process was
+    started with SIGINT ignored, as a shell script's ``&`` does, that is nobody.
+    """
+
+    interrupted = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.interrupted |= sig == signal.SIGINT
+        super().handle_exit(sig, frame)
+
+
 async def serve_until_told(service: Service, listening: socket.socket) -> None:
-    """Serve until SIGINT, SIGTERM, ``should_exit`` of ``service.server``, or the engine's end."""
-    service.server = server = uvicorn.Server(
+    """Serve until SIGINT, SIGTERM, ``should_exit`` of ``service.server``, or the engine's end.
+
+    Raises:
+        KeyboardInterrupt: after SIGINT.
+    """
+    service.server = server = _Server(
         uvicorn.Config(
             make_app(service), log_level="warning", access_log=False, lifespan="off",
             timeout_graceful_shutdown=5,
@@ -233,6 +253,8 @@ async def serve_until_told(service: Service, listening: socket.socket) -> None:
         await server.serve(sockets=[listening])
     finally:
         pump.cancel()
+    if server.interrupted:
+        raise KeyboardInterrupt
 
 
 def serve(config: ServeConfig) -> None:
