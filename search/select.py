@@ -29,6 +29,7 @@ from search.points import Point
 from search.records import open_run
 from search.session import Scoring, load_checked, open_session
 from search.sweep import Sweep, search_points
+from search.workers import check_workers
 
 COARSE = (10.0, 5.0, 2.5, 1.25, 0.625, 0.3125)
 
@@ -48,7 +49,8 @@ class SelectConfig:
         scoring: fused, separate or auto.
         task: needed only where the verifier's task is not built in.
         sampler: another sampler than the verifier was made for (warns).
-        concurrency: problems in flight.
+        concurrency: problems at a time, of each worker.
+        workers: processes that search, each with engines of its own; they share the GPUs or cores.
         engine: device settings.
     """
 
@@ -63,9 +65,11 @@ class SelectConfig:
     task: Task | None = None
     sampler: Sampler | None = None
     concurrency: int = 32
+    workers: int = 1
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        check_workers(self.workers)
         if not self.select:
             raise UserError("select is empty; give [alpha], [K] or [alpha,K]")
 
@@ -87,7 +91,9 @@ class Choice:
 def select(config: SelectConfig) -> None:
     """Choose, write the choice and print the flags (see :class:`SelectConfig`)."""
     verifier = load_checked(config.verifier, "pav")
-    session = open_session(verifier, config.task, None, config.sampler, config.engine)
+    session = open_session(
+        verifier, config.task, None, config.sampler, config.engine, config.workers
+    )
     method = Method(
         "select",
         verifier=config.verifier,

@@ -148,6 +148,15 @@ def test_choice_is_made_without_test_problems_and_search_beam_takes_it(
     # Equal searches are searched once, and a repeat searches nothing.
     runs = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.jsonl")}
     assert len(runs) == 4
+    # So many workers make the same searches of the same problems.
+    two = replace(config, output=str(tmp_path / "two"), workers=2, concurrency=1)
+    select(two)
+    assert yaml.safe_load((tmp_path / "two" / "choice.yaml").read_text()) == found
+    searched = [
+        {p.name: {r.problem_id for r in read(p)} for p in (tmp_path / name).glob("*.jsonl")}
+        for name in ("run", "two")
+    ]
+    assert searched[0] == searched[1] and searched[0].keys() == runs.keys()
 
     async def never(*_: Any) -> None:
         raise AssertionError("searched again")
@@ -211,6 +220,8 @@ def test_settings_that_cannot_be_are_refused() -> None:
         Selection(alphas=[])
     with pytest.raises(UserError, match="select is empty"):
         SelectConfig("v", "o", select=[])
+    with pytest.raises(UserError, match="workers is 0; give 1 or more"):
+        SelectConfig("v", "o", workers=0)
 
 
 def test_command_line_names_what_is_to_be_chosen() -> None:
