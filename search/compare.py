@@ -10,8 +10,9 @@ from typing import Any
 from pav.cli import run
 from pav.errors import UserError
 from pav.verifier import Verifier, load_verifier
-from search.efficiency import print_ratios, ratios, write_ratios
+from search.efficiency import Ratio, print_ratios, ratios, write_ratios
 from search.investment import invested_flops
+from search.pick import check_pick
 from search.plan import CompareConfig, Investment, Method, Selectable
 from search.plot import plot_accuracy, plot_optimisation
 from search.points import PICKS, Point, paired, print_points, write_csv, write_picks
@@ -39,8 +40,15 @@ def compare(config: CompareConfig) -> None:
                 f"verifiers {str(first.path)!r} and {str(verifier.path)!r} were made "
                 "for different policies; compare them in two runs"
             )
+    # What cannot be read, or does not fit the pick, must not cost the night either.
+    reward_models = [(m, session.reward_model(m.orm)) for m in config.methods if m.orm]
+    for method, model in reward_models:
+        rule = method.pick or model.pick
+        check_pick(rule, model.heads, model.base_head, model.config.model)  # type: ignore[arg-type]
     output = Path(config.output)
-    open_run(output, manifest(config, verifiers))
+    digests = {name: v.digest for name, v in verifiers.items()}
+    digests |= {model.config.model: model.digest for _, model in reward_models}
+    open_run(output, manifest(config, digests))
     problems = session.problems(config.split, config.problems, config.skip)
     sweep = with_choices(Sweep(config, verifiers, session, problems, output))
     points: list[Point] = []
@@ -106,6 +114,11 @@ def _report(config: CompareConfig, points: list[Point], invested: dict[str, floa
     page = write_report(output)
     print_points(points, differences, config.split)
     print_ratios(found)
+    if uncounted := _uncounted(config, found, invested):
+        print(
+            f"what {', '.join(uncounted)} cost to label and to train is unknown (no checkpoint "
+            "holds it), so no break-even is shown; name the label runs under investments"
+        )
     print(
         f"results: {output}/compare.csv, compare.json, efficiency.json, compare.png, "
         "compare_n.png, compare_flops.png, optimisation.png, one .jsonl per run\n"
@@ -124,14 +137,22 @@ def _invested(config: CompareConfig, verifiers: dict[str, Verifier]) -> dict[str
         i.verifier: invested_flops(i, verifiers[i.verifier], config.task)
         for i in config.investments
     }
-    return {m.name: spent[m.verifier] for m in config.methods if m.verifier in spent}
+    return {m.name: spent[m.verifier] for m in config.methods if m.verifier in spent and not m.orm}
 
 
-def manifest(config: CompareConfig, verifiers: dict[str, Verifier]) -> dict[str, Any]:
-    """What a run directory is about: everything that changes records, verifiers by digest."""
+def _uncounted(config: CompareConfig, found: list[Ratio], invested: dict[str, float]) -> list[str]:
+    """What ranks in the ratios and cost an unknown amount to make."""
+    compared = {name for r in found for name in (r.method, r.baseline)} - invested.keys()
+    used = [m for m in config.methods if m.name in compared]
+    names = [m.orm.model if m.orm else m.verifier for m in used]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def manifest(config: CompareConfig, digests: dict[str, str]) -> dict[str, Any]:
+    """What a run directory is about: everything that changes records, what scores by digest."""
     plain = {
         "methods": [_plain(m) for m in config.methods],
-        "verifiers": {name: v.digest for name, v in verifiers.items()},
+        "verifiers": digests,
         "n": config.n,
         "seeds": config.seeds,
         "problems": config.problems,
@@ -145,7 +166,7 @@ def manifest(config: CompareConfig, verifiers: dict[str, Verifier]) -> dict[str,
 
 
 # Settings of a method that came later than its first runs.
-LATER = ("score", "weight", "resampling")
+LATER = ("score", "weight", "resampling", "orm")
 
 
 def _plain(method: Method) -> dict[str, Any]:

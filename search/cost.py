@@ -11,9 +11,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from pav.engine import Read, Sampled
 from search.records import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -91,13 +95,17 @@ def shape_of(model: str) -> Shape:
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        return skeleton_shape(AutoModelForCausalLM.from_config(config))
+
+
+def skeleton_shape(skeleton: PreTrainedModel) -> Shape:
+    """Shape of a model, which may be on the device ``meta``."""
     embeddings = {
         id(m.weight)
         for m in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
         if m is not None
     }
-    text = config.get_text_config()
+    text = skeleton.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shape(
         sum(p.numel() for p in skeleton.parameters() if p.ndim > 1 and id(p) not in embeddings),

@@ -11,6 +11,7 @@ from pav.policy import PolicyConfig, Sampler
 from pav.tasks.base import Split, Task
 from search.pick import Pick
 from search.rank import Score
+from search.reward_text import RewardModelConfig
 from search.session import Scoring
 from search.smc import Resampling, Weight
 from search.workers import check_workers
@@ -27,7 +28,8 @@ class Method:
         kind: ``beam``, ``dvts``, ``alphallm`` or ``smc``, as the commands of these names;
             ``greedy``, one place with the children of N; or ``best_of_n`` (independent solutions
             and a pick).
-        verifier: checkpoint; not needed where the pick is ``majority``.
+        verifier: checkpoint; not needed with ``orm``, or where the pick is ``majority``.
+        orm: a third-party reward model in the verifier's place (best_of_n), e.g. ``{model: DIR}``.
         pick: final pick; by default the verifier's.
         alpha: weight of the advantage (beam, dvts); by default the verifier's.
         prover: head or bo<K> (beam, dvts); by default the verifier's.
@@ -55,12 +57,20 @@ class Method:
     score: Score | None = None
     weight: Weight | None = None
     resampling: Resampling | None = None
+    orm: RewardModelConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.verifier is None and (self.kind != "best_of_n" or self.pick != "majority"):
+        if self.orm is not None:
+            if self.kind != "best_of_n" or self.verifier is not None:
+                raise UserError(
+                    f"method {self.name!r} has an orm, which takes a verifier's place in kind "
+                    "best_of_n alone; give that kind and no verifier (a PRM can guide search.beam "
+                    "--orm)"
+                )
+        elif self.verifier is None and (self.kind != "best_of_n" or self.pick != "majority"):
             raise UserError(
                 f"method {self.name!r} has no verifier; give one, or kind best_of_n "
-                "with pick majority"
+                "with an orm or with pick majority"
             )
 
 
@@ -162,6 +172,13 @@ class CompareConfig:
         known = {m.verifier for m in self.methods if m.verifier}
         if not known:
             raise UserError("no method has a verifier; one is needed to know task and policy")
+        models = {m.orm for m in self.methods if m.orm}
+        for orm in models:
+            if sum(other.model == orm.model for other in models) > 1:
+                raise UserError(
+                    f"methods have the orm {orm.model!r} with several settings; give it the same "
+                    "in all of them"
+                )
         for investment in self.investments:
             if investment.verifier not in known:
                 raise UserError(

@@ -19,6 +19,7 @@ from pav.verifier import ORM
 from search.cost import record_flops, shape_of
 from search.pick import ORM_RULES
 from search.records import Record
+from search.reward_models import RewardModel
 from search.scoring import Scorer
 from search.stats import Interval, bootstrap, mcnemar
 from search.table import print_table, result_row
@@ -97,13 +98,13 @@ def make_point(
     by_seed: Sequence[Sequence[Record]],
     seconds: float,
     policy: Policy,
-    scorer: Scorer | None,
+    scorer: Scorer | RewardModel | None,
     files: Sequence[Path],
 ) -> Point:
     """The point of one method at one N from its records, a list (and a file) per seed."""
     flat = [r for records in by_seed for r in records]
-    trunk = None if scorer is None else shape_of(scorer.trunk.path)
-    rows = 0 if scorer is None else len(scorer.engine.score_ids)
+    trunk = None if scorer is None else scorer.shape
+    rows = len(scorer.engine.score_ids) if isinstance(scorer, Scorer) else 0
     flops = np.array([record_flops(r, shape_of(policy.path), trunk, rows) for r in flat])
 
     def table(value: Any) -> np.ndarray:
@@ -112,7 +113,7 @@ def make_point(
     def mean(name: str) -> float:
         return float(np.mean([getattr(r, name) for r in flat]))
 
-    base_head = "" if scorer is None else scorer.verifier.card.base_head
+    base_head = "" if scorer is None else scorer.base_head
     return Point(
         method=method,
         n=n,

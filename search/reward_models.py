@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -28,10 +30,10 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from pav.engine import Read
 from pav.errors import UserError
-from pav.policy import Policy
+from pav.policy import Policy, model_path, weights_digest
 from pav.tasks.base import Problem
 from pav.verifier import ORM
-from search.cost import Cost
+from search.cost import Cost, Shape, skeleton_shape
 from search.rank import Values
 from search.reward_text import Layout, Reader, RewardModelConfig, Text
 from search.scoring import NOTHING, Reading
@@ -110,6 +112,20 @@ class RewardModel:
     def pick(self) -> str:
         """Default final pick."""
         return "orm" if self.layout == "sequence" else "last"
+
+    @property
+    def digest(self) -> str:
+        """Digest of its weights."""
+        return weights_digest(model_path(self.config.model))
+
+    @cached_property
+    def shape(self) -> Shape:
+        """What its forward FLOPs depend on. It has no output embedding, or uses two rows of it."""
+        config = AutoConfig.from_pretrained(self.config.model, trust_remote_code=False)
+        with torch.device("meta"):
+            kind = _KINDS[self.layout]
+            skeleton = kind(config) if self.layout == "qwen" else kind.from_config(config)
+        return replace(skeleton_shape(skeleton), vocabulary=0)
 
     @property
     def described(self) -> dict[str, Any]:
@@ -237,6 +253,14 @@ class QwenPrm(Qwen2PreTrainedModel):
         return TokenClassifierOutput(logits=self.score(states))
 
 
+_KINDS: dict[str, Any] = {
+    "sequence": AutoModelForSequenceClassification,
+    "token": AutoModelForTokenClassification,
+    "qwen": QwenPrm,
+    "shepherd": AutoModelForCausalLM,
+}
+
+
 def _chance(logits: Tensor) -> Tensor:
     """Chance of the good label from logits (..., 1) or (..., 2); float64 saturates late."""
     wide = logits.double()
@@ -274,15 +298,9 @@ def _layout(config: RewardModelConfig) -> Layout:
 
 
 def _load(config: RewardModelConfig, layout: Layout) -> Any:
-    loaders: dict[str, Any] = {
-        "sequence": AutoModelForSequenceClassification,
-        "token": AutoModelForTokenClassification,
-        "qwen": QwenPrm,
-        "shepherd": AutoModelForCausalLM,
-    }
     trust = {} if layout == "qwen" else {"trust_remote_code": False}
     try:
-        model, told = loaders[layout].from_pretrained(
+        model, told = _KINDS[layout].from_pretrained(
             config.model,
             dtype=getattr(torch, config.dtype),
             use_safetensors=True,

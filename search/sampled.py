@@ -25,9 +25,13 @@ from search.pick import EVERY_STEP, Pick
 from search.plan import Method
 from search.points import Point, make_point
 from search.records import Candidate, Record
-from search.scoring import NOTHING, Scorer
+from search.reward_models import RewardModel
+from search.scoring import NOTHING, Scorer, StepScorer
 from search.solve import beam_settings, failed, repick, traces_record
 from search.sweep import Sweep, rule_of
+
+# What values a sample set.
+Ranker = Scorer | RewardModel
 
 
 def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
@@ -55,7 +59,7 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
             seconds += took
         for method in own:
             scored, extra, scorer, read_from = sets, 0.0, None, files
-            if method.verifier:
+            if method.verifier or method.orm:
                 scored, extra, scorer, read_from = _scored_sets(sweep, method, label, sets)
             rule = rule_of(sweep, method)
 
@@ -63,7 +67,7 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
                 n: int,
                 method: Method = method,
                 scored: list[list[Record]] = scored,
-                scorer: Scorer | None = scorer,
+                scorer: Ranker | None = scorer,
                 rule: Pick = rule,
                 took: float = seconds + extra,
                 policy: Policy = other or session.policy,
@@ -72,9 +76,9 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
             ) -> Point:
                 head, score = "", None
                 if scorer is not None:
-                    card = scorer.verifier.card
-                    head = card.base_head
+                    head = scorer.base_head
                     if rule == "pav":
+                        card = scorer if isinstance(scorer, RewardModel) else scorer.verifier.card
                         score = beam_settings(card, 1, 1, method.alpha, method.prover).score
                 picked = [
                     [_first(repick(r, rule, n, head, score), r, rule, n, total) for r in records]
@@ -135,17 +139,23 @@ def _sample_set(
 
 def _scored_sets(
     sweep: Sweep, method: Method, label: str, sets: list[list[Record]]
-) -> tuple[list[list[Record]], float, Scorer, list[Path]]:
-    verifier = sweep.verifiers[str(method.verifier)]
-    # Sampled ids do not depend on the verifier, so scoring is always a pass of its own.
-    scorer = sweep.session.scorer(verifier, "separate", method.surprise, None)
+) -> tuple[list[list[Record]], float, Ranker, list[Path]]:
+    # Sampled ids do not depend on what ranks them, so scoring is always a pass of its own.
+    scorer: Ranker
+    if method.orm is not None:
+        scorer = sweep.session.reward_model(method.orm)
+        name, digest = Path(method.orm.model).name, scorer.digest
+    else:
+        verifier = sweep.verifiers[str(method.verifier)]
+        scorer = sweep.session.scorer(verifier, "separate", method.surprise, None)
+        name, digest = verifier.path.stem, verifier.digest
     every_step = rule_of(sweep, method) in EVERY_STEP
     out, files, seconds = [], [], 0.0
     for seed, records in zip(sweep.config.seeds, sets, strict=True):
         path = sweep.file(
             "scored",
-            verifier.path.stem,
-            verifier.digest,
+            name,
+            digest,
             "surprise" if method.surprise else "plain",
             "steps" if every_step else "last",
             label,
@@ -157,7 +167,7 @@ def _scored_sets(
             sweep.problems,
             partial(score_record, scorer, every_step=every_step),
             sweep.config.concurrency,
-            f"scoring by {verifier.path.stem}, seed {seed}",
+            f"scoring by {name}, seed {seed}",
             {r.problem_id: r for r in records},
         )
         out.append(scored)
@@ -167,7 +177,7 @@ def _scored_sets(
 
 
 async def score_record(
-    scorer: Scorer, problem: Problem, record: Record, every_step: bool
+    scorer: StepScorer, problem: Problem, record: Record, every_step: bool
 ) -> Record:
     """The record with its finished candidates valued by ``scorer``; failed where that raises."""
     cost = Cost()
@@ -185,7 +195,7 @@ async def score_record(
 
 
 async def _valued(
-    scorer: Scorer, problem: Problem, record: Record, every_step: bool, cost: Cost
+    scorer: StepScorer, problem: Problem, record: Record, every_step: bool, cost: Cost
 ) -> list[Candidate]:
     async def valued(c: Candidate) -> Candidate:
         if not c.finished:

@@ -14,7 +14,7 @@ from pav.policy import Policy
 from pav.steps import scoring_position
 from pav.tasks.base import Problem
 from pav.verifier import Verifier
-from search.cost import Cost
+from search.cost import Cost, Shape, shape_of
 from search.rank import Values
 
 NOTHING = np.zeros(0, dtype=np.float32)
@@ -97,6 +97,11 @@ class Scorer:
     def base_head(self) -> str:
         """Head of Q_base, empty for an ORM."""
         return self.verifier.card.base_head
+
+    @property
+    def shape(self) -> Shape:
+        """What its forward FLOPs depend on, beside its rows."""
+        return shape_of(self.trunk.path)
 
     @property
     def described(self) -> dict[str, Any]:

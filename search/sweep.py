@@ -130,6 +130,8 @@ def _searched_by(method: Method, settings: BeamSettings) -> list[str]:
 
 def rule_of(sweep: Sweep, method: Method) -> Pick:
     """The final pick of a method."""
-    if method.pick or not method.verifier:
-        return method.pick or "majority"
-    return sweep.verifiers[method.verifier].card.pick  # type: ignore[return-value]
+    if method.pick:
+        return method.pick
+    if method.orm is not None:
+        return sweep.session.reward_model(method.orm).pick  # type: ignore[return-value]
+    return sweep.verifiers[str(method.verifier)].card.pick  # type: ignore[return-value]

@@ -206,7 +206,7 @@ def test_a_run_of_the_first_version_is_resumed(config: CompareConfig, tmp_path: 
     old = {"methods": [method], "verifiers": {str(config.methods[0].verifier): verifier.digest},
            "n": [1, 2], "seeds": [0, 1], "problems": 6, "skip": 0, "split": "test",
            "sampler": None, "max_traces": 128}  # fmt: skip
-    assert manifest(made, {str(config.methods[0].verifier): verifier}) == old
+    assert manifest(made, {str(config.methods[0].verifier): verifier.digest}) == old
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(old))
     later = {"policy_requests", "policy_prefilled", "policy_cached", "policy_context",

@@ -20,11 +20,13 @@ from pav.labels import COMPLETIONS, TRACES
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape
 from pav.verifier import load_verifier
+from search.compare import _uncounted
 from search.cost import context_of, forward_flops, shape_of
 from search.efficiency import Ratio, _ratio, budget_for, ratios
 from search.investment import invested_flops
-from search.plan import Investment
+from search.plan import CompareConfig, Investment, Method
 from search.points import Point
+from search.reward_text import RewardModelConfig
 
 N = (2, 4, 8, 16, 32, 64, 128)
 # PAV paper, Figure 4: Gemma 2 9B, prover Bo4.
@@ -161,6 +163,19 @@ def test_investment_is_shared_out_over_the_problems_and_breaks_even() -> None:
         by_axis(ratios(worse, {"beam": 5000.0, "orm": 0.0}))["total FLOPs"].break_even_problems
         is None
     )
+
+
+def test_verifiers_whose_cost_is_unknown_are_named() -> None:
+    points = curve("beam", (0.5, 0.6), beam=True) + curve("orm", (0.1, 0.2), beam=False)
+    methods = [
+        Method("beam", verifier="pav:reference"),
+        Method("orm", "best_of_n", orm=RewardModelConfig("some/model")),
+        Method("vote", "best_of_n", pick="majority"),
+    ]
+    config = CompareConfig(methods, "unused")
+    assert _uncounted(config, ratios(points), {}) == ["pav:reference", "some/model"]
+    assert _uncounted(config, ratios(points), {"beam": 1.0, "vote": 0.0}) == ["some/model"]
+    assert _uncounted(config, [], {}) == []
 
 
 def test_investment_is_counted_from_the_label_tables(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from pav.steps import StepRule
 from pav.tasks.base import Problem
 from search import commands
 from search.commands import BeamConfig, BestOfNConfig
+from search.compare import CompareConfig, Method, compare
 from search.cost import Cost
 from search.records import read
 from search.reward_models import UNREAD, QwenPrm, RewardModel
@@ -305,6 +307,68 @@ def test_encoder_classifiers_work_too(policy: Policy, chat_tokenizer: Any, tmp_p
     together, _ = values(model, policy, ["A1", SOLUTION])
     alone, _ = values(RewardModel(model.config, policy), policy, [SOLUTION])
     assert together[1] == pytest.approx(alone[0], abs=1e-5)
+
+
+def test_comparison_ranks_its_one_sample_set_by_reward_models_too(
+    tiny_model: Callable[..., Path], make_verifier: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    orm = RewardModelConfig(built(tmp_path / "rm", "sequence", chat_tokenizer, 1))
+    prm = RewardModelConfig(built(tmp_path / "prm", "token", chat_tokenizer))
+    own = str(tmp_path / "pav.ckpt")
+    make_verifier(tiny_model("llama"), Path(own), heads=("q/base", "orm"), sampler=SAMPLER)
+    methods = [
+        Method("ours", "best_of_n", own, pick="orm"),
+        Method("orm", "best_of_n", orm=orm),
+        Method("vote", "best_of_n", orm=orm, pick="orm_vote"),
+        Method("prm", "best_of_n", orm=prm, pick="min"),
+    ]
+    config = CompareConfig(
+        methods, str(tmp_path / "run"), n=[1, 4], problems=4, engine=EngineConfig(kv_gib=0.02)
+    )
+    compare(config)
+    output = Path(config.output)
+    # All of 4 samples: the one set, and what each of the three models says of it.
+    assert len(list(output.glob("samples-*.jsonl"))) == 1
+    assert len(list(output.glob("scored-*.jsonl"))) == 3
+    with (output / "compare.csv").open(newline="") as stream:
+        rows = {(r["method"], r["n"]): r for r in csv.DictReader(stream)}
+    settings = {m.name: json.loads(rows[m.name, "4"]["settings"]) for m in methods}
+    assert (settings["orm"]["trunk"], settings["orm"]["pick"]) == (orm.model, "orm")
+    assert (settings["prm"]["trunk"], settings["prm"]["layout"]) == (prm.model, "token")
+    assert float(rows["vote", "4"]["verifier_flops"]) == float(rows["orm", "4"]["verifier_flops"])
+    (file,) = output.glob("scored-rm-*.jsonl")
+    records = read(file)
+    picked = json.loads((output / "picks.json").read_text())
+    (chosen,) = (p for p in picked["points"] if (p["method"], p["n"]) == ("orm", 4))
+    by_id = {r.problem_id: r for r in records}
+    for problem, index in zip(picked["problems"], chosen["picked"][0], strict=True):
+        values = {i: c.q["orm"][-1] for i, c in enumerate(by_id[problem].candidates) if c.finished}
+        assert index == max(values, key=lambda i: values[i], default=-1)
+    # Another model at the same place makes another run.
+    built(tmp_path / "rm", "sequence", chat_tokenizer, 2)
+    with pytest.raises(UserError, match="another verifiers"):
+        compare(config)
+    bad = replace(config, methods=[methods[0], replace(methods[3], pick="orm")])
+    with pytest.raises(UserError, match="pick orm reads an ORM head, which"):
+        compare(bad)
+
+
+def test_reward_model_of_a_comparison_takes_the_place_of_a_verifier_in_best_of_n_alone() -> None:
+    orm = RewardModelConfig("some/model")
+    for method in ({"kind": "beam"}, {"kind": "best_of_n", "verifier": "v"}):
+        with pytest.raises(UserError, match="'x' has an orm, which takes a verifier's place in"):
+            Method("x", orm=orm, **method)  # type: ignore[arg-type]
+    both = [Method("a", "best_of_n", orm=orm), Method("b", "best_of_n", orm=replace(orm, batch=2))]
+    with pytest.raises(UserError, match="have the orm 'some/model' with several settings"):
+        CompareConfig([Method("v", verifier="v"), *both], "unused")
+    taken: list[CompareConfig] = []
+    text = (
+        '[{"name": "v", "verifier": "v"}, '
+        '{"name": "a", "kind": "best_of_n", "orm": {"model": "some/model"}}]'
+    )
+    argv = ["--methods", text, "--output", "o"]
+    run(taken.append, CompareConfig, "search.compare", argv)
+    assert taken[0].methods[1].orm == orm
 
 
 def test_commands_take_reward_models_in_the_verifiers_place(
