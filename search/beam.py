@@ -2,8 +2,13 @@
 
 The first step draws N*C children; later the kept beams share N*C draws. Finished and unfinished
 candidates compete by the same score for the N places; a finished one draws no more. Duplicates are
-merged, so the draws of the next round go to fewer, distinct beams and no width is wasted. The pick
-is among finished candidates only.
+merged, so that places are distinct and no width is wasted. The pick is among finished candidates
+only.
+
+Where the next step is all but given (a line of arithmetic, say), all right children of a round are
+one, and merged they hold one place of N: with equal shares they draw C children where the verifier
+would have given them all N*C, and the search is lost if none of the C is right. ``duplicates:
+weigh`` gives a place draws in proportion to how often its step was drawn.
 
 With one place (``--n 1``) it is greedy step search: the best of C steps, one after the other.
 """
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from pav.engine import Engine
 from pav.policy import Policy, Sampler
@@ -21,6 +27,8 @@ from search.grow import Found, Grower, Prefix, together
 from search.rank import Score, Values, step_score
 from search.records import Candidate, Node
 from search.scoring import StepScorer
+
+Duplicates = Literal["merge", "weigh"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class BeamSettings:
             mean (``q/a:0.5,q/b:0.5``).
         base_head: head of Q_base.
         score_by: what ranks a step.
+        duplicates: whether places share the draws alike (``merge``), or in proportion to how often
+            their last step was drawn (``weigh``).
     """
 
     n: int
@@ -43,6 +53,7 @@ class BeamSettings:
     prover: str
     base_head: str
     score_by: Score = "q+a"
+    duplicates: Duplicates = "merge"
 
     def score(self, before: Values, after: Values) -> float:
         """Score of the step between two states."""
@@ -77,6 +88,7 @@ async def beam_search(
         return Found([], settings.n * settings.samples, 0, [], [])
     grower = Grower(problem, prompt, engine, policy, sampler, scorer, cost, settings.score)
     places = [await grower.root()]
+    weights = [settings.n]
     truncated: list[Candidate] = []
     merged = 0
     steps: list[list[tuple[int, bool, float, str]]] = []
@@ -90,17 +102,18 @@ async def beam_search(
         step = await grower.draw(prefix, (seed, problem.id, *name, round_number, *ids, index))
         if isinstance(step, Candidate):
             return parent, step
-        if (key := tuple(ids + step.ids)) in claimed:
-            return parent, None
         # Claimed before it is scored: a duplicate costs the verifier nothing.
-        claimed.add(key)
+        key = tuple(ids + step.ids)
+        claimed[key] = claimed.get(key, 0) + 1
+        if claimed[key] > 1:
+            return parent, None
         return parent, await grower.grown(prefix, step)
 
     while any(not p.candidate.finished for p in places):
         active = [i for i, p in enumerate(places) if not p.candidate.finished]
         draws = settings.samples * (settings.n - (len(places) - len(active)))
-        shares = [draws // len(active) + (j < draws % len(active)) for j in range(len(active))]
-        claimed: set[tuple[int, ...]] = set()
+        shares = divided(draws, [weights[i] for i in active])
+        claimed: dict[tuple[int, ...], int] = {}
         grown = await together(
             grow(i, c) for i, share in zip(active, shares, strict=True) for c in range(share)
         )
@@ -121,8 +134,22 @@ async def beam_search(
         )
         nodes.append([grower.node(p, [rank] if rank < settings.n else []) for rank, _, p in ranked])
         places = [p for _, p in contenders[: settings.n]]
+        weights = [1] * len(places)
+        if settings.duplicates == "weigh":
+            # A finished one of an earlier round was not drawn in this one, and draws no more.
+            weights = [claimed.get(tuple(p.candidate.ids), 1) for p in places]
         round_number += 1
     return Found([p.candidate for p in places], len(truncated), merged, steps, nodes)
+
+
+def divided(draws: int, weights: Sequence[int]) -> list[int]:
+    """``draws`` shared out in proportion to ``weights``, the earlier ones first among equals."""
+    whole = sum(weights)
+    shares = [draws * weight // whole for weight in weights]
+    rest = [draws * weight % whole for weight in weights]
+    for i in sorted(range(len(weights)), key=lambda i: -rest[i])[: draws - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 def with_score(prefix: Prefix, score: float) -> Prefix:

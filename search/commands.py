@@ -48,7 +48,13 @@ def beam(config: BeamConfig) -> None:
     """Run beam search, and its baselines if asked for (see :class:`BeamConfig`)."""
     opened = open_search(config, "pav")
     settings = beam_settings(
-        card_of(opened), config.n, config.samples, config.alpha, config.prover, config.score
+        card_of(opened),
+        config.n,
+        config.samples,
+        config.alpha,
+        config.prover,
+        config.score,
+        config.duplicates,
     )
     directory = claim(config, opened, f"beam-n{config.n}")
     scorer = serve(config, opened)

@@ -166,7 +166,7 @@ def manifest(config: CompareConfig, digests: dict[str, str]) -> dict[str, Any]:
 
 
 # Settings of a method that came later than its first runs.
-LATER = ("score", "weight", "resampling", "orm")
+LATER = ("score", "duplicates", "weight", "resampling", "orm")
 
 
 def _plain(method: Method) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.policy import PolicyConfig, Sampler
 from pav.tasks.base import Split, Task
+from search.beam import Duplicates
 from search.pick import Pick
 from search.rank import Score
 from search.reward_text import RewardModelConfig
@@ -39,6 +40,7 @@ class Method:
         scoring: fused, separate or auto.
         policy: sample from another policy (best_of_n by majority), e.g. the prover.
         score: rank steps by ``q+a`` (Q + alpha * A, the default), ``q`` or ``a`` (beam, dvts).
+        duplicates: ``merge`` (the default) or ``weigh``, as in search.beam (beam).
         weight: how Q weights particles (smc): ``change`` (the default), ``q`` or ``odds``.
         resampling: ``systematic`` (the default) or ``multinomial`` (smc).
     """
@@ -55,11 +57,17 @@ class Method:
     scoring: Scoring = "auto"
     policy: PolicyConfig | None = None
     score: Score | None = None
+    duplicates: Duplicates | None = None
     weight: Weight | None = None
     resampling: Resampling | None = None
     orm: RewardModelConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.duplicates is not None and self.kind != "beam":
+            raise UserError(
+                f"method {self.name!r} has duplicates {self.duplicates!r}, which is for kind beam; "
+                f"leave it out for kind {self.kind}"
+            )
         if self.orm is not None:
             if self.kind != "best_of_n" or self.verifier is not None:
                 raise UserError(

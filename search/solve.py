@@ -11,7 +11,7 @@ from pav.errors import UserError
 from pav.policy import Policy
 from pav.tasks.base import Grade, Problem
 from search.alphallm import alphallm
-from search.beam import BeamSettings, beam_search
+from search.beam import BeamSettings, Duplicates, beam_search
 from search.best_of_n import sample_traces
 from search.cost import Cost
 from search.dvts import dvts
@@ -31,6 +31,7 @@ def beam_settings(
     alpha: float | None,
     prover: str | None,
     score: Score | None = None,
+    duplicates: Duplicates | None = None,
 ) -> BeamSettings:
     """Settings with the verifier's own defaults filled in.
 
@@ -42,7 +43,9 @@ def beam_settings(
     if samples < 1:
         raise UserError(f"samples is {samples}; give at least 1")
     weight = card.alpha if alpha is None else alpha
-    return BeamSettings(n, samples, weight, chosen, card.base_head, score or "q+a")
+    return BeamSettings(
+        n, samples, weight, chosen, card.base_head, score or "q+a", duplicates or "merge"
+    )
 
 
 async def graded(
@@ -167,6 +170,8 @@ async def beam_record(
         "pick": rule,
         **scorer.described,
     }
+    if settings.duplicates != "merge":
+        described["duplicates"] = settings.duplicates
     if bonus is not None:
         described["bonus"] = bonus
     if called != settings.n:

@@ -106,7 +106,9 @@ def _beam_settings(sweep: Sweep, method: Method, n: int) -> BeamSettings:
     if method.kind == "alphallm":
         return beam_settings(card, n, method.samples, 0.0, None, "q")
     width, children = (1, n * method.samples) if method.kind == "greedy" else (n, method.samples)
-    return beam_settings(card, width, children, method.alpha, method.prover, method.score)
+    return beam_settings(
+        card, width, children, method.alpha, method.prover, method.score, method.duplicates
+    )
 
 
 def _particles(method: Method, settings: BeamSettings) -> SmcSettings:
@@ -125,7 +127,9 @@ def _searched_by(method: Method, settings: BeamSettings) -> list[str]:
     if method.kind == "alphallm":
         return [f"c{settings.samples}"]
     parts = [f"a{settings.alpha:g}", settings.prover, f"c{settings.samples}"]
-    return [*parts, settings.score_by] if settings.score_by != "q+a" else parts
+    if settings.score_by != "q+a":
+        parts.append(settings.score_by)
+    return parts if settings.duplicates == "merge" else [*parts, settings.duplicates]
 
 
 def rule_of(sweep: Sweep, method: Method) -> Pick:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pav.engine import EngineConfig, drive
 from pav.errors import UserError
@@ -23,7 +25,7 @@ from pav.steps import StepRule
 from pav.tasks.base import Problem
 from pav.verifier import load_verifier
 from search import grow
-from search.beam import BeamResult, BeamSettings, beam_search
+from search.beam import BeamResult, BeamSettings, Duplicates, beam_search, divided
 from search.commands import BeamConfig, BestOfNConfig, beam, best_of_n
 from search.records import Candidate, Record, read
 from search.scoring import Cost
@@ -347,13 +349,14 @@ def policy(tiny_model: Callable[..., Path]) -> Policy:
 
 def search(
     scripted: Scripted, n: int, samples: int, alpha: float = 0.0, prover: str = "q/prover",
-    max_length: int = 64,
+    max_length: int = 64, duplicates: Duplicates = "merge",
 ) -> tuple[BeamResult, Cost]:  # fmt: skip
     cost = Cost()
     engine: Any = scripted
+    settings = BeamSettings(n, samples, alpha, prover, "q/base", duplicates=duplicates)
     result = asyncio.run(
-        beam_search(PROBLEM, BeamSettings(n, samples, alpha, prover, "q/base"), engine,
-                    scripted.policy, Sampler(max_length=max_length), engine, 0, cost)
+        beam_search(PROBLEM, settings, engine, scripted.policy, Sampler(max_length=max_length),
+                    engine, 0, cost)
     )  # fmt: skip
     return result, cost
 
@@ -374,6 +377,30 @@ def test_duplicates_are_merged_and_their_width_goes_to_the_distinct_ones(policy:
     assert result.merged == 3 + 1
     # Merged ones were paid for, newlines and ends included.
     assert cost.policy_tokens == 4 * 2 + 4 * 3
+
+
+def test_weighed_places_draw_as_often_as_their_step_was_drawn(policy: Policy) -> None:
+    answers = {
+        "": ["1\n", "2\n", "1\n", "1\n"],
+        "1\n": ["A1$", "3\n", "3\n"],
+        "2\n": ["A2$"],
+        "1\n3\n": ["A4$", "A5$"],
+    }
+    values = {"1\nA1$": (0.5, 0.5), "1\n3\n": (0.9, 0.9), "1\n3\nA4$": (0.9, 0.9)}
+    scripted = Scripted(policy, answers, values)
+    result, _ = search(scripted, n=2, samples=2, duplicates="weigh")
+    drawn = [before for before, _ in scripted.drawn]
+    # 3 to 1 in the second round. In the third one place is finished: two draws are left.
+    assert drawn == [""] * 4 + ["1\n"] * 3 + ["2\n"] + ["1\n3\n"] * 2
+    assert texts(scripted, result)[0] == "1\n3\nA4"
+
+
+@given(st.integers(0, 100), st.lists(st.integers(1, 50), min_size=1, max_size=12))
+def test_draws_are_divided_in_proportion_and_none_is_lost(draws: int, weights: list[int]) -> None:
+    shares = divided(draws, weights)
+    assert sum(shares) == draws
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - draws * weight / sum(weights)) < 1
 
 
 def test_draws_are_shared_evenly_and_a_finished_place_draws_no_more(policy: Policy) -> None:
