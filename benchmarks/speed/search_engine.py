@@ -112,8 +112,9 @@ def engine_speed(config: EngineSpeedConfig) -> None:
     sampled = [r for r in rows if not r["way"].startswith("readings")]
     bars(
         [(r["way"], r["tokens"] / r["seconds"]) for r in sampled],
-        f"policy tokens per {SECOND}",
+        f"policy tokens per {SECOND} (log)",
         result("search_engine", "png"),
+        log=True,
     )  # fmt: skip
 
 
