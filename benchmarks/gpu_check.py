@@ -35,7 +35,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
 from pav.cli import run
-from pav.engine import Engine, EngineConfig, Sampled, drive, seed_of
+from pav.drive import drive
+from pav.engine import Engine, EngineConfig, Sampled, seed_of
 from pav.errors import UserError
 from pav.export import export_verifier
 from pav.policy import Prompt, Sampler, asset, encode_prompt, load_tokenizer

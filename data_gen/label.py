@@ -19,7 +19,8 @@ from typing import Any
 from data_gen.pool import RemoteEngine
 from data_gen.store import Store
 from data_gen.strategies import Plan, Request, wanted
-from pav.engine import Engine, drive, seed_of
+from pav.drive import drive
+from pav.engine import Engine, seed_of
 from pav.errors import UserError
 from pav.labels import Completion, Trace, prefix_key
 from pav.policy import Policy, Sampler

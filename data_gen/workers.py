@@ -28,7 +28,8 @@ from data_gen.pool import (
     Refused,
     Started,
 )
-from pav.engine import Engine, Sampled, drive
+from pav.drive import drive
+from pav.engine import Engine, Sampled
 from pav.errors import UserError
 from pav.processes import Processes, placement, visible_devices, work
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, cast
 
-from pav.engine import Engine, EngineConfig, drive
+from pav.drive import drive
+from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.export import ensure_export
 from pav.policy import (

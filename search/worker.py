@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from time import monotonic
 from typing import Any
 
-from pav.engine import Driven, drive
+from pav.drive import Driven, drive
 from pav.errors import UserError
 from pav.processes import work
 from search.records import Record

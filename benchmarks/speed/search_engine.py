@@ -30,7 +30,8 @@ import numpy as np
 
 from benchmarks.speed.results import SECOND, bars, metric, result, seconds, write
 from pav.cli import run
-from pav.engine import Engine, EngineConfig, Read, Sampled, drive, seed_of
+from pav.drive import drive
+from pav.engine import Engine, EngineConfig, Read, Sampled, seed_of
 from pav.tasks.base import Problem
 from pav.verifier import load_verifier
 from search.records import Record

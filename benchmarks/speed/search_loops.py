@@ -38,7 +38,8 @@ import torch
 
 from benchmarks.speed.results import GPU, SECOND, bars, metric, result, seconds, write
 from pav.cli import run
-from pav.engine import Engine, EngineConfig, Read, Sampled, drive, seed_of
+from pav.drive import drive
+from pav.engine import Engine, EngineConfig, Read, Sampled, seed_of
 from pav.policy import Policy, Sampler
 from pav.steps import scoring_position
 from pav.tasks.base import Problem

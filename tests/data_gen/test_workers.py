@@ -37,7 +37,8 @@ from data_gen.pool import (
 from data_gen.rollouts import RolloutsConfig, rollouts
 from data_gen.status import StatusConfig, status
 from data_gen.store import JOURNAL, journal_lines
-from pav.engine import Engine, EngineConfig, Sampled, drive
+from pav.drive import drive
+from pav.engine import Engine, EngineConfig, Sampled
 from pav.errors import UserError
 from pav.policy import PolicyConfig, Sampler
 from pav.processes import Died, placement

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pav.engine import Engine, EngineConfig, Read, Sampled, drive, seed_of
+from pav.drive import drive
+from pav.engine import Engine, EngineConfig, Read, Sampled, seed_of
 from pav.errors import UserError
 from pav.export import export_verifier
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy

@@ -15,7 +15,8 @@ import pytest
 from pav.batches import collate
 from pav.calibrate import Calibrator
 from pav.data import Example, orm_examples, pav_examples, score
-from pav.engine import Engine, EngineConfig, Read, Sampled, drive
+from pav.drive import drive
+from pav.engine import Engine, EngineConfig, Read, Sampled
 from pav.export import export_verifier
 from pav.labels import LabelSet, Trace, prefix_key
 from pav.policy import Policy, PolicyConfig, Prompt, Sampler, load_policy

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from pav.engine import Engine, EngineConfig, Read, Sampled, drive
+from pav.drive import drive
+from pav.engine import Engine, EngineConfig, Read, Sampled
 from pav.export import ensure_export
 from pav.policy import PolicyConfig, Sampler, load_policy
 from pav.tasks.tape import Tape

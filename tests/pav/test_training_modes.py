@@ -22,7 +22,8 @@ import pav.train
 from pav.batches import MAX_WASTE, TraceLoader
 from pav.cli import run
 from pav.data import Example, batches, hardened, padding_waste, pav_examples
-from pav.engine import SCORE_SCALE, Engine, EngineConfig, Read, drive
+from pav.drive import drive
+from pav.engine import SCORE_SCALE, Engine, EngineConfig, Read
 from pav.errors import UserError
 from pav.export import ensure_export
 from pav.fit import prepare

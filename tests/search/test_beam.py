@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pav.engine import EngineConfig, drive
+from pav.drive import drive
+from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.steps import StepRule

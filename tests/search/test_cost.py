@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from pav.engine import EngineConfig, Read, Sampled, drive
+from pav.drive import drive
+from pav.engine import EngineConfig, Read, Sampled
 from pav.policy import Sampler
 from pav.tasks.base import Problem
 from pav.verifier import load_verifier

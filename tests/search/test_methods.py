@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pav.cli import run
-from pav.engine import PATIENCE, EngineConfig, drive
+from pav.drive import PATIENCE, drive
+from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.steps import StepRule

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from pav.cli import run
-from pav.engine import EngineConfig, drive
+from pav.drive import drive
+from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.steps import StepRule

@@ -23,7 +23,8 @@ import httpx
 import openai
 import pytest
 
-from pav.engine import Engine, EngineConfig, drive
+from pav.drive import drive
+from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.policy import Sampler
 from pav.tasks.base import Grade, Problem, problem_id
