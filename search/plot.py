@@ -156,7 +156,8 @@ def _line(
 def _finish(axes: Any, label: str, x: Sequence[float]) -> None:
     axes.set_xscale("log", base=2)
     _format(axes)
-    if x and max(x) == min(x):
+    if x and max(x) < 2 * min(x):
+        # So that a power of two is among the ticks.
         axes.set_xlim(min(x) / 2, max(x) * 2)
     axes.set_xlabel(label)
     axes.set_ylim(0, 1)

@@ -1,14 +1,16 @@
-"""Searches at equal budgets on the calculator tape, from two finished comparisons.
+"""Searches at equal budgets on the calculator tape, from three finished comparisons.
 
 Run first (each resumes; on two cores side by side with OMP_NUM_THREADS=1)::
 
     search.compare --config configs/tape/main/budgets.yaml
     search.compare --config configs/tape/main/methods.yaml
+    search.compare --config configs/tape/main/remedies.yaml
     python -m benchmarks.tape.budgets
 
 ``tape_budgets``: beam search against best-of-N and votes at equal policy tokens, at equal total
 FLOPs and over N, at budgets of up to 64 traces. ``tape_methods``: every search beside beam search,
-paired. Each as ``benchmarks/results/<name>.{json,csv,png}``; over FLOPs and N as
+paired; ``tape_remedies``: the same on validation problems, three seeds, and with draws by count.
+Each as ``benchmarks/results/<name>.{json,csv,png}``; over FLOPs and N as
 ``tape_budgets_flops.png`` and ``tape_budgets_n.png``.
 """
 
@@ -47,10 +49,12 @@ class BudgetsConfig:
     Args:
         budgets: finished run of configs/tape/main/budgets.yaml.
         methods: finished run of configs/tape/main/methods.yaml.
+        remedies: finished run of configs/tape/main/remedies.yaml.
     """
 
     budgets: str = "runs/tape_main/budgets"
     methods: str = "runs/tape_main/methods"
+    remedies: str = "runs/tape_main/remedies"
 
 
 def collect(config: BudgetsConfig) -> None:
@@ -63,7 +67,8 @@ def collect(config: BudgetsConfig) -> None:
     for end in ("flops", "n"):
         shutil.copy(directory / f"compare_{end}.png", RESULTS / f"tape_budgets_{end}.png")
     shutil.copy(directory / "optimisation.png", RESULTS / "tape_budgets_optimisation.png")
-    _write("tape_methods", Path(config.methods), _beside_beam(Path(config.methods)))
+    for name, beside in (("tape_methods", config.methods), ("tape_remedies", config.remedies)):
+        _write(name, Path(beside), _beside_beam(Path(beside)))
 
 
 def _differences(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
