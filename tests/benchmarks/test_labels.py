@@ -81,10 +81,14 @@ def test_arms_stop_at_the_budget_and_what_is_shared_is_paid_once(
     assert len(reference.traces) == study.REFERENCE_SEEDS * len(problems)
     tokens = sum(len(t.ids) for t in reference.traces)
     assert budget == tokens + sum(len(c.ids) for c in reference.completions.values())
-    bought = replays.buy(ADAPTIVE, problems, budget)
+    bought = replays.buy(PIT, problems, budget)
     last = bought.traces[-1]
-    most = len(last.ids) + sum(len(c.ids) for c in replays.rollouts(ADAPTIVE, last).values())
+    most = len(last.ids) + sum(len(c.ids) for c in replays.rollouts(PIT, last).values())
     assert budget <= bought.tokens < budget + most
+    # With endings for labels solutions run out before the budget does.
+    bought = replays.buy(ADAPTIVE, problems, budget)
+    assert bought.tokens < budget
+    assert len(bought.traces) == study.MOST_SEEDS * len(problems)
 
 
 def test_verifier_learns_from_a_replay_what_it_learns_without_remembering(
