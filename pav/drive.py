@@ -58,11 +58,11 @@ def drive(
             for _ in range(4):
                 await asyncio.sleep(0)
             stepped = False
-            most = max(engine.busy for engine in engines)
+            busy = [engine.busy for engine in engines]
             for i, engine in enumerate(engines):
-                if not engine.busy:
+                if not busy[i]:
                     continue
-                if engine.busy * FEW < most and waited[i] < PATIENCE:
+                if busy[i] * FEW < max(busy) and waited[i] < PATIENCE:
                     waited[i] += 1
                     continue
                 waited[i] = 0
