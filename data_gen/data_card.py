@@ -31,7 +31,7 @@ def write_data_card(run: Run) -> None:
 
 def data_card(run: Run) -> str:
     """Metadata and text of the card."""
-    rows = len(run.counts)
+    rows = len({(c.prefix_key, c.policy) for c in run.completions.values()})
     data = DatasetCardData(
         configs=[
             {"config_name": name, "data_files": f"{name}/*.parquet", "default": name == "labels"}

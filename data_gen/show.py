@@ -10,7 +10,7 @@ from rich.text import Text
 from data_gen.likelihood import read_likelihood
 from data_gen.runs import Run, base_policy, print_wide, read_run, run_on_directories, task_of
 from pav.errors import UserError
-from pav.labels import Trace, prefix_key
+from pav.labels import Trace, count, own_endings, prefix_key
 from pav.policy import Policy
 from pav.tasks.base import Task
 
@@ -38,7 +38,11 @@ def show(config: ShowConfig) -> None:
     run = read_run(config.labels)
     policy = base_policy(run, task_of(run, config.task))
     traces = _traces(run, config.problem)
-    counts = run.counts
+    own = {t.problem_id for t in traces}
+    counts = count(
+        (c for c in run.completions.values() if c.problem_id in own),
+        own_endings(run.manifest, traces),
+    )
     likelihoods = read_likelihood(run.directory)
     print(f"problem {traces[0].problem_id} ({traces[0].split}), answer {traces[0].gold}")
     print(traces[0].question)

@@ -88,7 +88,7 @@ async def beam_search(
         return Found([], settings.n * settings.samples, 0, [], [])
     grower = Grower(problem, prompt, engine, policy, sampler, scorer, cost, settings.score)
     places = [await grower.root()]
-    weights = [settings.n]
+    weights = [1]
     truncated: list[Candidate] = []
     merged = 0
     steps: list[list[tuple[int, bool, float, str]]] = []
