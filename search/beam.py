@@ -2,13 +2,13 @@
 
 The first step draws N*C children; later the kept beams share N*C draws. Finished and unfinished
 candidates compete by the same score for the N places; a finished one draws no more. Duplicates are
-merged, so that places are distinct and no width is wasted. The pick is among finished candidates
-only.
+merged, so that places are distinct and no width is wasted, and a place draws in proportion to how
+often its step was drawn. The pick is among finished candidates only.
 
 Where the next step is all but given (a line of arithmetic, say), all right children of a round are
-one, and merged they hold one place of N: with equal shares they draw C children where the verifier
-would have given them all N*C, and the search is lost if none of the C is right. ``duplicates:
-weigh`` gives a place draws in proportion to how often its step was drawn.
+one, and merged they hold one place of N: with equal shares (``duplicates: merge``) they draw C
+children where the verifier would have given them all N*C, and the search is lost if none of the C
+is right.
 
 With one place (``--n 1``) it is greedy step search: the best of C steps, one after the other.
 """
@@ -28,7 +28,7 @@ from search.rank import Score, Values, step_score
 from search.records import Candidate, Node
 from search.scoring import StepScorer
 
-Duplicates = Literal["merge", "weigh"]
+Duplicates = Literal["weigh", "merge"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class BeamSettings:
             mean (``q/a:0.5,q/b:0.5``).
         base_head: head of Q_base.
         score_by: what ranks a step.
-        duplicates: whether places share the draws alike (``merge``), or in proportion to how often
-            their last step was drawn (``weigh``).
+        duplicates: whether places share the draws in proportion to how often their last step was
+            drawn (``weigh``), or alike (``merge``).
     """
 
     n: int
@@ -53,7 +53,7 @@ class BeamSettings:
     prover: str
     base_head: str
     score_by: Score = "q+a"
-    duplicates: Duplicates = "merge"
+    duplicates: Duplicates = "weigh"
 
     def score(self, before: Values, after: Values) -> float:
         """Score of the step between two states."""
@@ -143,7 +143,10 @@ async def beam_search(
 
 
 def divided(draws: int, weights: Sequence[int]) -> list[int]:
-    """``draws`` shared out in proportion to ``weights``, the earlier ones first among equals."""
+    """``draws`` shared out in proportion to ``weights``, the earlier ones first among equals.
+
+    A share of less than one draw may come to none.
+    """
     whole = sum(weights)
     shares = [draws * weight // whole for weight in weights]
     rest = [draws * weight % whole for weight in weights]

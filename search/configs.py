@@ -99,9 +99,9 @@ class BeamConfig(SearchConfig):
         prover: a head such as q/prover, bo4 for Best-of-4 of the base policy, or a weighted mean
             such as q/a:0.5,q/b:0.5; by default the verifier's.
         score: rank steps by Q + alpha * A (``q+a``, the default), by Q or by A alone.
-        duplicates: ``merge`` (the default): places share the draws of a round alike; ``weigh``: in
-            proportion to how often their last step was drawn, which is better where right steps
-            hardly differ.
+        duplicates: ``weigh`` (the default): places share the draws of a round in proportion to how
+            often their last step was drawn, which is better where right steps hardly differ;
+            ``merge``: alike.
         baseline: ``orm`` also runs best-of-N by the ORM, at the same N and at the tokens that beam
             spent, and majority vote.
         baseline_verifier: the ORM, a checkpoint or the directory of a third-party reward model; by
@@ -112,7 +112,7 @@ class BeamConfig(SearchConfig):
     alpha: float | None = None
     prover: str | None = None
     score: Score | None = None
-    duplicates: Duplicates | None = None
+    duplicates: Duplicates = "weigh"
     baseline: Literal["orm"] | None = None
     baseline_verifier: str | None = None
 

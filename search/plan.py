@@ -40,7 +40,7 @@ class Method:
         scoring: fused, separate or auto.
         policy: sample from another policy (best_of_n by majority), e.g. the prover.
         score: rank steps by ``q+a`` (Q + alpha * A, the default), ``q`` or ``a`` (beam, dvts).
-        duplicates: ``merge`` (the default) or ``weigh``, as in search.beam (beam).
+        duplicates: ``weigh`` (the default) or ``merge``, as in search.beam (beam).
         weight: how Q weights particles (smc): ``change`` (the default), ``q`` or ``odds``.
         resampling: ``systematic`` (the default) or ``multinomial`` (smc).
     """

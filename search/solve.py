@@ -44,7 +44,7 @@ def beam_settings(
         raise UserError(f"samples is {samples}; give at least 1")
     weight = card.alpha if alpha is None else alpha
     return BeamSettings(
-        n, samples, weight, chosen, card.base_head, score or "q+a", duplicates or "merge"
+        n, samples, weight, chosen, card.base_head, score or "q+a", duplicates or "weigh"
     )
 
 
@@ -170,7 +170,7 @@ async def beam_record(
         "pick": rule,
         **scorer.described,
     }
-    if settings.duplicates != "merge":
+    if method in ("beam", "alphallm"):
         described["duplicates"] = settings.duplicates
     if bonus is not None:
         described["bonus"] = bonus

@@ -124,12 +124,15 @@ def _searched_by(method: Method, settings: BeamSettings) -> list[str]:
     """What distinguishes the searches of one kind, verifier and width."""
     if method.kind == "smc":
         return [settings.base_head, *filter(None, (method.weight, method.resampling))]
-    if method.kind == "alphallm":
-        return [f"c{settings.samples}"]
-    parts = [f"a{settings.alpha:g}", settings.prover, f"c{settings.samples}"]
-    if settings.score_by != "q+a":
-        parts.append(settings.score_by)
-    return parts if settings.duplicates == "merge" else [*parts, settings.duplicates]
+    parts = [f"c{settings.samples}"]
+    if method.kind != "alphallm":
+        parts = [f"a{settings.alpha:g}", settings.prover, *parts]
+        if settings.score_by != "q+a":
+            parts.append(settings.score_by)
+    # A greedy place is alone. What has no such part was searched before draws could be weighed.
+    if method.kind in ("beam", "alphallm") and settings.duplicates != "merge":
+        parts.append(settings.duplicates)
+    return parts
 
 
 def rule_of(sweep: Sweep, method: Method) -> Pick:

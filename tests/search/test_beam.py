@@ -110,18 +110,23 @@ def test_first_round_draws_all_children_and_later_rounds_the_share_of_unfinished
 ) -> None:
     _, records, draws = searched
     rounds: dict[tuple[str, int], Counter[tuple[int, ...]]] = defaultdict(Counter)
+    times: dict[tuple[str, int], Counter[tuple[int, ...]]] = defaultdict(Counter)
     for d in draws:
         rounds[d.problem_id, d.round][d.parent] += 1
+        times[d.problem_id, d.round + 1][d.parent + tuple(d.step.ids)] += 1
     assert {p for p, _ in rounds} == {r.problem_id for r in records}
     assert len(records) == 8
-    for (_, number), shares in rounds.items():
+    for (problem, number), shares in rounds.items():
         total = sum(shares.values())
         if number == 0:
             assert dict(shares) == {(): N * C}
+            continue
         assert total % C == 0 and total <= N * C
         assert len(shares) <= total // C <= N
-        # Shares are even, and a finished place draws no more.
-        assert max(shares.values()) - min(shares.values()) <= 1
+        # Shares follow how often a step was drawn, and a finished place draws no more.
+        weights = times[problem, number]
+        whole = sum(weights[parent] for parent in shares)
+        assert all(abs(s - total * weights[parent] / whole) < 1 for parent, s in shares.items())
         assert all(parent[-1:] != (EOS,) for parent in shares)
     assert any(number > 1 for _, number in rounds)
     assert any(len(shares) < N for (_, number), shares in rounds.items() if number > 0)
@@ -350,7 +355,7 @@ def policy(tiny_model: Callable[..., Path]) -> Policy:
 
 def search(
     scripted: Scripted, n: int, samples: int, alpha: float = 0.0, prover: str = "q/prover",
-    max_length: int = 64, duplicates: Duplicates = "merge",
+    max_length: int = 64, duplicates: Duplicates = "weigh",
 ) -> tuple[BeamResult, Cost]:  # fmt: skip
     cost = Cost()
     engine: Any = scripted
@@ -389,11 +394,21 @@ def test_weighed_places_draw_as_often_as_their_step_was_drawn(policy: Policy) ->
     }
     values = {"1\nA1$": (0.5, 0.5), "1\n3\n": (0.9, 0.9), "1\n3\nA4$": (0.9, 0.9)}
     scripted = Scripted(policy, answers, values)
-    result, _ = search(scripted, n=2, samples=2, duplicates="weigh")
+    result, _ = search(scripted, n=2, samples=2)
     drawn = [before for before, _ in scripted.drawn]
     # 3 to 1 in the second round. In the third one place is finished: two draws are left.
     assert drawn == [""] * 4 + ["1\n"] * 3 + ["2\n"] + ["1\n3\n"] * 2
     assert texts(scripted, result)[0] == "1\n3\nA4"
+
+
+def test_merged_places_draw_alike_however_often_their_step_was_drawn(policy: Policy) -> None:
+    scripted = Scripted(policy, {
+        "": ["1\n", "2\n", "1\n", "1\n"],
+        "1\n": ["A1$", "A2$"],
+        "2\n": ["A1$", "A2$"],
+    }, {})  # fmt: skip
+    search(scripted, n=2, samples=2, duplicates="merge")
+    assert [before for before, _ in scripted.drawn] == [""] * 4 + ["1\n"] * 2 + ["2\n"] * 2
 
 
 @given(st.integers(0, 100), st.lists(st.integers(1, 50), min_size=1, max_size=12))
