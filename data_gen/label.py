@@ -87,6 +87,7 @@ class Roller:
             stop_ids=sorted(self.policy.stepper.eos_ids),
             max_tokens=room,
             seed=seed,
+            until=self.policy.stepper,
         )
         stepper = self.policy.stepper
         whole = prefix + out.ids

@@ -24,6 +24,7 @@ from pav.engine import EngineConfig, Sampled, Usage
 from pav.errors import UserError
 from pav.policy import Dtype, Sampler
 from pav.processes import Died
+from pav.steps import Stepper
 
 WORKERS = "workers.json"
 # A worker that dies so often within so many seconds ends the run.
@@ -38,12 +39,13 @@ _PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Model:
-    """What :class:`~pav.engine.Engine` takes."""
+    """What :class:`~pav.engine.Engine` takes; ``until`` of all that is sampled from it."""
 
     path: str
     dtype: Dtype
     max_length: int
     config: EngineConfig
+    until: Stepper | None = None
 
 
 @dataclass(frozen=True)
@@ -342,8 +344,9 @@ class RemoteEngine:
         stop_ids: Sequence[int],
         max_tokens: int,
         seed: int,
+        until: Stepper | None = None,
     ) -> Sampled:
-        """Sample up to ``max_tokens`` after ``ids``."""
+        """Sample up to ``max_tokens`` after ``ids``; ``until`` is that of the pool's model."""
         return await self.pool.submit(self.model, ids, sampler, stop_ids, max_tokens, seed)
 
     @property

@@ -212,7 +212,7 @@ def _engines(config: RolloutsConfig, policies: list[Policy]) -> Iterator[Engine 
         for p in policies:
             yield Engine(p.path, p.config.dtype, length, config=config.engine)
         return
-    models = [Model(p.path, p.config.dtype, length, config.engine) for p in policies]
+    models = [Model(p.path, p.config.dtype, length, config.engine, p.stepper) for p in policies]
     note = None if config.dry_run else config.directory / WORKERS
     yield from open_pool(models, config.workers, config.ray, note).engines
 

@@ -142,7 +142,7 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
 
 
 def _solution(row: dict[str, Any], policy: Policy, truncated: bool, where: str) -> list[int]:
-    """Solution ids of a row; a solution that ended ends with EOS."""
+    """Solution ids of a row; a solution that ended ends with EOS, or with its final step."""
     eos = policy.stepper.eos_ids
     size = len(policy.tokenizer)
     if "ids" in row:
@@ -161,9 +161,13 @@ def _solution(row: dict[str, Any], policy: Policy, truncated: bool, where: str) 
             )
     if any(i in eos for i in ids[:-1]):
         raise UserError(f"{where}: an end-of-sequence token stands inside the solution; cut it")
+    ends = policy.stepper.step_ends(ids)
     ended = ids[-1:] != [] and ids[-1] in eos
+    if ends and policy.stepper.is_solution(ids[: ends[-1]]):
+        # What comes after the final step would never have been sampled.
+        ids, ended = ids[: ends[-1]], True
     if truncated and ended:
-        raise UserError(f"{where}: truncated is true, but the solution ends with end of sequence")
+        raise UserError(f"{where}: truncated is true, but the solution has its final step")
     if not truncated and not ended:
         own = policy.tokenizer.eos_token_id
         ids = [*ids, own if own in eos else min(eos)]

@@ -66,10 +66,11 @@ def serve(
         send(Refused(str(error)))
         return
     send(Started(os.getpid(), socket.gethostname()))
-    drive(engines, [partial(_answer, engines, inbox, send)], lambda _: None, 1)
+    drive(engines, [partial(_answer, models, engines, inbox, send)], lambda _: None, 1)
 
 
 async def _answer(
+    models: Sequence[Model],
     engines: Sequence[Engine],
     inbox: SimpleQueue[list[Call]],
     send: Callable[[Message], None],
@@ -83,7 +84,12 @@ async def _answer(
             for r in inbox.get():
                 task = asyncio.ensure_future(
                     engines[r.model].sample(
-                        r.ids, r.sampler, stop_ids=r.stop_ids, max_tokens=r.max_tokens, seed=r.seed
+                        r.ids,
+                        r.sampler,
+                        stop_ids=r.stop_ids,
+                        max_tokens=r.max_tokens,
+                        seed=r.seed,
+                        until=models[r.model].until,
                     )
                 )
                 task.add_done_callback(finished.append)

@@ -24,6 +24,7 @@ import torch
 
 from pav.errors import UserError
 from pav.policy import Dtype, Sampler
+from pav.steps import Stepper
 
 T = TypeVar("T")
 SCORE_BIAS = -100.0
@@ -183,7 +184,7 @@ class Engine:
                 "engine.max_num_seqs or sampler.max_length if memory is short"
             ) from error
         torch.set_num_threads(torch_threads)
-        self._futures: dict[str, tuple[asyncio.Future[Any], Callable[[Any], Any]]] = {}
+        self._futures: dict[str, tuple[asyncio.Future[Any], Callable[[Any], Any], Any]] = {}
         self._next = 0
 
     @property
@@ -200,8 +201,13 @@ class Engine:
         max_tokens: int,
         seed: int,
         scores: bool = False,
+        until: Stepper | None = None,
     ) -> Sampled:
-        """Sample up to ``max_tokens`` after ``ids``; score ids are never sampled."""
+        """Sample up to ``max_tokens`` after ``ids``; score ids are never sampled.
+
+        With ``until`` also to the end of the solution at most, where its rule tells that by more
+        than an id; ``ids`` end with a step then.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -220,7 +226,11 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        return await self._submit(ids, parameters, self._sampled if scores else _plain)
+        if until is not None and not until.rule.final:
+            until = None  # what its rule calls an end is a stop
+        if until is not None:
+            parameters.output_kind = RequestOutputKind.CUMULATIVE
+        return await self._submit(ids, parameters, self._sampled if scores else _plain, until)
 
     async def read(self, ids: Sequence[int], *, logprobs_from: int | None = None) -> Read:
         """Heads at the last position of ``ids``, and the log-probability of the tokens from index
@@ -276,13 +286,17 @@ class Engine:
         )
 
     def _submit(
-        self, ids: Sequence[int], parameters: Any, convert: Callable[[Any], T]
+        self,
+        ids: Sequence[int],
+        parameters: Any,
+        convert: Callable[[Any], T],
+        until: Stepper | None = None,
     ) -> asyncio.Future[T]:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         key = str(self._next)
         self._next += 1
         self._engine.add_request(key, {"prompt_token_ids": list(ids)}, parameters)
-        self._futures[key] = (future, convert)
+        self._futures[key] = (future, convert, until)
         future.add_done_callback(lambda done: self._abort(key) if done.cancelled() else None)
         return future
 
@@ -294,10 +308,15 @@ class Engine:
     def step(self) -> None:
         """One vLLM step; resolves what it finished."""
         for output in self._engine.step():
-            if not output.finished:
-                continue
-            future, convert = self._futures.pop(output.request_id)
             completion = output.outputs[0]
+            future, convert, until = self._futures[output.request_id]
+            if until is not None and until.is_solution(completion.token_ids):
+                if not output.finished:
+                    self._engine.abort_request([output.request_id])
+                completion.finish_reason = "stop"
+            elif not output.finished:
+                continue
+            del self._futures[output.request_id]
             cached = output.num_cached_tokens or 0
             self.usage.generated += len(completion.token_ids)
             self.usage.cached += cached

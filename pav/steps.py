@@ -2,14 +2,16 @@
 
 Everything here works on token ids of the *solution* (prompt excluded). A step ends at a token whose
 text contains the delimiter, or at an end-of-sequence token. A delimiter with nothing but space
-since the last boundary ends no step. The **scoring position** of a step is the token before its
-last one: the position whose next-token prediction is the delimiter (or EOS). For step 0, the
+since the last boundary ends no step. A solution ends with an end-of-sequence token, or with a step
+that gives the answer (``StepRule.final``). The **scoring position** of a step is the token before
+its last one: the position whose next-token prediction is the delimiter (or EOS). For step 0, the
 problem itself, it is the last prompt token. Training and serving both call
 :func:`scoring_position`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,8 @@ class StepRule:
         max_tokens: a longer step is cut there; None for no limit.
         score_cut: whether a cut step is scored (and searched on from) or counts as truncated.
         result: text that opens the result part of a step, read by the surprise features.
+        final: regular expression; a step in which it is found ends the solution, as for a base
+            model that goes on after its answer. Empty: only an end-of-sequence token does.
     """
 
     delimiter: str = "\n"
@@ -37,6 +41,7 @@ class StepRule:
     max_tokens: int | None = None
     score_cut: bool = True
     result: str = "="
+    final: str = ""
 
     def __post_init__(self) -> None:
         if not self.delimiter:
@@ -47,6 +52,18 @@ class StepRule:
             raise UserError(
                 f"step_rule.max_tokens is {self.max_tokens}; it must exceed min_tokens "
                 f"({self.min_tokens}) and 1"
+            )
+        try:
+            found = self.final and re.search(self.final, "")
+        except re.error as error:
+            raise UserError(
+                f"step_rule.final {self.final!r} is no regular expression: {error}; mend it, or "
+                "leave it out"
+            ) from error
+        if found:
+            raise UserError(
+                f"step_rule.final {self.final!r} is found in every text; write what only the step "
+                "with the answer holds, e.g. 'Answer: *[0-9]'"
             )
 
 
@@ -60,6 +77,7 @@ class Stepper:
         blank_ids: tokens whose text is white space only.
         result_ids: tokens whose text contains ``rule.result``.
         eos_ids: tokens that end the sequence.
+        tokenizer: reads the steps where the rule has ``final``.
     """
 
     rule: StepRule
@@ -67,6 +85,7 @@ class Stepper:
     blank_ids: frozenset[int]
     result_ids: frozenset[int]
     eos_ids: frozenset[int]
+    tokenizer: Any = None
 
     @property
     def stop_ids(self) -> list[int]:
@@ -84,6 +103,20 @@ class Stepper:
         """Whether a step was ended by ``max_tokens`` alone."""
         return not self._is_whole(step)
 
+    def is_final(self, step: Sequence[int]) -> bool:
+        """Whether a step ends the solution."""
+        if step[-1] in self.eos_ids or not self.rule.final or not self._is_whole(step):
+            return step[-1] in self.eos_ids
+        text = self.tokenizer.decode(list(step), skip_special_tokens=True)
+        return re.search(self.rule.final, text) is not None
+
+    def is_solution(self, ids: Sequence[int]) -> bool:
+        """Whether ``ids``, from the end of a step on, end with the solution's last step."""
+        if not ids or ids[-1] in self.eos_ids or ids[-1] not in self.delimiter_ids:
+            return bool(ids) and ids[-1] in self.eos_ids
+        ends = [0, *self.step_ends(ids)]
+        return ends[-1] == len(ids) and self.is_final(ids[ends[-2] :])
+
     def _is_whole(self, step: Sequence[int]) -> bool:
         """Whether ``step`` ends at EOS, or at a delimiter that ends a step."""
         if step[-1] in self.eos_ids:
@@ -98,8 +131,8 @@ class Stepper:
         """Exclusive ends of the complete steps of a solution; an unfinished tail is no step.
 
         A step cut by ``max_tokens`` counts only where the rule says that it is scored; where it
-        does not, nothing after it is a step either. A solution that is nothing but EOS has no step:
-        its scoring position would be step 0's.
+        does not, nothing after it is a step either, nor after the step that ends the solution. A
+        solution that is nothing but EOS has no step: its scoring position would be step 0's.
         """
         ends: list[int] = []
         start = 0
@@ -115,6 +148,8 @@ class Stepper:
                     break
                 start = i + 1
                 ends.append(start)
+                if self.rule.final and self.is_final(step):
+                    break
         return ends
 
     def result_start(self, step: Sequence[int]) -> int:
@@ -158,4 +193,5 @@ def compile_rule(rule: StepRule, tokenizer: Any, eos_ids: Sequence[int]) -> Step
         ),
         result_ids=frozenset(i for i, text in enumerate(texts) if rule.result in text),
         eos_ids=frozenset(eos_ids),
+        tokenizer=tokenizer,
     )

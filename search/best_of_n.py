@@ -52,6 +52,7 @@ async def sample_traces(
             max_tokens=room,
             seed=seed_of(seed, problem.id, "trace", index),
             scores=fused,
+            until=policy.stepper,
         )
         cost.sampled(out)
         ends = policy.stepper.step_ends(out.ids)

@@ -85,7 +85,7 @@ async def sample_step(
             truncated = policy.stepper.is_cut(step) and not rule.score_cut
             break
         resumes += 1
-    finished = not truncated and step[-1] in policy.stepper.eos_ids
+    finished = not truncated and policy.stepper.is_final(step)
     return Step(
         step, finished, truncated, np.concatenate(logprobs) if logprobs else None, first, last
     )

@@ -98,7 +98,9 @@ def _simulated(made: Run, workers: int, problems: int, rate: float) -> dict[str,
     simulation = Simulation(answers, rate)
     engine: Any = Here(answers)
     if workers:
-        model = Model(policy.path, policy.config.dtype, sampler.max_length, EngineConfig())
+        model = Model(
+            policy.path, policy.config.dtype, sampler.max_length, EngineConfig(), policy.stepper
+        )
         engine = Pool(simulation, [model], workers, None).engines[0]
     with TemporaryDirectory() as name, Store(Path(name), {}) as store:
         roller = Roller(policy, engine, sampler)

@@ -90,7 +90,8 @@ def task_spec(task: Task) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        # ``final`` came later: what was made without it keeps its fingerprint.
+        return {k: v for k, v in asdict(value).items() if k != "final" or v}
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pav.grading import Grader
+from pav.steps import StepRule
 from pav.tasks.jsonl import Jsonl
 
 
@@ -13,10 +14,12 @@ from pav.tasks.jsonl import Jsonl
 class Gsm8k(Jsonl):
     """GSM8K from the hub or, with ``data`` and ``test``, from files.
 
-    A step is a line, as in the reference solutions; a solution ends with ``#### <number>`` and EOS.
+    A step is a line, as in the reference solutions; the line ``#### <number>`` ends a solution.
     The fields are those of :class:`~pav.tasks.jsonl.Jsonl`; 5% of ``data`` are for validation.
     """
 
+    # A command line would read a text that begins with # as a comment.
+    step_rule: StepRule = StepRule(final=r"\#{4}\s*[^\w#]{0,3}\d")
     data: str = "openai/gsm8k:main"
     test: str | None = "openai/gsm8k:main"
     grader: Grader = "number"

@@ -16,12 +16,12 @@ class Math(Jsonl):
 
     The split is that of *Let's Verify Step by Step* (arXiv 2305.20050): 12000 training problems and
     the 500 test problems of MATH-500. A step is a line, where lines that are shorter than
-    ``min_tokens`` (those that open and close a formula) belong to the next one; a solution ends
-    with its answer in ``\\boxed{}`` and EOS. The fields are those of
+    ``min_tokens`` (those that open and close a formula) belong to the next one; the line with the
+    answer in ``\\boxed{}`` ends a solution. The fields are those of
     :class:`~pav.tasks.jsonl.Jsonl`; 5% of ``data`` are for validation.
     """
 
-    step_rule: StepRule = StepRule(min_tokens=4)
+    step_rule: StepRule = StepRule(min_tokens=4, final=r"\\boxed\{[^}]")
     data: str = "nlile/hendrycks-MATH-benchmark"
     test: str | None = "HuggingFaceH4/MATH-500"
     question_key: str = "problem"
