@@ -39,7 +39,9 @@ from search.scoring import Scorer
 from search.session import Session, open_session
 from search.solve import beam_record, beam_settings, traces_record
 
-COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.search_engine"
+COMMAND = (
+    "OMP_NUM_THREADS=1 python -m benchmarks.speed.search_engine --other runs/gsm8k/demo/pav.ckpt"
+)
 OVERHEAD = 0.08
 
 
