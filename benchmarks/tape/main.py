@@ -6,7 +6,9 @@ Run first (each resumes; on two cores side by side with OMP_NUM_THREADS=1)::
     search.compare --config configs/tape/main/ablations.yaml
     python -m benchmarks.tape.main
 
-Writes ``benchmarks/results/tape_main.{json,csv,png}``.
+Beam search against best-of-N and votes at equal policy tokens, at equal total FLOPs and over N, at
+budgets of up to 64 traces; beside other picks and beside merged duplicates, paired. Writes
+``benchmarks/results/tape_main.{json,csv,png}``, and ``tape_main_{flops,n,...}.png``.
 """
 
 from __future__ import annotations
@@ -21,15 +23,21 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.speed.results import machine
 from pav.cli import run
 from pav.errors import UserError
+from search.records import read
+from search.stats import bootstrap
 
 RESULTS = Path(__file__).parents[1] / "results"
 BEAM = "PAV beam"
 # Beam width -> budget in traces -> required lead over best-of-N by the ORM.
 LEADS = {2: (8, 0.15), 4: (16, 0.15), 8: (32, 0.08)}
 ARGMAX, SAME_PICK = "best-of-N, ORM", "best-of-N, picked as PAV beam picks"
+# Of these test problems nobody had looked at a search when weighed duplicates were thought of.
+UNSEEN = 150
 VOTES = ("best-of-N, ORM-weighted vote", "majority vote")
 COMMAND = "python -m benchmarks.tape.main"
 
@@ -55,11 +63,16 @@ def collect(config: MainConfig) -> None:
     rows = [*main_rows, *ablation_rows]
     manifest = read_json(run_directory / "manifest.json")
     ablation_seeds = read_json(Path(config.ablations) / "manifest.json")["seeds"]
-    ratios = efficiency_ratios(read_json(run_directory / "efficiency.json"))
-    metrics = [*_leads(differences), *doublings(differences), *ratios, *accuracies(main_rows)]
+    ratios = _efficiency_ratios(read_json(run_directory / "efficiency.json"))
+    metrics = [*_leads(differences), *_equal_flops(differences), *_doublings(differences), *ratios]
+    metrics += beside_beam(run_directory)
+    metrics += beside_beam(run_directory, UNSEEN)
+    metrics += accuracies(main_rows)
     metrics += [{**m, "seeds": ablation_seeds} for m in accuracies(ablation_rows)]
     write_result("tape_main", metrics, rows, manifest, COMMAND)
     shutil.copy(run_directory / "compare.png", RESULTS / "tape_main.png")
+    for end in ("flops", "n"):
+        shutil.copy(run_directory / f"compare_{end}.png", RESULTS / f"tape_main_{end}.png")
     shutil.copy(run_directory / "optimisation.png", RESULTS / "tape_main_optimisation.png")
     shutil.copy(Path(config.ablations) / "compare.png", RESULTS / "tape_main_ablations.png")
 
@@ -109,7 +122,59 @@ def _leads(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def doublings(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _equal_flops(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        row(f"{BEAM} N={d['a_n']} minus {d['b']} N={d['b_n']} (equal FLOPs)", d["difference"],
+            d["ci95"], None)
+        for d in differences
+        if d["kind"] == "equal FLOPs" and d["a"] == BEAM
+    ]  # fmt: skip
+
+
+def beside_beam(directory: Path, last: int = 0) -> list[dict[str, Any]]:
+    """Every search minus the beam of the same budget: its places in the list of widths.
+
+    Args:
+        directory: of a finished comparison.
+        last: of so many of its problems alone, the last ones.
+    """
+    found = read_json(directory / "picks.json")
+    problems = found["problems"][-last:]
+    points = {(p["method"], p["n"]): _correct(directory, p, found["problems"])[-last:]
+              for p in found["points"] if p["method"] != BEAM}  # fmt: skip
+    beams = [p for p in found["points"] if p["method"] == BEAM]
+    widths: dict[str, list[int]] = {}
+    for method, n in points:
+        widths.setdefault(method, []).append(n)
+    out = []
+    for method, own in widths.items():
+        if len(own) != len(beams):
+            continue  # best-of-N, which is shown at more budgets
+        for beam, n in zip(beams, own, strict=True):
+            ours = _correct(directory, beam, found["problems"])[-last:]
+            d = bootstrap(points[method, n] - ours)
+            name = f"{method} N={n} minus {BEAM} N={beam['n']}"
+            if last:
+                name += f", last {len(problems)} problems"
+            out.append(row(name, d.mean, [d.low, d.high], None))
+    return out
+
+
+def _correct(
+    directory: Path, point: dict[str, Any], problems: Sequence[str]
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(problems, seeds) right or wrong of one point's picks."""
+    columns = []
+    for name, picked in zip(point["files"], point["picked"], strict=True):
+        records = {r.problem_id: r for r in read(directory / name)}
+        columns.append(
+            [i >= 0 and records[p].candidates[i].correct
+             for p, i in zip(problems, picked, strict=True)]
+        )  # fmt: skip
+    return np.array(columns, dtype=np.float64).T
+
+
+def _doublings(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """No over-optimisation: the interval of acc(2N) - acc(N) never lies wholly below 0."""
     return [
         row(
@@ -123,7 +188,7 @@ def doublings(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def efficiency_ratios(efficiency: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _efficiency_ratios(efficiency: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """How much less the beam spends to be as good as the largest best-of-N by the ORM."""
     return [
         row(
