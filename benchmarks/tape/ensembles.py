@@ -1,6 +1,6 @@
 """Do ensembles of heads, or scores lowered by their disagreement, search better?
 
-Run first (a minute), then this (about half an hour of one core)::
+Run first (a minute), then this (about an hour of one core)::
 
     data_gen.rollouts --config configs/tape/demo/rollouts.yaml
     OMP_NUM_THREADS=1 python -m benchmarks.tape.ensembles
@@ -102,7 +102,7 @@ class EnsemblesConfig:
     labels: str = "runs/demo/labels"
     output: str = "runs/tape_main/ensembles"
     n: int = 4
-    problems: int = 120
+    problems: int = 300
     skip: int = 200
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -283,7 +283,7 @@ def _plot(rows: Sequence[dict[str, Any]]) -> None:
     axis.set_yticks(at, [r["way"] for r in rows])
     axis.set_xlabel("accuracy of beam search, validation problems")
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(RESULTS / "tape_ensembles.png", dpi=130)
 
 

@@ -106,19 +106,14 @@ def write_result(
 def _leads(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for d in differences:
-        if d["kind"] != "equal tokens" or d["a"] != BEAM or d["a_n"] not in LEADS:
+        if d["kind"] != "equal tokens" or d["a"] != BEAM:
             continue
-        budget, lead = LEADS[d["a_n"]]
-        wanted = {ARGMAX: lead, SAME_PICK: lead, **dict.fromkeys(VOTES, 0.0)}
-        if d["b"] in wanted:
-            out.append(
-                row(
-                    f"{BEAM} N={d['a_n']} minus {d['b']} N={d['b_n']} (budget {budget} traces)",
-                    d["difference"],
-                    d["ci95"],
-                    {"op": ">=", "value": wanted[d["b"]]},
-                )
-            )
+        name, target = f"{BEAM} N={d['a_n']} minus {d['b']} N={d['b_n']} (equal tokens", None
+        if d["a_n"] in LEADS:
+            budget, lead = LEADS[d["a_n"]]
+            wanted = {ARGMAX: lead, SAME_PICK: lead, **dict.fromkeys(VOTES, 0.0)}
+            name, target = f"{name}, budget {budget} traces", {"op": ">=", "value": wanted[d["b"]]}
+        out.append(row(f"{name})", d["difference"], d["ci95"], target))
     return out
 
 
