@@ -95,7 +95,8 @@ def bars(
     figure = Figure(figsize=(6.4, 0.8 + 0.36 * len(heights)), layout="constrained")
     axes = figure.subplots()
     drawn = axes.barh([name for name, _ in heights], [height for _, height in heights], log=log)
-    axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+    labels = [f"{h:,.0f}" if h >= 100 else f"{h:.3g}" for _, h in heights]
+    axes.bar_label(drawn, labels, padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel(what)

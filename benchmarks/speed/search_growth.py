@@ -128,7 +128,7 @@ def _plot(rows: Sequence[dict[str, Any]], target: Path) -> None:
                 ax.set_yscale("log", base=2)
                 ax.legend(frameon=False)
             else:
-                ax.set_ylim(bottom=0)
+                ax.set_ylim(0, 1.15 * y.max())
             ax.set_xlabel("width N" if over == "n" else "problems")
             ax.set_title(f"{name} ({fixed})", fontsize=9)
     figure.savefig(target, dpi=150)
