@@ -20,7 +20,7 @@ from pav.engine import Engine, EngineConfig, Read, Sampled
 from pav.export import export_verifier
 from pav.labels import LabelSet, Trace, prefix_key
 from pav.policy import Policy, PolicyConfig, Prompt, Sampler, load_policy
-from pav.steps import StepRule
+from pav.steps import Stepper, StepRule
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
 from pav.verifier import Verifier, load_verifier
@@ -105,7 +105,7 @@ class Script:
 
     async def sample(
         self, ids: list[int], sampler: Sampler, *, stop_ids: list[int], max_tokens: int, seed: int,
-        scores: bool = False,
+        scores: bool = False, until: Stepper | None = None,
     ) -> Sampled:  # fmt: skip
         assert ids == [*self.prompt, *self.solution][: len(ids)]
         done = len(ids) - len(self.prompt)
