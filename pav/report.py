@@ -28,13 +28,19 @@ def fit_and_report(
     card: Card,
     model: HeadedTrunk,
     examples: list[Example],
+    training: list[Example],
     labels: LabelSet,
     policy: Policy,
     task: Task,
     base: str,
 ) -> Card:
-    """The card with calibrators, default pick and validation metrics filled in."""
+    """The card with calibrators, default pick and validation metrics filled in.
+
+    Calibrators are fitted on one half of the validation ``examples``, and on ``training`` where
+    there is any; everything reported is of the other half.
+    """
     scored = score(model, examples, policy, "calibrating")
+    known = score(model, training, policy, "calibrating") if training else None
     fitted = np.array([first_half(e.problem_id) for e in examples])[scored.example_N]
     calibrators: dict[str, dict[str, Any]] = {}
     surprised: dict[str, dict[str, Any]] = {}
@@ -48,14 +54,19 @@ def fit_and_report(
         elif not rows.any() or not (there & held[head]).any():
             _warn(f"too few validation problems for head {head}: none is left to report on")
             rows, held[head] = there, np.zeros_like(there)
-        logit, k, n = scored.logits_NH[:, h], scored.k_NH[:, h], scored.n_NH[:, h]
+        sources = [(scored, rows)]
+        if known is not None:
+            sources.append((known, known.n_NH[:, h] > 0))
+        logit, k, n = (
+            np.concatenate([getattr(s, name)[at, h] for s, at in sources])
+            for name in ("logits_NH", "k_NH", "n_NH")
+        )
+        surprise_NF = np.concatenate([s.surprise_NF[at] for s, at in sources])
         for mode in MODES:
-            features = scored.surprise_NF if mode == "surprise" else None
-            calibrator = fit_calibrator(
-                logit[rows], None if features is None else features[rows], k[rows], n[rows]
-            )
+            seen = surprise_NF if mode == "surprise" else None
+            calibrator = fit_calibrator(logit, seen, k, n)
             (surprised if mode == "surprise" else calibrators)[head] = asdict(calibrator)
-            q[head, mode] = calibrator(logit, features)
+            q[head, mode] = calibrator(scored.logits_NH[:, h], scored.surprise_NF)
     judged = judge(card.heads, examples, scored, labels, policy, task)
     metrics = measure(judged, q, held, fitted)
     metrics["data"] = label_facts(labels)

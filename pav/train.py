@@ -144,7 +144,12 @@ def _train(config: TrainConfig) -> Card | None:
     # Calibration and report need whole base traces: an ORM is judged on them too.
     judged = pav_examples(labels, "validation", card.heads, policy, cap)
     base_name = PolicyConfig(**{**card.policy, "prompt": Prompt()}).label
-    card = fit_and_report(card, model.eval(), judged, labels, policy, task, base_name)
+    known = (
+        pav_examples(labels, "train", card.heads, policy, cap)
+        if config.calibrate_on == "all"
+        else []
+    )
+    card = fit_and_report(card, model.eval(), judged, known, labels, policy, task, base_name)
     save(card, model.cpu(), output, adapters)
     shutil.rmtree(working, ignore_errors=True)
     print_report(card)

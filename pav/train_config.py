@@ -36,6 +36,10 @@ class TrainConfig:
         head: ``linear``, or ``mlp`` (one hidden layer, frozen trunks only) that vLLM cannot serve.
         loss: ``bce`` on counts k of n; ``hard``: on 1 where any rollout was right (Math-Shepherd);
             ``mse`` of Q against k/n; ``beta_binomial`` likelihood of k of n.
+        calibrate_on: labels that calibrators are fitted on: of one half of the ``validation``
+            problems, or ``all``, of the training problems as well (frozen trunks only). Better
+            where validation problems are few; heads that learned their labels by heart make Q
+            overconfident.
         task: needed only where the labels' task is not built in.
         prompt: how the trunk is asked; by default as the policy was.
         dtype: dtype the verifier is served in.
@@ -71,6 +75,7 @@ class TrainConfig:
     lora: Lora = field(default_factory=Lora)
     head: HeadKind = "linear"
     loss: Loss = "bce"
+    calibrate_on: Literal["validation", "all"] = "validation"
     task: Task | None = None
     prompt: Prompt | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -115,6 +120,11 @@ class TrainConfig:
             raise UserError(
                 f"head mlp is for a frozen trunk, but trunk_mode is {self.trunk_mode}: a "
                 "trunk that is trained needs no more than --head linear"
+            )
+        if self.calibrate_on == "all" and not self.frozen:
+            raise UserError(
+                f"calibrate_on is all, but trunk_mode is {self.trunk_mode}: a trunk that was "
+                "trained knows its training labels; use --calibrate_on validation"
             )
         if self.frozen and self.processes > 1:
             raise UserError(

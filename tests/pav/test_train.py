@@ -15,12 +15,13 @@ import torch
 
 import pav.train
 from pav.batches import LabelData, class_weights
-from pav.calibrate import SURPRISE
-from pav.data import balance, orm_examples, pav_examples
+from pav.calibrate import SURPRISE, fit_calibrator
+from pav.data import balance, orm_examples, pav_examples, score
 from pav.errors import UserError
 from pav.fit import VerifierModule
 from pav.labels import read_labels
 from pav.policy import PolicyConfig, load_policy
+from pav.report import first_half
 from pav.tasks.tape import Tape
 from pav.train import train
 from pav.train_config import TrainConfig
@@ -133,6 +134,40 @@ def test_every_head_learns_the_policy_that_it_is_named_after(
                 )
     assert np.mean(q["q/prover"][True]) - np.mean(q["q/base"][True]) > 0.3
     assert abs(np.mean(q["q/prover"][False]) - np.mean(q["q/base"][False])) < 0.2
+
+
+def test_calibrators_are_fitted_on_training_labels_as_well_where_asked(
+    labels: str, trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = TrainConfig([labels], str(tmp_path / "half.ckpt"), trunk=str(trunk), max_epochs=4)
+    every = replace(half, output=str(tmp_path / "all.ckpt"), calibrate_on="all")
+    card, model, _ = trained(half, monkeypatch)
+    more, same, _ = trained(every, monkeypatch)
+    assert torch.equal(model.head.weight, same.head.weight)
+    policy = load_policy(PolicyConfig(str(trunk)), TASK.step_rule)
+    examples = [
+        e
+        for split in ("validation", "train")
+        for e in pav_examples(read_labels([labels]), split, card.heads, policy, 64)
+        if split == "train" or first_half(e.problem_id)
+    ]
+    scored = score(model, examples, policy, "scoring")
+    for h, head in enumerate(card.heads):
+        assert more.calibrators[head] != card.calibrators[head]
+        rows = scored.n_NH[:, h] > 0
+        wanted = fit_calibrator(
+            scored.logits_NH[rows, h], None, scored.k_NH[rows, h], scored.n_NH[rows, h]
+        )
+        made = more.calibrator(head, False)
+        assert (made.temperature, made.bias) == pytest.approx(
+            (wanted.temperature, wanted.bias), rel=1e-3, abs=1e-3
+        )
+        # What is reported is of problems that neither was fitted on.
+        told, before = (c.validation[f"{head}/plain"] for c in (more, card))
+        assert told["brier"] != before["brier"]
+        assert told["brier_constant"] == before["brier_constant"]
+    with pytest.raises(UserError, match="calibrate_on is all, but trunk_mode is lora"):
+        replace(every, trunk_mode="lora")
 
 
 def test_training_twice_gives_the_same_heads(
