@@ -22,6 +22,9 @@ from pav.tasks.base import Task
 from pav.verifier import ORM, Card, HeadedTrunk
 
 PICKS = ("last", "min", "vote", ORM)
+# Training solutions that calibrators read, spread over the problems: more would cost a forward pass
+# each, and teach a hundred weights nothing.
+MOST_CALIBRATING = 1000
 
 
 def fit_and_report(
@@ -40,7 +43,8 @@ def fit_and_report(
     there is any; everything reported is of the other half.
     """
     scored = score(model, examples, policy, "calibrating")
-    known = score(model, training, policy, "calibrating") if training else None
+    some = training[:: -(-len(training) // MOST_CALIBRATING)] if training else []
+    known = score(model, some, policy, "calibrating") if some else None
     fitted = np.array([first_half(e.problem_id) for e in examples])[scored.example_N]
     calibrators: dict[str, dict[str, Any]] = {}
     surprised: dict[str, dict[str, Any]] = {}

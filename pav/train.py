@@ -146,7 +146,7 @@ def _train(config: TrainConfig) -> Card | None:
     base_name = PolicyConfig(**{**card.policy, "prompt": Prompt()}).label
     known = (
         pav_examples(labels, "train", card.heads, policy, cap)
-        if config.calibrate_on == "all"
+        if config.frozen and config.calibrate_on != "validation"
         else []
     )
     card = fit_and_report(card, model.eval(), judged, known, labels, policy, task, base_name)

@@ -37,9 +37,8 @@ class TrainConfig:
         loss: ``bce`` on counts k of n; ``hard``: on 1 where any rollout was right (Math-Shepherd);
             ``mse`` of Q against k/n; ``beta_binomial`` likelihood of k of n.
         calibrate_on: labels that calibrators are fitted on: of one half of the ``validation``
-            problems, or ``all``, of the training problems as well (frozen trunks only). Better
-            where validation problems are few; heads that learned their labels by heart make Q
-            overconfident.
+            problems (the default of a trained trunk), or ``all``, of up to 1000 training
+            solutions as well (that of a frozen one).
         task: needed only where the labels' task is not built in.
         prompt: how the trunk is asked; by default as the policy was.
         dtype: dtype the verifier is served in.
@@ -75,7 +74,7 @@ class TrainConfig:
     lora: Lora = field(default_factory=Lora)
     head: HeadKind = "linear"
     loss: Loss = "bce"
-    calibrate_on: Literal["validation", "all"] = "validation"
+    calibrate_on: Literal["validation", "all"] | None = None
     task: Task | None = None
     prompt: Prompt | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

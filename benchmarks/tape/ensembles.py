@@ -5,9 +5,10 @@ Run first (a minute), then this (about an hour of one core)::
     data_gen.rollouts --config configs/tape/demo/rollouts.yaml
     OMP_NUM_THREADS=1 python -m benchmarks.tape.ensembles
 
-One verifier with several sets of heads on the same frozen trunk: one trained as ``pav.train`` does;
-one with the same heads, whose calibrators are fitted on the training labels too; five of resampled
-training problems, their calibrators on resampled validation problems. Each way of scoring steps by
+One verifier with several sets of heads on the same frozen trunk: one trained as ``pav.train`` does,
+with calibrators fitted on validation problems alone; the same heads with calibrators fitted on the
+training labels too (the default); five of resampled training problems, their calibrators on
+resampled validation problems. Each way of scoring steps by
 them is a beam search of the same width, on validation problems that no label is of; differences are
 paired. Writes ``benchmarks/results/tape_ensembles.{json,csv,png}``.
 """

@@ -136,11 +136,11 @@ def test_every_head_learns_the_policy_that_it_is_named_after(
     assert abs(np.mean(q["q/prover"][False]) - np.mean(q["q/base"][False])) < 0.2
 
 
-def test_calibrators_are_fitted_on_training_labels_as_well_where_asked(
+def test_calibrators_of_a_frozen_trunk_are_fitted_on_training_labels_as_well(
     labels: str, trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half = TrainConfig([labels], str(tmp_path / "half.ckpt"), trunk=str(trunk), max_epochs=4)
-    every = replace(half, output=str(tmp_path / "all.ckpt"), calibrate_on="all")
+    every = TrainConfig([labels], str(tmp_path / "all.ckpt"), trunk=str(trunk), max_epochs=4)
+    half = replace(every, output=str(tmp_path / "half.ckpt"), calibrate_on="validation")
     card, model, _ = trained(half, monkeypatch)
     more, same, _ = trained(every, monkeypatch)
     assert torch.equal(model.head.weight, same.head.weight)
@@ -167,7 +167,7 @@ def test_calibrators_are_fitted_on_training_labels_as_well_where_asked(
         assert told["brier"] != before["brier"]
         assert told["brier_constant"] == before["brier_constant"]
     with pytest.raises(UserError, match="calibrate_on is all, but trunk_mode is lora"):
-        replace(every, trunk_mode="lora")
+        replace(every, calibrate_on="all", trunk_mode="lora")
 
 
 def test_training_twice_gives_the_same_heads(
