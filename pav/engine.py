@@ -184,7 +184,9 @@ class Engine:
                 "engine.max_num_seqs or sampler.max_length if memory is short"
             ) from error
         torch.set_num_threads(torch_threads)
-        self._futures: dict[str, tuple[asyncio.Future[Any], Callable[[Any], Any], Any]] = {}
+        self._futures: dict[
+            str, tuple[asyncio.Future[Any], Callable[[Any], Any], Stepper | None]
+        ] = {}
         self._next = 0
 
     @property
@@ -205,8 +207,8 @@ class Engine:
     ) -> Sampled:
         """Sample up to ``max_tokens`` after ``ids``; score ids are never sampled.
 
-        With ``until`` also to the end of the solution at most, where its rule tells that by more
-        than an id; ``ids`` end with a step then.
+        With ``until``, ``ids`` end with a step, and the sample also stops after a step that is
+        final by its rule (:attr:`StepRule.final`).
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -227,7 +229,7 @@ class Engine:
             skip_clone=True,
         )
         if until is not None and not until.rule.final:
-            until = None  # what its rule calls an end is a stop
+            until = None
         if until is not None:
             parameters.output_kind = RequestOutputKind.CUMULATIVE
         return await self._submit(ids, parameters, self._sampled if scores else _plain, until)

@@ -22,8 +22,8 @@ from pav.tasks.base import Task
 from pav.verifier import ORM, Card, HeadedTrunk
 
 PICKS = ("last", "min", "vote", ORM)
-# Training solutions that calibrators read, spread over the problems: more would cost a forward pass
-# each, and teach a hundred weights nothing.
+# Training solutions that calibrators read, drawn at random: more would cost a forward pass each,
+# and teach a hundred weights nothing.
 MOST_CALIBRATING = 1000
 
 
@@ -43,7 +43,8 @@ def fit_and_report(
     there is any; everything reported is of the other half.
     """
     scored = score(model, examples, policy, "calibrating")
-    some = training[:: -(-len(training) // MOST_CALIBRATING)] if training else []
+    drawn = np.random.default_rng(0).permutation(len(training))[:MOST_CALIBRATING]
+    some = [training[i] for i in sorted(drawn)]
     known = score(model, some, policy, "calibrating") if some else None
     fitted = np.array([first_half(e.problem_id) for e in examples])[scored.example_N]
     calibrators: dict[str, dict[str, Any]] = {}
@@ -54,7 +55,7 @@ def fit_and_report(
         there = scored.n_NH[:, h] > 0
         rows, held[head] = there & fitted, ~fitted
         if not there.any():
-            _warn(f"no validation label for head {head}: it stays uncalibrated")
+            _warn(f"no validation label for head {head}: how well it is calibrated is unknown")
         elif not rows.any() or not (there & held[head]).any():
             _warn(f"too few validation problems for head {head}: none is left to report on")
             rows, held[head] = there, np.zeros_like(there)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from pav.errors import UserError
@@ -114,7 +115,8 @@ class Stepper:
         """Whether ``ids``, from the end of a step on, end with the solution's last step."""
         if not ids or ids[-1] in self.eos_ids or ids[-1] not in self.delimiter_ids:
             return bool(ids) and ids[-1] in self.eos_ids
-        ends = [0, *self.step_ends(ids)]
+        # Asked at every line of a growing solution, of which earlier steps were not final.
+        ends = [0, *self._boundaries(ids)]
         return ends[-1] == len(ids) and self.is_final(ids[ends[-2] :])
 
     def _is_whole(self, step: Sequence[int]) -> bool:
@@ -134,6 +136,16 @@ class Stepper:
         does not, nothing after it is a step either, nor after the step that ends the solution. A
         solution that is nothing but EOS has no step: its scoring position would be step 0's.
         """
+        ends = self._boundaries(ids)
+        if not self.rule.final:
+            return ends
+        for number, (start, end) in enumerate(pairwise([0, *ends]), 1):
+            if self.is_final(ids[start:end]):
+                return ends[:number]
+        return ends
+
+    def _boundaries(self, ids: Sequence[int]) -> list[int]:
+        """Ends of steps, whatever they say."""
         ends: list[int] = []
         start = 0
         stops = self.delimiter_ids | self.eos_ids
@@ -148,8 +160,6 @@ class Stepper:
                     break
                 start = i + 1
                 ends.append(start)
-                if self.rule.final and self.is_final(step):
-                    break
         return ends
 
     def result_start(self, step: Sequence[int]) -> int:

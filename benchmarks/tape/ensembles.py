@@ -8,14 +8,13 @@ Run first (a minute), then this (about an hour of one core)::
 One verifier with several sets of heads on the same frozen trunk: one trained as ``pav.train`` does,
 with calibrators fitted on validation problems alone; the same heads with calibrators fitted on the
 training labels too (the default); five of resampled training problems, their calibrators on
-resampled validation problems. Each way of scoring steps by
-them is a beam search of the same width, on validation problems that no label is of; differences are
-paired. Writes ``benchmarks/results/tape_ensembles.{json,csv,png}``.
+resampled validation problems. Each way of scoring steps by them is a beam search of the same width,
+on validation problems that no label is of; differences are paired. Writes
+``benchmarks/results/tape_ensembles.{json,csv,png}``.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,17 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.tape.main import RESULTS, row, write_result
+from benchmarks.verifier.fitting import trained_heads
+from benchmarks.verifier.setting import HEADS
 from pav.calibrate import fit_calibrator
 from pav.cli import run
 from pav.data import Example, pav_examples, score
 from pav.engine import EngineConfig
-from pav.fit import fit, label_data
 from pav.labels import read_labels
 from pav.policy import PolicyConfig, load_policy, model_path
 from pav.report import first_half
@@ -53,7 +52,6 @@ from search.solve import beam_settings, searched
 from search.stats import bootstrap
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.tape.ensembles"
-HEADS = ["q/base", "q/prover", "orm"]
 MEMBERS = 5
 
 
@@ -186,14 +184,7 @@ def train(config: EnsemblesConfig, checkpoint: Path) -> None:
     for member in range(MEMBERS + 1):
         rng = np.random.default_rng(member)
         drawn = resampled(training, rng) if member else training
-        L.seed_everything(member, verbose=False)
-        model = HeadedTrunk(trunk, len(HEADS), "linear")
-        with tempfile.TemporaryDirectory() as working:
-            data = label_data(settings, model, drawn, validation, policy)
-            state = fit(settings, model, data, Path(working))
-        if state is None:
-            raise RuntimeError("nothing was trained")
-        model.load_state_dict(state, strict=False)
+        model = trained_heads(settings, trunk, drawn, validation, policy, member)
         half = [e for e in validation if first_half(e.problem_id)]
         judged = [(f"@{member}" if member else "", resampled(half, rng) if member else half)]
         if not member:
@@ -275,7 +266,8 @@ def _picked_right(way: Way, record: Record) -> bool:
 
 
 def _plot(rows: Sequence[dict[str, Any]]) -> None:
-    figure, axis = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    axis = figure.subplots()
     at = np.arange(len(rows))[::-1]
     accuracy = np.array([r["accuracy"] for r in rows])
     ends = np.array([[r["accuracy"] - r["low"], r["high"] - r["accuracy"]] for r in rows]).T

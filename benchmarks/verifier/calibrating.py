@@ -15,33 +15,30 @@ Writes ``benchmarks/results/verifier_calibrating.{json,csv,png}``.
 from __future__ import annotations
 
 import logging
-import tempfile
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from matplotlib.figure import Figure as Picture
 
 from benchmarks.verifier.figures import interval, weights
+from benchmarks.verifier.fitting import trained_heads
 from benchmarks.verifier.results import metric, write
+from benchmarks.verifier.setting import HEADS
 from pav.calibrate import fit_calibrator
 from pav.cli import run
 from pav.data import pav_examples, score
-from pav.fit import fit, label_data
 from pav.judged import MODES
 from pav.labels import read_labels
 from pav.policy import PolicyConfig, load_policy, model_path
 from pav.report import first_half
 from pav.tasks.tape import Tape
 from pav.train_config import TrainConfig
-from pav.trunk import HeadedTrunk, load_trunk
+from pav.trunk import load_trunk
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.verifier.calibrating"
-HEADS = ["q/base", "q/prover", "orm"]
 TRUNK = "pav:strong"
 
 
@@ -78,14 +75,7 @@ def calibrating(config: CalibratingConfig) -> None:
     lines: list[dict[str, Any]] = []
     for count in config.problems:
         seen = [e for e in training if e.problem_id in ids[:count]]
-        L.seed_everything(0, verbose=False)
-        model = HeadedTrunk(trunk, len(HEADS))
-        with tempfile.TemporaryDirectory() as working:
-            data = label_data(settings, model, seen, validation, policy)
-            state = fit(settings, model, data, Path(working))
-        if state is None:
-            raise RuntimeError("nothing was trained")
-        model.load_state_dict(state, strict=False)
+        model = trained_heads(settings, trunk, seen, validation, policy, 0)
         known, judged = (score(model, part, policy, "scoring") for part in (seen, validation))
         problem_N = np.array([names.index(e.problem_id) for e in validation])[judged.example_N]
         half_N = np.array([first_half(e.problem_id) for e in validation])[judged.example_N]

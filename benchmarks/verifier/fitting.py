@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from transformers import PreTrainedModel
 
 from benchmarks.verifier.consistency import ConsistentModule, sampled_steps
 from benchmarks.verifier.pool import subset, truncated
@@ -27,7 +28,7 @@ from pav.calibrate import SURPRISE, Calibrator, fit_calibrator
 from pav.data import Example, score
 from pav.fit import VerifierModule, fit, label_data
 from pav.judged import MODES
-from pav.policy import model_path
+from pav.policy import Policy, model_path
 from pav.report import first_half
 from pav.train import new_card, save, trained_model
 from pav.train_config import TrainConfig
@@ -94,6 +95,26 @@ def fit_frozen(study: Study, row: Row, seed: int) -> Fitted:
         own = model.head_logits(states).numpy(), study.surprise(row, train)
     surprise = {name: study.surprise(row, j.examples) for name, j in study.judged.items()}
     return Fitted(model, None, logits, surprise, own)
+
+
+def trained_heads(
+    settings: TrainConfig,
+    trunk: PreTrainedModel,
+    training: Sequence[Example],
+    early: Sequence[Example],
+    policy: Policy,
+    seed: int,
+) -> HeadedTrunk:
+    """Heads on a frozen trunk, stopped by ``early``, as ``pav.train`` fits them."""
+    L.seed_everything(seed, verbose=False)
+    model = HeadedTrunk(trunk, len(HEADS))
+    with tempfile.TemporaryDirectory() as working:
+        data = label_data(settings, model, [*training], [*early], policy)
+        state = fit(settings, model, data, Path(working))
+    if state is None:
+        raise RuntimeError("nothing was trained")
+    model.load_state_dict(state, strict=False)
+    return model
 
 
 def _widen(model: torch.nn.Module, width: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_gen.rollouts import RolloutsConfig, rollouts
+from data_gen.seeds import given_rounds
 from pav.cli import run
 from pav.drive import drive
 from pav.engine import Engine, EngineConfig, Sampled, seed_of
@@ -135,6 +137,29 @@ def test_labels_and_their_workers_stop_at_the_final_step(
         assert STEPPER.is_solution(whole) != truncated
         ended_by_answer += not truncated and whole[-1] != EOS
     assert ended_by_answer > 10
+
+
+def test_given_solutions_end_with_their_final_step(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    policy = load_policy(PolicyConfig(str(tiny_model("llama"))), RULE)
+    (problem,) = islice(Tape().problems("train"), 1)
+    path = tmp_path / "given.jsonl"
+
+    def ids_of(**row: Any) -> list[int]:
+        path.write_text(json.dumps({"problem_id": problem.id, **row}))
+        ((seed,),) = given_rounds(str(path), [("train", problem)], policy, 112)
+        assert seed.given is not None and seed.given[1] == row.get("truncated", False)
+        return seed.given[0]
+
+    def encoded(text: str) -> list[int]:
+        return list(policy.tokenizer.encode(text, add_special_tokens=False))
+
+    assert ids_of(text="3+3=6\n=17\nA3\n") == encoded("3+3=6\n=17\n")
+    assert ids_of(text="3+3=6\n=17") == [*encoded("3+3=6\n=17"), EOS]
+    assert ids_of(text="3+3=6\n", truncated=True) == encoded("3+3=6\n")
+    with pytest.raises(UserError, match="truncated is true, but the solution has its final step"):
+        ids_of(text="3+3=6\n=17\n", truncated=True)
 
 
 def test_searches_finish_a_candidate_with_its_final_step(

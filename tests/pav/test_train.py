@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import pav.report
 import pav.train
 from pav.batches import LabelData, class_weights
 from pav.calibrate import SURPRISE, fit_calibrator
@@ -166,6 +167,14 @@ def test_calibrators_of_a_frozen_trunk_are_fitted_on_training_labels_as_well(
         told, before = (c.validation[f"{head}/plain"] for c in (more, card))
         assert told["brier"] != before["brier"]
         assert told["brier_constant"] == before["brier_constant"]
+    monkeypatch.setattr(pav.report, "MOST_CALIBRATING", 9)
+    asked: list[int] = []
+    inner = pav.report.score
+    monkeypatch.setattr(
+        pav.report, "score", lambda m, some, *a: (asked.append(len(some)), inner(m, some, *a))[1]
+    )
+    trained(replace(every, output=str(tmp_path / "few.ckpt")), monkeypatch)
+    assert asked[1] == 9 < asked[0]
     with pytest.raises(UserError, match="calibrate_on is all, but trunk_mode is lora"):
         replace(every, calibrate_on="all", trunk_mode="lora")
 
