@@ -1,7 +1,8 @@
 # Two commands: `make demo`, `make test`. Both build .venv first if it is missing or out of date.
 #
 #   make demo          rollouts -> verifier -> search on the embedded task, in runs/demo
-#   make test          the tests
+#   make test          the tests (two processes; TEST_JOBS=4 takes four)
+#   make quick         those that start no engine and train nothing: under two minutes
 #   make lint          ruff and mypy
 #   make gpu-setup     .venv-gpu for a CUDA machine; make gpu-check tries there what needs a GPU
 #   make demo-gsm8k    the same pipeline on SmolLM2-135M and GSM8K
@@ -10,7 +11,7 @@
 #   PYTHON=...         a Python 3.11 or 3.12 (default: the first that runs)
 #   TORCH_INDEX=...    package index to take torch from, e.g. PyTorch's index of CPU builds
 
-.PHONY: demo demo-gsm8k test lint setup gpu-setup gpu-check clean
+.PHONY: demo demo-gsm8k test quick lint setup gpu-setup gpu-check clean
 .DELETE_ON_ERROR:
 
 # A name on the PATH may be a shim that fails, and a Python may lack venv: take one that runs.
@@ -73,8 +74,16 @@ demo-gsm8k: setup
 	$(BIN)/pav.train --config configs/gsm8k_smollm2/orm.yaml
 	$(BIN)/search.compare --config configs/gsm8k_smollm2/compare.yaml
 
+# A file's tests stay together: they share what its fixtures made.
+TEST_JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile
+
+test quick: export OMP_NUM_THREADS ?= 1
 test: setup
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
+
+quick: setup
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
