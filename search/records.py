@@ -9,6 +9,8 @@ from typing import Any
 
 from pav.errors import UserError
 
+MANIFEST = "manifest.json"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -178,7 +180,7 @@ def open_run(directory: Path, manifest: dict[str, Any]) -> None:
     Raises:
         UserError: if it holds something else or another configuration.
     """
-    path = directory / "manifest.json"
+    path = directory / MANIFEST
     plain = json.loads(json.dumps(manifest))
     if path.exists():
         found = json.loads(path.read_text())
