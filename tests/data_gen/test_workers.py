@@ -43,6 +43,7 @@ from pav.errors import UserError
 from pav.policy import PolicyConfig, Sampler
 from pav.processes import Died, placement
 from pav.progress import Reporter
+from pav.tasks.tape import Tape
 
 Asked = Counter[tuple[tuple[int, ...], int, int]]
 
@@ -53,6 +54,8 @@ def config(
 ) -> RolloutsConfig:
     return RolloutsConfig(
         output=str(tmp_path_factory.mktemp("labels") / "one"),
+        task=Tape(),
+        ignore_warnings=True,
         policy=PolicyConfig(str(tiny_model("llama")), name="base"),
         sampler=Sampler(max_length=48),
         problems=40,
