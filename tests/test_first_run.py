@@ -165,7 +165,7 @@ def test_opening_shows_how_every_policy_is_asked_and_obeys_no_escape(
     assert f"policy: {model} (chat prompt), float32\n" in said
     assert f"prover: {model} (raw prompt, another than the policy's), float32\n" in said
     assert said.count("first prompt of") == 2
-    assert "  | <|im_start|>user\n  | How\n  | \\x1b]0;owned\\x07 many?<|im_end|>\n" in said
+    assert "  | <|im_start|>user\n  | How\n  | \\x1b]0;owned\\x07 many?\n  | <|im_end|>\n" in said
     assert "  | Q How\n" in said
     assert "\x1b" not in said and "\x07" not in said
 

@@ -185,7 +185,8 @@ def _file_rows(field: str, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _hub_rows(field: str, name: str, config: str | None, split: str) -> Any:
-    offline_if_unreachable()
+    if not Path(name).is_dir():
+        offline_if_unreachable()
     import datasets
 
     try:
@@ -193,7 +194,7 @@ def _hub_rows(field: str, name: str, config: str | None, split: str) -> Any:
     except Exception as error:  # the hub's client raises errors of half a dozen packages
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = f"task.{field} {name!r} (config {config}, split {split})"
-        if datasets.config.HF_HUB_OFFLINE:
+        if isinstance(error, ConnectionError):
             raise UserError(
                 f"{what} is not in the cache ({datasets.config.HF_DATASETS_CACHE}), and the hub "
                 "cannot be reached; give a local file (--task.data problems.jsonl, and --task.test "
