@@ -203,7 +203,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load a tokenizer from {path!r}: {reason}") from error
+        there = "" if Path(path).is_dir() else "; give a directory that holds the model"
+        raise UserError(f"cannot load a tokenizer from {path!r}: {reason}{there}") from error
 
 
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

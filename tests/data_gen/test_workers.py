@@ -301,6 +301,21 @@ def test_worker_that_says_it_is_alive_is_given_all_the_time_it_needs(
     assert "WARNING" not in capsys.readouterr().err
 
 
+def test_what_workers_have_in_work_is_known_before_anything_has_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transport = Scripted(Random(0))
+    said = iter([[(0, Started(1, "here")), (1, Started(2, "here"))], [(0, Alive((70,)))],
+                 [(1, Alive((30,)))]])  # fmt: skip
+    monkeypatch.setattr(transport, "receive", lambda _: next(said))
+    pool = Pool(transport, [Model("nowhere", "float32", 48, EngineConfig())], 2, None)
+    seen = []
+    for _ in range(3):
+        pool.step()
+        seen.append(pool.engines[0].in_flight)
+    assert seen == [0, 70, 100]
+
+
 def test_hours_hold_while_no_worker_has_started(
     config: RolloutsConfig,
     tmp_path: Path,
