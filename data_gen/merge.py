@@ -13,7 +13,7 @@ from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
 from data_gen.interrupt import interruptible
 from data_gen.likelihood import write_part
-from data_gen.runs import Run, read_run, run_on_directories
+from data_gen.runs import Run, print_train_command, read_run, run_on_directories
 from data_gen.store import Store
 from pav.errors import UserError
 from pav.labels import AGREE, LIKELIHOODS, check_agreement, likelihood_rows
@@ -70,7 +70,7 @@ def merge(config: MergeConfig) -> None:
         merged = Run(output, manifest, store.traces, store.completions, seconds=seconds)
         print_health(write_health(merged), output)
         write_data_card(merged)
-    print(f"next: pav.train --labels '[{config.output}]' --output runs/pav.ckpt")
+    print_train_command(merged)
 
 
 def _likelihoods(directories: list[Path]) -> list[dict[str, Any]]:
