@@ -12,7 +12,8 @@ import numpy as np
 
 from data_gen.label import Labeler, Roller, Seed, label
 from data_gen.rollouts import RolloutsConfig, loaded
-from data_gen.store import JOURNAL, Store
+from data_gen.store import Store
+from pav.journal import JOURNAL
 from pav.labels import Completion, Trace
 from pav.policy import Policy
 from pav.steps import Stepper

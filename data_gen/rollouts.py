@@ -18,7 +18,6 @@ from typing import Any
 
 from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
-from data_gen.interrupt import interruptible
 from data_gen.label import Labeler, OutOfTime, Roller, Seed, label, owed
 from data_gen.pool import WORKERS, Model, RemoteEngine
 from data_gen.runs import Run
@@ -29,6 +28,7 @@ from data_gen.workers import open_pool
 from pav.cli import run
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
+from pav.interrupt import interruptible
 from pav.policy import Policy, PolicyConfig, Sampler, asked, load_policy, tokenizer_fingerprint
 from pav.tasks.base import Problem, Split, Task, task_spec
 from pav.tasks.tape import Tape
@@ -185,8 +185,8 @@ def rollouts(config: RolloutsConfig) -> None:
                     label(labeler, rounds, config.concurrency * config.workers)
                 except OutOfTime:
                     stopped = True
-        store.seal(fingerprints)
         left = [len(seeds) for seeds in owed(rounds, config.plan, store, stepper)]
+        store.seal(fingerprints, owed=sum(left))
         records = Run(config.directory, manifest, store.traces, store.completions,
                       seconds=store.seconds)  # fmt: skip
         _summary(config, records, left, stopped)

@@ -48,18 +48,18 @@ def compare(config: CompareConfig) -> None:
     output = Path(config.output)
     digests = {name: v.digest for name, v in verifiers.items()}
     digests |= {model.config.model: model.digest for _, model in reward_models}
-    open_run(output, manifest(config, digests))
-    problems = session.problems(config.split, config.problems, config.skip)
-    sweep = with_choices(Sweep(config, verifiers, session, problems, output))
-    points: list[Point] = []
-    for method in sweep.config.methods:
-        if method.kind != "best_of_n":
-            points += search_points(sweep, method)
-    points += sample_points(sweep, points)
-    session.shutdown()
-    write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
-    _report(config, points, invested)
-    session.check()
+    with open_run(output, manifest(config, digests)):
+        problems = session.problems(config.split, config.problems, config.skip)
+        sweep = with_choices(Sweep(config, verifiers, session, problems, output))
+        points: list[Point] = []
+        for method in sweep.config.methods:
+            if method.kind != "best_of_n":
+                points += search_points(sweep, method)
+        points += sample_points(sweep, points)
+        session.shutdown()
+        write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
+        _report(config, points, invested)
+        session.check()
 
 
 def with_choices(sweep: Sweep) -> Sweep:

@@ -109,18 +109,18 @@ def select(config: SelectConfig) -> None:
         "sampler": None if config.sampler is None else asdict(config.sampler),
         "method": asdict(method),
     }
-    open_run(output, known | manifest(config.select, config.selection))
-    sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
-    choice = choose(sweep, method, config.select, config.selection)
-    session.shutdown()
-    write_choice(choice, output)
-    print_choice(choice, config.selection)
-    flags = [f"--{k} {v}" for k, v in _chosen(choice).items()]
-    print(
-        f"results: {output}/choice.yaml, select.csv, one .jsonl per run\n"
-        f"next: search.beam --verifier {config.verifier} {' '.join(flags)}"
-    )
-    session.check()
+    with open_run(output, known | manifest(config.select, config.selection)):
+        sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
+        choice = choose(sweep, method, config.select, config.selection)
+        session.shutdown()
+        write_choice(choice, output)
+        print_choice(choice, config.selection)
+        flags = [f"--{k} {v}" for k, v in _chosen(choice).items()]
+        print(
+            f"results: {output}/choice.yaml, select.csv, one .jsonl per run\n"
+            f"next: search.beam --verifier {config.verifier} {' '.join(flags)}"
+        )
+        session.check()
 
 
 def manifest(chosen: list[Selectable], selection: Selection) -> dict[str, Any]:

@@ -142,6 +142,44 @@ def test_run_that_died_goes_on_to_the_weights_of_an_unbroken_one(
     assert not (tmp_path / "pav.training").exists()
 
 
+# Waits before its first batch until it is told to go on.
+WAITING = """
+from pav.fit import VerifierModule
+from pav.train import main
+
+def wait(self):
+    print("training", flush=True)
+    input()
+
+VerifierModule.on_train_start = wait
+main()
+"""
+
+
+def test_second_command_on_one_output_is_refused_and_leaves_the_first_alone(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-c", WAITING, *command(config)], stdin=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert first.stdout is not None
+    assert "training\n" in iter(first.stdout.readline, "")
+    with pytest.raises(SystemExit) as stopped:
+        run(train, TrainConfig, "pav.train", command(config))
+    said = capsys.readouterr().err
+    assert (stopped.value.code, said.count("\n")) == (2, 1)
+    assert said.startswith(
+        f"pav.train: error: output {config.output!r} is being written by process {first.pid} on "
+    )
+    _, said = first.communicate("\n")
+    assert first.returncode == 0, said
+    unbroken = replace(config, output=str(tmp_path / "unbroken.ckpt"))
+    train(unbroken)
+    assert same(weights(config), weights(unbroken))
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_kill_minus_nine_in_mid_epoch_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
