@@ -237,6 +237,7 @@ def _sft(config: SftConfig, output: Path) -> None:
             LightningProgress(config.steps),
             LastCheckpoint(last, CHECKPOINT_MINUTES),
         ],
+        enable_checkpointing=False,  # Lightning's own would go into the working directory
         enable_progress_bar=False,
         enable_model_summary=False,
     )

@@ -136,6 +136,7 @@ def test_signal_saves_says_so_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(SftModule, "training_step", signalled)
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             command(lambda _: sft(config), SftConfig, "pav.sft", ["--output", config.output])
     assert stopped.value.code == 130
