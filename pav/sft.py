@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
@@ -241,7 +241,7 @@ def _sft(config: SftConfig, output: Path) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = Solutions(config.task, tokenizer, config, start)
+    data = Solutions(cast(HasSolutions, config.task), tokenizer, config, start)
     try:
         trainer.fit(
             module,
