@@ -247,6 +247,7 @@ class LabelSet:
         completions: rollouts.
         likelihoods: (prefix key, policy name) -> log-probability of the task's forced answer.
         warnings: a line each of what the user should know of the runs: not sealed, not complete.
+        sealed: whether all of it came from tables; a journal may be longer a moment later.
     """
 
     manifest: dict[str, Any]
@@ -255,6 +256,7 @@ class LabelSet:
     completions: list[Completion]
     likelihoods: dict[tuple[str, str], float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    sealed: bool = True
 
     @property
     def policies(self) -> list[str]:
@@ -296,6 +298,7 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
     endings: dict[str, Trace] = {}
     parts: list[Part] = []
     warnings: list[str] = []
+    all_sealed = True
     likelihoods: dict[tuple[str, str], float] = {}
     asked: dict[str, str] = {}
     for directory in map(Path, directories):
@@ -309,6 +312,7 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
         check_agreement(manifests)
         rows = read_rows(directory)
         parts.append(_part(directory, manifests[str(directory)], rows))
+        all_sealed = all_sealed and rows.sealed
         if not rows.sealed:
             warnings.append(_unsealed(directory, rows))
         traces |= rows.traces
@@ -330,8 +334,9 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
     if lack := said(lacking(parts)):
         warnings.append(f"labels are not complete: {lack}")
     return LabelSet(
-        manifest, list(traces.values()), counts, list(completions.values()), likelihoods, warnings
-    )
+        manifest, list(traces.values()), counts, list(completions.values()), likelihoods, warnings,
+        all_sealed,
+    )  # fmt: skip
 
 
 def _part(directory: Path, manifest: dict[str, Any], rows: Rows) -> Part:

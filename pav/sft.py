@@ -203,8 +203,9 @@ def sft(config: SftConfig) -> None:
 
 def _sft(config: SftConfig, output: Path) -> None:
     last = output / "last.ckpt"
+    unfinished = last.exists() and (output / "sft.json").exists()
     # A death while the model was written leaves both: it is written again.
-    if (output / "config.json").exists() and not last.exists():
+    if (output / "config.json").exists() and not unfinished:
         raise UserError(f"output {config.output!r} already holds a model; choose another directory")
     _refuse_other(config, output, last.exists())
     L.seed_everything(config.seed, verbose=False)

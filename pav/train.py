@@ -92,6 +92,11 @@ def _train(config: TrainConfig) -> Card | None:
     labels = read_labels(config.labels)
     for warning in labels.warnings:
         print(f"WARNING: {warning}")
+    if config.processes > 1 and not labels.sealed:
+        raise UserError(
+            f"labels {config.labels} are not sealed, and {config.processes} processes may find "
+            "journals of different length; let data_gen.rollouts seal them first"
+        )
     task = resolve_task(labels.manifest["task_spec"], config.task, f"labels {config.labels[0]!r}")
     check_task(task, labels, config.labels[0])
     card = new_card(config, labels, task)
