@@ -19,13 +19,13 @@ from typing import Any
 from data_gen.data_card import write_data_card
 from data_gen.formats import Format, Solution, read_solutions
 from data_gen.health import print_health, write_health
-from data_gen.interrupt import interruptible
 from data_gen.runs import Run, print_train_command
 from data_gen.seeds import digest
 from data_gen.store import Store, replace_file
 from pav.cli import run
 from pav.errors import UserError
 from pav.grading import Grader, reference
+from pav.interrupt import interruptible
 from pav.labels import Completion, Trace, prefix_key
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
 from pav.steps import StepRule
@@ -109,7 +109,7 @@ def import_labels(config: ImportConfig) -> None:
         replace_file(path, problems.encode())
         store.traces.update({t.trace_id: t for t in traces})
         store.completions.update({(c.prefix_key, c.policy, c.index): c for c in completions})
-        store.seal(manifest["rollout_policies"], changed=True)
+        store.seal(manifest["rollout_policies"], changed=True, owed=0)
         records = Run(output, manifest, store.traces, store.completions)
         print(
             f"{len(traces)} solutions with {len(completions)} labels before their ends in "

@@ -21,7 +21,6 @@ import torch
 from transformers import PreTrainedModel
 
 from data_gen.forced_answer import Scorer, answer_ids, one_by_one, scorer_for
-from data_gen.interrupt import interruptible
 from data_gen.runs import (
     Run,
     policy_config,
@@ -29,9 +28,11 @@ from data_gen.runs import (
     read_run,
     run_on_directories,
     task_of,
+    warn_unfinished,
 )
 from data_gen.store import Store, replace_file
 from pav.errors import UserError
+from pav.interrupt import interruptible
 from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes
 from pav.opening import task_option
 from pav.policy import Policy, PolicyConfig, asked, like, load_policy, tokenizer_fingerprint
@@ -86,6 +87,7 @@ def likelihood(config: LikelihoodConfig) -> None:
             f"policy {policy.config.model!r} has another tokenizer than labels {config.labels!r}; "
             "choose one of the same tokenizer"
         )
+    warn_unfinished(run)
     done = {key for key, name in _known(run, policy) if name == policy.config.label}
     owed = [t for t in run.traces.values() if any(key not in done for key, _ in _boundaries(t))]
     # The store is opened for its lock alone.

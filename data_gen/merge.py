@@ -5,18 +5,21 @@ Traces, rollouts and counts, and the tables of ``data_gen.likelihood`` beside th
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
-from data_gen.interrupt import interruptible
 from data_gen.likelihood import write_part
-from data_gen.runs import Run, print_train_command, read_run, run_on_directories
-from data_gen.store import Store
+from data_gen.runs import Run, part_of, print_train_command, read_run, run_on_directories
+from data_gen.store import MANIFEST, Store, replace_file
 from pav.errors import UserError
-from pav.labels import AGREE, LIKELIHOODS, check_agreement, likelihood_rows
+from pav.interrupt import interruptible
+from pav.labels import LIKELIHOODS, check_agreement, likelihood_rows
+from pav.unfinished import COMMON, lacking, said
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,12 @@ class MergeConfig:
     Args:
         labels: the runs (``data_gen.merge A B`` is short for ``--labels '[A, B]'``).
         output: directory of the merged run.
+        partial: merge also where shards are missing, or runs that are not finished.
     """
 
     output: str
     labels: list[str] = field(default_factory=list)
+    partial: bool = False
 
 
 def merge(config: MergeConfig) -> None:
@@ -46,16 +51,26 @@ def merge(config: MergeConfig) -> None:
             raise UserError(f"labels {directory!r} hold no traces; let it run, or leave it out")
     parts = list(runs.values())
     manifest = _manifest(parts)
+    lack = lacking(map(part_of, parts))
+    if lack and not config.partial:
+        raise UserError(
+            f"labels are not complete: {said(lack)}; let the commands that make them finish, or "
+            "merge what is there with --partial true"
+        )
     output = Path(config.output)
     likelihoods = _likelihoods([output, *(run.directory for run in parts)])
     with interruptible(), Store(output, manifest) as store:
+        if lack:
+            manifest["partial"] = lack
+        # Before the tables: they are never without it. The parts may have gone on since last time.
+        replace_file(output / MANIFEST, json.dumps(manifest, indent=1).encode())
         for run in parts:
             store.traces.update(run.traces)
             store.completions.update(run.completions)
         store.seal(manifest["rollout_policies"], changed=True)
         # Those of the output come first: the same command once more adds nothing.
-        if lacking := likelihoods[len(likelihood_rows(output)) :]:
-            write_part(output / LIKELIHOODS, lacking)
+        if more := likelihoods[len(likelihood_rows(output)) :]:
+            write_part(output / LIKELIHOODS, more)
         repeated = sum(len(r.completions) for r in parts) - len(store.completions)
         print(
             f"{len(runs)} runs: {len(store.traces)} traces, {len(store.completions)} rollouts in "
@@ -63,9 +78,8 @@ def merge(config: MergeConfig) -> None:
         )
         if likelihoods:
             print(f"  {len(likelihoods)} likelihoods")
-        unsealed = [name for name, run in runs.items() if not run.sealed]
-        if unsealed:
-            print(f"  not finished, merged as far as they are: {', '.join(unsealed)}")
+        if lack:
+            print(f"WARNING: the merged run is partial: {said(lack)}", file=sys.stderr)
         seconds = sum(r.seconds for r in parts)
         merged = Run(output, manifest, store.traces, store.completions, seconds=seconds)
         print_health(write_health(merged), output)
@@ -98,12 +112,11 @@ def _likelihoods(directories: list[Path]) -> list[dict[str, Any]]:
 def _manifest(runs: list[Run]) -> dict[str, Any]:
     """What the runs agree on; ``merged`` keeps what each of them was."""
     first = runs[0].manifest
-    keys = ("format", "task_spec", "policy", *AGREE)
     return {
-        **{key: first[key] for key in keys},
+        **{key: first[key] for key in COMMON},
         "rollout_policies": {name: f for run in runs for name, f in run.policies.items()},
         "merged": [
-            {k: v for k, v in run.manifest.items() if k not in keys}
+            {k: v for k, v in run.manifest.items() if k not in (*COMMON, "partial")}
             | {"directory": str(run.directory)}
             for run in runs
         ],

@@ -13,8 +13,9 @@ import numpy as np
 
 from data_gen.label import Labeler, Roller, Seed, label
 from data_gen.rollouts import RolloutsConfig, loaded
-from data_gen.store import JOURNAL, Store
+from data_gen.store import Store
 from data_gen.watch import watch_for
+from pav.journal import JOURNAL
 from pav.labels import Completion, Trace
 from pav.opening import block
 from pav.policy import Policy

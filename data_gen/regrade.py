@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
-from data_gen.interrupt import interruptible
-from data_gen.runs import Run, base_policy, read_run, run_on_directories, task_of
+from data_gen.runs import Run, base_policy, part_of, read_run, run_on_directories, task_of
 from data_gen.store import MANIFEST, Store, replace_file
 from pav.errors import UserError
+from pav.interrupt import interruptible
 from pav.labels import Completion, Trace
 from pav.progress import Reporter
 from pav.tasks.base import Problem, Task, task_spec
@@ -71,7 +71,7 @@ def regrade(config: RegradeConfig) -> None:
         store.traces.update((t.trace_id, t) for t in traces)
         store.completions.update(((c.prefix_key, c.policy, c.index), c) for c in completions)
         changed = traces != old_traces or completions != old_completions
-        store.seal(run.policies, changed=changed)
+        store.seal(run.policies, changed, part_of(run).owed)
         manifest = run.manifest | json.loads(
             json.dumps({"task": task.fingerprint, "task_spec": task_spec(task)})
         )

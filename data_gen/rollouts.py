@@ -19,7 +19,6 @@ from typing import Any
 
 from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
-from data_gen.interrupt import interruptible
 from data_gen.label import Labeler, OutOfTime, Roller, Seed, label, owed
 from data_gen.pool import WORKERS, Model, RemoteEngine
 from data_gen.runs import Run, print_next
@@ -32,6 +31,7 @@ from pav.cli import run
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.gpu_memory import share_gpu
+from pav.interrupt import interruptible
 from pav.loading import check_model
 from pav.opening import print_opening, settle_cap, task_for
 from pav.policy import (
@@ -216,8 +216,8 @@ def rollouts(config: RolloutsConfig) -> None:
                 stopped = True
             except Doubtful as error:
                 doubtful = error
-        store.seal(fingerprints)
         left = [len(seeds) for seeds in owed(rounds, config.plan, store, stepper)]
+        store.seal(fingerprints, owed=sum(left))
         records = Run(config.directory, manifest, store.traces, store.completions,
                       seconds=store.seconds)  # fmt: skip
         _summary(config, records, left, stopped)

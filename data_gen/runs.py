@@ -13,14 +13,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_gen.store import JOURNAL, Key, journal_lines, read_manifest, remember, sealed
+from data_gen.store import read_manifest
+from data_gen.strategies import plan_of, wanted
 from pav.cli import Config, run
 from pav.errors import UserError
-from pav.labels import Completion, Trace, count, own_endings
+from pav.labels import Completion, Key, Trace, count, own_endings, read_rows
 from pav.opening import task_option
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.steps import Stepper, StepRule
 from pav.tasks.base import Task
+from pav.unfinished import Part, lacking, said
 from pav.verifier import prompt_from, resolve_task
 
 
@@ -37,6 +39,7 @@ class Run:
         seconds: seconds that the run has been worked on; 0 if it was not written down.
         solutions: seed solutions that it is to have; None if it was not written down.
         sealed: whether all of it is in the tables.
+        owed: solutions that were not finished when it was sealed; None if it was not written down.
     """
 
     directory: Path
@@ -47,6 +50,7 @@ class Run:
     seconds: float = 0.0
     solutions: int | None = None
     sealed: bool = True
+    owed: int | None = None
 
     @property
     def policies(self) -> dict[str, str]:
@@ -78,25 +82,39 @@ def read_run(directory: str | Path) -> Run:
     """
     where = Path(directory)
     manifest = read_manifest(where)
-    journal: list[dict[str, Any]] = []
-    # Journal before tables: what is sealed in between is then in both, never in neither.
-    if (where / JOURNAL).exists():
-        journal = [entry for _, entry in journal_lines(where / JOURNAL) if entry is not None]
-    traces: dict[str, Trace] = {}
-    completions: dict[Key, Completion] = {}
-    for kind, record in sealed(where):
-        remember(kind, record, traces, completions)
-    seconds, solutions, pace = 0.0, None, []
-    for entry in journal:
+    rows = read_rows(where)
+    seconds, pace = 0.0, []
+    for entry in rows.journal:
         seconds = entry.get("t") or seconds
-        if entry["kind"] == "run":
-            solutions = entry["record"]["solutions"]
-            continue
-        remember(entry["kind"], entry["record"], traces, completions)
         if entry["kind"] == "completion":
             pace.append((seconds, len(entry["record"]["ids"])))
-    is_sealed = (where / "traces").exists() and all(e["kind"] == "run" for e in journal)
-    return Run(where, manifest, traces, completions, pace, seconds, solutions, is_sealed)
+    return Run(
+        where, manifest, rows.traces, rows.completions, pace, seconds, rows.solutions,
+        rows.sealed, rows.owed,
+    )  # fmt: skip
+
+
+def part_of(run: Run, stepper: Stepper | None = None) -> Part:
+    """How far a run is.
+
+    Args:
+        run: the run.
+        stepper: what cuts its solutions; without it, branches that are owed are not seen.
+    """
+    solutions = max(run.solutions or 0, len(run.traces))
+    if run.owed is not None:
+        return Part(str(run.directory), run.manifest, solutions, run.owed)
+    done = len(run.traces)
+    if not run.manifest.keys() & {"imported", "merged"}:
+        plan = plan_of(run.manifest)
+        done = sum(not wanted(plan, t, run.completions, stepper) for t in run.traces.values())
+    return Part(str(run.directory), run.manifest, solutions, solutions - done)
+
+
+def warn_unfinished(run: Run, stepper: Stepper | None = None) -> None:
+    """Say what a run lacks, where it lacks something."""
+    if lack := said(lacking([part_of(run, stepper)])):
+        print(f"WARNING: labels are not complete: {lack}", file=sys.stderr)
 
 
 def policy_config(manifest: dict[str, Any]) -> PolicyConfig:

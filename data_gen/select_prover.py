@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from data_gen.prover_statistics import State, States, of_best_of_k, of_policy, states_of
-from data_gen.runs import Run, base_policy, print_wide, read_run, run_on_directories, task_of
+from data_gen.runs import (
+    Run,
+    base_policy,
+    print_wide,
+    read_run,
+    run_on_directories,
+    task_of,
+    warn_unfinished,
+)
 from data_gen.store import replace_file
 from pav.advantage import best_of_k_from_counts
 from pav.errors import UserError
@@ -77,6 +85,7 @@ def select_prover(config: SelectProverConfig) -> None:
     """Judge the provers of a pilot (see :class:`SelectProverConfig`)."""
     run = read_run(config.labels)
     policy = base_policy(run, task_of(run, config.task))
+    warn_unfinished(run, policy.stepper)
     states = states_of(run, policy.stepper)
     if states.n < 2 or not states.states:
         raise UserError(

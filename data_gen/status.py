@@ -11,9 +11,10 @@ from rich.table import Table
 
 from data_gen.pool import worker_lines
 from data_gen.runs import Run, print_wide, read_run, run_on_directories, stepper_of
-from data_gen.store import JOURNAL
 from data_gen.strategies import plan_of, wanted
 from pav.errors import UserError
+from pav.journal import JOURNAL
+from pav.unfinished import said
 
 RECENT = 600.0
 
@@ -38,8 +39,11 @@ def status(config: StatusConfig) -> None:
     for column in ("solutions", "rollouts", "rollouts/s", "tokens/s", "hours", "left", "state"):
         table.add_column(column, justify="right", no_wrap=True)
     right: dict[str, list[int]] = {}
+    partly: dict[str, dict[str, Any]] = {}
     for directory in config.labels:
         run = read_run(directory)
+        if partial := run.manifest.get("partial"):
+            partly[directory] = partial
         table.add_row(*_row(run))
         for kind, records in (("seeds", run.traces), ("rollouts", run.completions)):
             for record in records.values():
@@ -48,6 +52,8 @@ def status(config: StatusConfig) -> None:
                 cell[1] += 1
                 cell[2] += record.truncated
     print_wide(table)
+    for directory, partial in partly.items():
+        print(f"{directory} is partial: {said(partial)}")
     for directory in config.labels:
         for line in worker_lines(Path(directory)):
             print(line)
@@ -79,6 +85,8 @@ def _row(run: Run) -> list[str]:
 
 
 def _state(run: Run, done: int, total: int | None) -> str:
+    if run.manifest.get("partial"):
+        return "partial"
     if run.sealed:
         return "finished" if total is None or done >= total else "stopped, sealed"
     age = time() - (run.directory / JOURNAL).stat().st_mtime

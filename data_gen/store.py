@@ -7,32 +7,35 @@ again, never a crash. A directory belongs to one configuration: another is refus
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-import socket
 import sys
-import zlib
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, time
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pav.errors import UserError
-from pav.labels import COMPLETIONS, LABELS, TRACES, Completion, Trace
+from pav.errors import FULL, UserError, unwritable
+from pav.journal import JOURNAL, journal_line, journal_lines
+from pav.labels import (
+    COMPLETIONS,
+    LABELS,
+    TRACES,
+    Completion,
+    Key,
+    Trace,
+    place,
+    remember,
+    sealed,
+)
+from pav.lock import LOCK, Lock
 
-JOURNAL = "journal.jsonl"
 MANIFEST = "manifest.json"
-LOCK = ".lock"
-Key = tuple[str, str, int]
-_TABLES = (("traces", "trace"), ("completions", "completion"))
-_JSON = json.JSONEncoder(separators=(",", ":"))
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+# What a manifest says of how far a run is, not of what it is.
+_FREE = {"partial"}
 
 
 class Store:
@@ -57,11 +60,12 @@ class Store:
         self._start: float | None = None
         self._seconds_before = 0.0
         self._solutions: int | None = None
+        self._owed: int | None = None
         self._failed = ""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _refuse_foreign(directory)
-            self._lock = _lock(directory)
+            self._lock = Lock(directory / LOCK, directory)
         except OSError as error:
             raise UserError(
                 f"output {str(directory)!r} is not writable ({error.strerror}); choose another"
@@ -74,27 +78,28 @@ class Store:
             self._open_journal()
         except OSError as error:
             self._lock.close()
-            raise self._unwritable(error) from error
+            raise unwritable(self.directory, error) from error
         except BaseException:
             self._lock.close()
             raise
 
     def _check(self, manifest: dict[str, Any]) -> None:
         path = self.directory / MANIFEST
-        if not path.exists():
-            replace_file(path, json.dumps(manifest, indent=1).encode())
-            return
-        found = read_manifest(self.directory)
-        changed = sorted(
-            k for k in manifest.keys() | found.keys() if manifest.get(k) != found.get(k)
-        )
-        if changed:
-            first = changed[0]
-            raise UserError(
-                f"output {str(self.directory)!r} was made with another {', '.join(changed)} "
-                f"({first}: {found.get(first)!r} there, {manifest.get(first)!r} now); restore it, "
-                "or choose another output"
-            )
+        if path.exists():
+            found = read_manifest(self.directory)
+            keys = (manifest.keys() | found.keys()) - _FREE
+            changed = sorted(k for k in keys if manifest.get(k) != found.get(k))
+            if not changed:
+                return
+            if _holds_rows(self.directory):
+                first = changed[0]
+                raise UserError(
+                    f"output {str(self.directory)!r} was made with another {', '.join(changed)} "
+                    f"({first}: {found.get(first)!r} there, {manifest.get(first)!r} now); restore "
+                    "it, or choose another output"
+                )
+            (self.directory / JOURNAL).unlink(missing_ok=True)
+        replace_file(path, json.dumps(manifest, indent=1).encode())
 
     def _replay(self) -> None:
         for kind, row in sealed(self.directory):
@@ -111,6 +116,7 @@ class Store:
             self._seconds_before = entry.get("t") or self._seconds_before
             if entry["kind"] == "run":
                 self._solutions = entry["record"]["solutions"]
+                self._owed = entry["record"].get("owed")
             else:
                 self._unsealed = True
                 remember(entry["kind"], entry["record"], self.traces, self.completions)
@@ -160,7 +166,7 @@ class Store:
     def _append(self, kind: str, record: dict[str, Any]) -> None:
         if self._failed:
             raise UserError(self._failed)
-        line = _line(kind, record, self.seconds)
+        line = journal_line(kind, record, self.seconds)
         rest = memoryview(line)
         try:
             while rest:
@@ -171,33 +177,39 @@ class Store:
                 self._journal.truncate(self._size)
             if not isinstance(error, OSError):
                 raise
-            unwritable = self._unwritable(error)
-            self._failed = str(unwritable)
-            raise unwritable from error
+            full = unwritable(self.directory, error)
+            self._failed = str(full)
+            raise full from error
         self._size += len(line)
 
-    def seal(self, fingerprints: dict[str, str], changed: bool = False) -> None:
+    def seal(
+        self, fingerprints: dict[str, str], changed: bool = False, owed: int | None = None
+    ) -> None:
         """Write the tables and empty the journal.
 
         Args:
             fingerprints: rollout policy name -> fingerprint.
             changed: whether records were replaced in memory, so that the tables are out of date.
+            owed: seed solutions that are missing or not finished; None if nobody knows.
         """
         if not (self._unsealed or changed):
             return
+        self._owed = owed
         try:
             self._write("traces", TRACES, [vars(t) for t in self.traces.values()])
             self._write("completions", COMPLETIONS, [vars(c) for c in self.completions.values()])
             self._write("labels", LABELS, count(self.completions, fingerprints))
-            replace_file(self.directory / JOURNAL, _line("run", self._run_record(), self.seconds))
+            replace_file(
+                self.directory / JOURNAL, journal_line("run", self._run_record(), self.seconds)
+            )
             self._journal.close()
             self._open_journal()
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self.directory, error) from error
         self._unsealed = False
 
     def _run_record(self) -> dict[str, Any]:
-        return {"solutions": self._solutions, "at": time()}
+        return {"solutions": self._solutions, "owed": self._owed, "at": time()}
 
     def _write(self, folder: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
         target = self.directory / folder / "part-00000.parquet"
@@ -206,26 +218,21 @@ class Store:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
         replace_file(target, sink.getvalue().to_pybytes())
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"output {str(self.directory)!r} cannot be written ({error.strerror}); what is "
-            "finished is safe: free disk space or raise the quota there, then give the same "
-            "command again"
-        )
-
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, kind: object = None, *_: object) -> None:
+    def __exit__(self, kind: object = None, error: object = None, *_: object) -> None:
         # Some network file systems report a full disk only here.
         try:
             os.fsync(self._journal.fileno())
             self._journal.close()
-        except OSError as error:
+        except OSError as late:
             if kind is None:
-                raise self._unwritable(error) from error
+                raise unwritable(self.directory, late) from late
         finally:
             self._lock.close()
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise unwritable(self.directory, error) from error
 
 
 def count(completions: dict[Key, Completion], fingerprints: dict[str, str]) -> list[dict[str, Any]]:
@@ -273,75 +280,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return found
 
 
-def sealed(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(kind, record) of everything in the sealed tables."""
-    for folder, kind in _TABLES:
-        for file in sorted((directory / folder).glob("*.parquet")):
-            for row in pq.read_table(file).to_pylist():
-                yield kind, row
-
-
-def journal_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """(line, entry) of a journal; an entry is None where its line is torn or damaged.
-
-    An entry holds ``kind`` ("trace", "completion" or "run"), ``record`` and ``t``, the seconds that
-    the run had been worked on by then.
-    """
-    with path.open("rb") as stream:
-        for line in stream:
-            yield line, _decode(line)
-
-
-def remember(
-    kind: str,
-    record: dict[str, Any],
-    traces: dict[str, Trace],
-    completions: dict[Key, Completion],
-) -> None:
-    """Put a record as it was read in its place (see :func:`place`); other kinds are left out."""
-    if kind == "trace":
-        place(Trace(**record), traces, completions)
-    elif kind == "completion":
-        place(Completion(**record), traces, completions)
-
-
-def place(
-    record: Trace | Completion,
-    traces: dict[str, Trace],
-    completions: dict[Key, Completion],
-) -> None:
-    """Put a record in its place; a later one of the same key replaces an earlier one."""
-    if isinstance(record, Trace):
-        traces[record.trace_id] = record
-    else:
-        completions[record.prefix_key, record.policy, record.index] = record
-
-
-def _lock(directory: Path) -> IO[bytes]:
-    """Take the directory for this process until the file that is returned is closed."""
-    lock = (directory / LOCK).open("a+b", buffering=0)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        owner = lock.read(200).decode(errors="replace") or "another process"
-        lock.close()
-        raise UserError(
-            f"output {str(directory)!r} is being written by {owner}; wait for it or choose "
-            "another directory"
-        ) from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            lock.close()
-            raise
-        print(
-            f"WARNING: the file system of {str(directory)!r} has no locks ({error.strerror}); see "
-            "to it that no second command writes there",
-            file=sys.stderr,
-        )
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return lock
+def _holds_rows(directory: Path) -> bool:
+    """Whether a run has finished anything; a torn end of the journal never counted as that."""
+    journal = directory / JOURNAL
+    lines = journal_lines(journal) if journal.exists() else ()
+    return next(sealed(directory), None) is not None or any(
+        entry is None or entry["kind"] != "run" for line, entry in lines if line.endswith(b"\n")
+    )
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -353,25 +298,6 @@ def _refuse_foreign(directory: Path) -> None:
             f"output {str(directory)!r} is not empty and no label run (it holds {others[0]!r}); "
             "choose another directory"
         )
-
-
-def _line(kind: str, record: dict[str, Any], seconds: float) -> bytes:
-    entry = {"kind": kind, "t": round(seconds, 1), "record": record}
-    body = _JSON.encode(entry).encode()
-    return b"%08x %b\n" % (zlib.crc32(body), body)
-
-
-def _decode(line: bytes) -> dict[str, Any] | None:
-    """The entry of a journal line; None where it is torn or its checksum fails."""
-    if not line.endswith(b"\n") or len(line) < 10:
-        return None
-    try:
-        if zlib.crc32(line[9:-1]) != int(line[:8], 16):
-            return None
-        entry: dict[str, Any] = json.loads(line[9:-1])
-    except ValueError:
-        return None
-    return entry
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -34,8 +34,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_gen.store import Key
-from pav.labels import Completion, Trace, prefix_key, prefixes
+from pav.labels import Completion, Key, Trace, prefix_key, prefixes
 from pav.steps import Stepper
 
 Strategy = Literal["all_prefixes", "first_pit", "adaptive"]

@@ -64,7 +64,8 @@ class LastCheckpoint(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        total, accumulate = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+        # Infinite where an epoch has no length.
+        total, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
         between = (index + 1) % accumulate == 0 and index + 1 < total
         any_of = trainer.strategy.reduce_boolean_decision
         due = between and time.monotonic() - self.saved >= self.seconds

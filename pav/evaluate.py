@@ -20,6 +20,7 @@ from pav.data import pav_examples, score
 from pav.errors import UserError
 from pav.judged import MODES, judge
 from pav.labels import LabelSet, read_labels
+from pav.lock import Lock, beside
 from pav.measure import measure
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.reliability import draw
@@ -67,6 +68,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, print and write (see :class:`EvaluateConfig`); returns what is written."""
     verifier = load_verifier(config.verifier)
     labels = read_labels(config.labels)
+    for warning in labels.warnings:
+        print(f"WARNING: {warning}")
+    output = Path(config.output) if config.output else _beside(config.labels[0], verifier)
+    with Lock(beside(output), output):
+        return _evaluate(config, verifier, labels, output)
+
+
+def _evaluate(
+    config: EvaluateConfig, verifier: Verifier, labels: LabelSet, output: Path
+) -> dict[str, Any]:
     task = resolve_task(verifier.card.task, config.task, f"verifier {config.verifier!r}")
     check_labels(verifier, labels, task, config)
     model, policy = load_on_trunk(verifier, task, config.trunk)
@@ -95,9 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     title = f"{config.verifier} on {', '.join(config.labels)}, {config.split} problems"
     print_metrics(metrics, title)
     _print_shift(card.validation, metrics)
-    output = Path(config.output) if config.output else _beside(config.labels[0], verifier)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
         output.write_text(json.dumps(plain, indent=1))
         draw(metrics, output.with_suffix(".png"), title)

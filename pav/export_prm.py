@@ -20,6 +20,7 @@ from pav.calibrate import Calibrator
 from pav.cli import run
 from pav.errors import UserError
 from pav.export import STAMP, refuse_mlp
+from pav.lock import Lock, beside
 from pav.model_card import write_card
 from pav.policy import load_tokenizer
 from pav.trunk import HeadedTrunk
@@ -70,23 +71,26 @@ def export_prm(config: ExportPrmConfig) -> None:
             f"{headed.cap}), heads included; the token-classification layout has no place for "
             "that: use the export for vLLM beside the checkpoint"
         )
-    # Written beside and renamed: a directory that exists is a whole one.
-    partial = output.with_name(output.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _classifier(headed, verifier, head).save_pretrained(partial)
-        load_tokenizer(path).save_pretrained(partial)
-        stamp = {"checkpoint": verifier.digest, "layout": "token-classification", "head": head}
-        (partial / STAMP).write_text(json.dumps(stamp, indent=1))
-        write_card(partial, card, _usage(card, head), "token-classification")
-        if output.exists():
-            output.rmdir()
-        partial.replace(output)
-    except OSError as error:
-        raise UserError(f"output {config.output!r} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with Lock(beside(output), config.output):
+        # Written beside and renamed: a directory that exists is a whole one.
+        partial = output.with_name(output.name + ".partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _classifier(headed, verifier, head).save_pretrained(partial)
+            load_tokenizer(path).save_pretrained(partial)
+            stamp = {"checkpoint": verifier.digest, "layout": "token-classification", "head": head}
+            (partial / STAMP).write_text(json.dumps(stamp, indent=1))
+            write_card(partial, card, _usage(card, head), "token-classification")
+            if output.exists():
+                output.rmdir()
+            partial.replace(output)
+        except OSError as error:
+            raise UserError(
+                f"output {config.output!r} cannot be written: {error.strerror}"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     print(f"token-classification model of head {head}: {output}")
 
 

@@ -208,7 +208,8 @@ def fit(
             ckpt_path=str(last) if last.exists() and not config.dry_run else None,
             weights_only=True,
         )
-    except Stopped:
+    except (Stopped, SystemExit):
+        # The second is Lightning's answer to a signal while it starts.
         raise KeyboardInterrupt from None
     finally:
         if torch.distributed.is_initialized():

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pav.errors import UserError
+from pav.journal import JOURNAL, journal_lines
+from pav.unfinished import Part, lacking, said
 
 _IDS = pa.list_(pa.int32())
 TRACES = pa.schema(
@@ -74,6 +76,8 @@ COMPLETIONS = pa.schema(
     ]
 )
 
+_TABLES = (("traces", "trace"), ("completions", "completion"))
+Key = tuple[str, str, int]
 # Folder of the table of likelihoods.
 LIKELIHOODS = "likelihood"
 
@@ -162,6 +166,77 @@ def count(
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What a label run holds by now.
+
+    Attributes:
+        traces: seed solutions by trace id.
+        completions: rollouts by (prefix key, policy, index).
+        journal: what is not in the tables yet, and when it was written (:mod:`pav.journal`).
+        sealed: whether all of it is in the tables.
+        solutions: seed solutions that it is to have; None if it was not written down.
+        owed: those that were not finished when it was sealed; None if it was not written down.
+    """
+
+    traces: dict[str, Trace]
+    completions: dict[Key, Completion]
+    journal: list[dict[str, Any]]
+    sealed: bool
+    solutions: int | None
+    owed: int | None
+
+
+def read_rows(directory: Path) -> Rows:
+    """Read a label run, what its journal holds included. It may be written to meanwhile."""
+    path = directory / JOURNAL
+    # Journal before tables: what is sealed in between is then in both, never in neither.
+    journal = [e for _, e in journal_lines(path) if e is not None] if path.exists() else []
+    traces: dict[str, Trace] = {}
+    completions: dict[Key, Completion] = {}
+    for kind, record in sealed(directory):
+        remember(kind, record, traces, completions)
+    run: dict[str, Any] = {}
+    for entry in journal:
+        run = entry["record"] if entry["kind"] == "run" else run
+        remember(entry["kind"], entry["record"], traces, completions)
+    is_sealed = (directory / "traces").exists() and all(e["kind"] == "run" for e in journal)
+    owed = run.get("owed") if is_sealed else None
+    return Rows(traces, completions, journal, is_sealed, run.get("solutions"), owed)
+
+
+def sealed(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(kind, record) of everything in the sealed tables."""
+    for folder, kind in _TABLES:
+        for row in _rows(directory / folder):
+            yield kind, row
+
+
+def remember(
+    kind: str,
+    record: dict[str, Any],
+    traces: dict[str, Trace],
+    completions: dict[Key, Completion],
+) -> None:
+    """Put a record as it was read in its place (see :func:`place`); other kinds are left out."""
+    if kind == "trace":
+        place(Trace(**record), traces, completions)
+    elif kind == "completion":
+        place(Completion(**record), traces, completions)
+
+
+def place(
+    record: Trace | Completion,
+    traces: dict[str, Trace],
+    completions: dict[Key, Completion],
+) -> None:
+    """Put a record in its place; a later one of the same key replaces an earlier one."""
+    if isinstance(record, Trace):
+        traces[record.trace_id] = record
+    else:
+        completions[record.prefix_key, record.policy, record.index] = record
+
+
+@dataclass(frozen=True)
 class LabelSet:
     """Everything one or more label runs hold.
 
@@ -171,6 +246,8 @@ class LabelSet:
         counts: see :func:`count`.
         completions: rollouts.
         likelihoods: (prefix key, policy name) -> log-probability of the task's forced answer.
+        warnings: a line each of what the user should know of the runs: not sealed, not complete.
+        sealed: whether all of it came from tables; a journal may be longer a moment later.
     """
 
     manifest: dict[str, Any]
@@ -178,6 +255,8 @@ class LabelSet:
     counts: dict[tuple[str, str], tuple[int, int]]
     completions: list[Completion]
     likelihoods: dict[tuple[str, str], float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    sealed: bool = True
 
     @property
     def policies(self) -> list[str]:
@@ -205,16 +284,21 @@ AGREE = ("task", "tokenizer", "sampler", "policy_fingerprint")
 def read_labels(directories: Sequence[str]) -> LabelSet:
     """Read label runs; counts of the same prefix, policy and rollout are never added twice.
 
+    What is in a journal and not sealed yet is read, too, and said (``warnings``).
+
     Raises:
-        UserError: if a directory holds no sealed labels, or runs disagree on task, tokenizer,
+        UserError: if a directory holds no labels, or runs disagree on task, tokenizer,
             sampler or policy, or on what a rollout policy's name stands for.
     """
     if not directories:
         raise UserError("labels is empty; give at least one directory that data_gen.rollouts wrote")
     manifests: dict[str, dict[str, Any]] = {}
     traces: dict[str, Trace] = {}
-    completions: dict[tuple[str, str, int], Completion] = {}
+    completions: dict[Key, Completion] = {}
     endings: dict[str, Trace] = {}
+    parts: list[Part] = []
+    warnings: list[str] = []
+    all_sealed = True
     likelihoods: dict[tuple[str, str], float] = {}
     asked: dict[str, str] = {}
     for directory in map(Path, directories):
@@ -226,12 +310,15 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
             )
         manifests[str(directory)] = json.loads(path.read_text())
         check_agreement(manifests)
-        own = {row["trace_id"]: Trace(**row) for row in _rows(directory / "traces")}
-        traces |= own
-        endings |= {t.trace_id: t for t in own_endings(manifests[str(directory)], own.values())}
-        for row in _rows(directory / "completions"):
-            completion = Completion(**row)
-            completions[completion.prefix_key, completion.policy, completion.index] = completion
+        rows = read_rows(directory)
+        parts.append(_part(directory, manifests[str(directory)], rows))
+        all_sealed = all_sealed and rows.sealed
+        if not rows.sealed:
+            warnings.append(_unsealed(directory, rows))
+        traces |= rows.traces
+        own = own_endings(manifests[str(directory)], rows.traces.values())
+        endings |= {t.trace_id: t for t in own}
+        completions |= rows.completions
         for row in likelihood_rows(directory):
             name, fingerprint = row["policy"], row["policy_fingerprint"]
             if asked.setdefault(name, fingerprint) != fingerprint:
@@ -244,8 +331,27 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
         raise UserError(f"labels {list(directories)} hold no traces; let data_gen.rollouts finish")
     counts = count(completions.values(), endings.values())
     manifest = next(iter(manifests.values()))
+    if lack := said(lacking(parts)):
+        warnings.append(f"labels are not complete: {lack}")
     return LabelSet(
-        manifest, list(traces.values()), counts, list(completions.values()), likelihoods
+        manifest, list(traces.values()), counts, list(completions.values()), likelihoods, warnings,
+        all_sealed,
+    )  # fmt: skip
+
+
+def _part(directory: Path, manifest: dict[str, Any], rows: Rows) -> Part:
+    """What the files of a run tell of how far it is, without the rules of its strategy."""
+    solutions = max(rows.solutions or 0, len(rows.traces))
+    owed = solutions - len(rows.traces) if rows.owed is None else rows.owed
+    return Part(str(directory), manifest, solutions, owed)
+
+
+def _unsealed(directory: Path, rows: Rows) -> str:
+    kinds = [entry["kind"] for entry in rows.journal]
+    return (
+        f"labels {str(directory)!r} are not sealed: {kinds.count('trace')} solutions and "
+        f"{kinds.count('completion')} rollouts are read from their journal; the command that makes "
+        "them goes on and seals them"
     )
 
 

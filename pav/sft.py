@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
@@ -28,8 +27,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pav.checkpoints import LastCheckpoint, Stopped
 from pav.cli import run
 from pav.errors import UserError
+from pav.interrupt import interruptible
+from pav.lock import LOCK, Lock
 from pav.opening import task_option
 from pav.policy import Prompt, encode_prompt, load_tokenizer, model_path
 from pav.progress import LightningProgress
@@ -39,6 +41,7 @@ from pav.tasks.tape import Tape, tape_tokenizer
 IGNORE = -100
 # Batches that are drawn together and sorted by length, so that padding stays under a few percent.
 BUCKET = 16
+CHECKPOINT_MINUTES = 5.0
 
 
 class HasSolutions(Protocol):
@@ -196,15 +199,16 @@ def sft(config: SftConfig) -> None:
             "solutions(seed) that yields (question, solution)"
         )
     output = Path(config.output)
-    if (output / "config.json").exists():
-        raise UserError(f"output {config.output!r} already holds a model; choose another directory")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output {config.output!r} is not writable ({error.strerror}); choose another"
-        ) from error
+    with Lock(output / LOCK, output), interruptible():
+        _sft(config, output)
+
+
+def _sft(config: SftConfig, output: Path) -> None:
     last = output / "last.ckpt"
+    unfinished = last.exists() and (output / "sft.json").exists()
+    # A death while the model was written leaves both: it is written again.
+    if (output / "config.json").exists() and not unfinished:
+        raise UserError(f"output {config.output!r} already holds a model; choose another directory")
     _refuse_other(config, output, last.exists())
     L.seed_everything(config.seed, verbose=False)
     if config.init:
@@ -233,25 +237,24 @@ def sft(config: SftConfig) -> None:
         devices=1,
         logger=False,
         callbacks=[
-            ModelCheckpoint(
-                output,
-                filename="last",
-                every_n_train_steps=1000,
-                save_top_k=1,
-                enable_version_counter=False,
-            ),
             LightningProgress(config.steps),
+            LastCheckpoint(last, CHECKPOINT_MINUTES),
         ],
+        enable_checkpointing=False,  # Lightning's own would go into the working directory
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = Solutions(config.task, tokenizer, config, start)
-    trainer.fit(
-        module,
-        DataLoader(data, batch_size=None),
-        ckpt_path=str(last) if start else None,
-        weights_only=True,
-    )
+    data = Solutions(cast(HasSolutions, config.task), tokenizer, config, start)
+    try:
+        trainer.fit(
+            module,
+            DataLoader(data, batch_size=None),
+            ckpt_path=str(last) if start else None,
+            weights_only=True,
+        )
+    except (Stopped, SystemExit):
+        # The second is Lightning's answer to a signal while it starts.
+        raise KeyboardInterrupt from None
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     last.unlink(missing_ok=True)

@@ -37,7 +37,9 @@ from pav.data import (
 from pav.errors import UserError
 from pav.export import ensure_export
 from pav.fit import fit, label_data
+from pav.interrupt import interruptible
 from pav.labels import LabelSet, read_labels
+from pav.lock import Lock, beside
 from pav.lora import adapters_of, merge_into
 from pav.memory import GIB, MemoryPlan, Work, device_memory, plan_memory, shape_of, ways_out
 from pav.opening import print_opening, task_option
@@ -82,13 +84,25 @@ def train(config: TrainConfig) -> Card | None:
     if getattr(rank_zero_only, "rank", 0):
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             return _train(config)
-    return _train(config)
+    if config.dry_run:
+        return _train(config)
+    output = Path(config.output)
+    check_output(config, output)
+    with Lock(beside(output), output), interruptible():
+        return _train(config)
 
 
 def _train(config: TrainConfig) -> Card | None:
     output, working = Path(config.output), Path(config.output).with_suffix(".training")
     check_output(config, output)
     labels = read_labels(config.labels)
+    for warning in labels.warnings:
+        print(f"WARNING: {warning}")
+    if config.processes > 1 and not labels.sealed:
+        raise UserError(
+            f"labels {config.labels} are not sealed, and {config.processes} processes may find "
+            "journals of different length; let data_gen.rollouts seal them first"
+        )
     task = resolve_task(labels.manifest["task_spec"], config.task, f"labels {config.labels[0]!r}")
     check_task(task, labels, config.labels[0])
     card = new_card(config, labels, task)

@@ -59,22 +59,22 @@ def beam(config: BeamConfig) -> None:
         config.duplicates,
     )
     baseline = _baseline(config, opened)
-    directory = claim(config, opened, f"beam-n{config.n}")
-    scorer = serve(config, opened)
-    orm = _baseline_scorer(config, opened, baseline)
-    session, rule = opened.session, opened.rule
-    problems = session.problems(config.split, config.problems)
+    with claim(config, opened, f"beam-n{config.n}") as directory:
+        scorer = serve(config, opened)
+        orm = _baseline_scorer(config, opened, baseline)
+        session, rule = opened.session, opened.rule
+        problems = session.problems(config.split, config.problems)
 
-    search = partial(beam_record, session, scorer, settings, rule, "beam", config.seed)
-    records, seconds = session.run(
-        directory / "beam.jsonl", problems, search, config.concurrency, f"beam N={config.n}"
-    )
-    rows = [Row(f"PAV beam ({rule})", config.n, records, seconds)]
-    if orm is not None:
-        rows += _baselines(config, session, orm, problems, records, directory)
-    session.shutdown()
-    print_rows(rows, directory, config.split)
-    session.check()
+        search = partial(beam_record, session, scorer, settings, rule, "beam", config.seed)
+        records, seconds = session.run(
+            directory / "beam.jsonl", problems, search, config.concurrency, f"beam N={config.n}"
+        )
+        rows = [Row(f"PAV beam ({rule})", config.n, records, seconds)]
+        if orm is not None:
+            rows += _baselines(config, session, orm, problems, records, directory)
+        session.shutdown()
+        print_rows(rows, directory, config.split)
+        session.check()
 
 
 def _baseline(config: BeamConfig, opened: Opened) -> Verifier | RewardModel | None:
@@ -99,9 +99,12 @@ def _baseline_scorer(
 ) -> StepScorer | None:
     if baseline is None:
         return None
-    session, orm = opened.session, baseline
-    if isinstance(orm, Verifier):
-        orm = session.scorer(orm, "separate", config.surprise, None)
+    session = opened.session
+    orm: StepScorer
+    if isinstance(baseline, Verifier):
+        orm = session.scorer(baseline, "separate", config.surprise, None)
+    else:
+        orm = baseline
     # The ORM is never fused: best-of-N samples from the plain policy, which must be loaded now.
     session.sampling_engine(orm)
     return orm
@@ -210,37 +213,43 @@ def smc(config: SmcConfig) -> None:
 def best_of_n(config: BestOfNConfig) -> None:
     """Run best-of-N (see :class:`BestOfNConfig`)."""
     opened = open_search(config, None)
-    directory = claim(config, opened, f"best-of-{config.n}")
-    session, rule = opened.session, opened.rule
-    scorer = None
-    if opened.card is None:
-        session.sampling_engine(None)
-    else:
-        scorer = serve(config, opened)
-    problems = session.problems(config.split, config.problems)
+    with claim(config, opened, f"best-of-{config.n}") as directory:
+        session, rule = opened.session, opened.rule
+        scorer = None
+        if opened.card is None:
+            session.sampling_engine(None)
+        else:
+            scorer = serve(config, opened)
+        problems = session.problems(config.split, config.problems)
 
-    search = partial(
-        traces_record,
-        session,
-        scorer,
-        config.n,
-        rule,
-        "best-of-N",
-        config.seed,
-        score=opened.score,
-    )
-    records, seconds = session.run(
-        directory / "best_of_n.jsonl", problems, search, config.concurrency, f"best-of-{config.n}"
-    )
-    session.shutdown()
-    rows = [Row(f"best-of-N ({rule})", config.n, records, seconds)]
-    rows.append(Row("majority vote", config.n, [repick(r, "majority") for r in records], seconds))
-    rows.append(Row("oracle (pass@N)", config.n, [by_oracle(r) for r in records], seconds))
-    print_rows(rows, directory, config.split)
-    counts = [2**i for i in range(config.n.bit_length())]
-    line = ", ".join(f"{k}: {pass_at(records, k).mean():.3f}" for k in counts)
-    print(f"oracle pass@k, unbiased from {config.n} samples: {line}")
-    session.check()
+        search = partial(
+            traces_record,
+            session,
+            scorer,
+            config.n,
+            rule,
+            "best-of-N",
+            config.seed,
+            score=opened.score,
+        )
+        records, seconds = session.run(
+            directory / "best_of_n.jsonl",
+            problems,
+            search,
+            config.concurrency,
+            f"best-of-{config.n}",
+        )
+        session.shutdown()
+        rows = [Row(f"best-of-N ({rule})", config.n, records, seconds)]
+        rows.append(
+            Row("majority vote", config.n, [repick(r, "majority") for r in records], seconds)
+        )
+        rows.append(Row("oracle (pass@N)", config.n, [by_oracle(r) for r in records], seconds))
+        print_rows(rows, directory, config.split)
+        counts = [2**i for i in range(config.n.bit_length())]
+        line = ", ".join(f"{k}: {pass_at(records, k).mean():.3f}" for k in counts)
+        print(f"oracle pass@k, unbiased from {config.n} samples: {line}")
+        session.check()
 
 
 def _tree(
@@ -251,19 +260,19 @@ def _tree(
     job: Callable[[StepScorer], Search],
 ) -> None:
     """Run one search of its own directory and print its row."""
-    directory = claim(config, opened, f"{name}-n{config.n}")
-    scorer = serve(config, opened)
-    session = opened.session
-    records, seconds = session.run(
-        directory / f"{name}.jsonl",
-        session.problems(config.split, config.problems),
-        job(scorer),
-        config.concurrency,
-        f"{label} N={config.n}",
-    )
-    session.shutdown()
-    rows = [Row(f"{label} ({opened.rule})", config.n, records, seconds)]
-    rows.append(Row(f"{label} (majority)", config.n, [repick(r, "majority") for r in records],
-                    seconds))  # fmt: skip
-    print_rows(rows, directory, config.split)
-    session.check()
+    with claim(config, opened, f"{name}-n{config.n}") as directory:
+        scorer = serve(config, opened)
+        session = opened.session
+        records, seconds = session.run(
+            directory / f"{name}.jsonl",
+            session.problems(config.split, config.problems),
+            job(scorer),
+            config.concurrency,
+            f"{label} N={config.n}",
+        )
+        session.shutdown()
+        rows = [Row(f"{label} ({opened.rule})", config.n, records, seconds)]
+        rows.append(Row(f"{label} (majority)", config.n, [repick(r, "majority") for r in records],
+                        seconds))  # fmt: skip
+        print_rows(rows, directory, config.split)
+        session.check()

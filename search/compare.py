@@ -56,19 +56,19 @@ def compare(config: CompareConfig) -> None:
     _expect(config, session, verifiers)
     if not (output / MANIFEST).exists():
         session.check_models()
-    open_run(output, manifest(config, digests))
-    problems = session.problems(config.split, config.problems, config.skip)
-    say_opening(session, problems, config.split)
-    sweep = with_choices(Sweep(config, verifiers, session, problems, output))
-    points: list[Point] = []
-    for method in sweep.config.methods:
-        if method.kind != "best_of_n":
-            points += search_points(sweep, method)
-    points += sample_points(sweep, points)
-    session.shutdown()
-    write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
-    _report(config, points, invested, _following(verifiers))
-    session.check()
+    with open_run(output, manifest(config, digests)):
+        problems = session.problems(config.split, config.problems, config.skip)
+        say_opening(session, problems, config.split)
+        sweep = with_choices(Sweep(config, verifiers, session, problems, output))
+        points: list[Point] = []
+        for method in sweep.config.methods:
+            if method.kind != "best_of_n":
+                points += search_points(sweep, method)
+        points += sample_points(sweep, points)
+        session.shutdown()
+        write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
+        _report(config, points, invested, _following(verifiers))
+        session.check()
 
 
 def _expect(config: CompareConfig, session: Session, verifiers: dict[str, Verifier]) -> None:
@@ -76,8 +76,8 @@ def _expect(config: CompareConfig, session: Session, verifiers: dict[str, Verifi
     for method in config.methods:
         scoring = method.scoring
         if method.kind == "best_of_n":
-            policy = method.policy
-            session.expect(policy and load_policy(policy, session.task.step_rule))
+            own = method.policy and load_policy(method.policy, session.task.step_rule)
+            session.expect(own or None)
             scoring = "separate"
         if method.verifier:
             session.expect_scorer(verifiers[method.verifier], scoring, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,14 +120,15 @@ def card_of(opened: Opened) -> Defaults:
     return opened.card
 
 
-def claim(config: SearchConfig, opened: Opened, name: str) -> Path:
-    """The run directory, created or found to be this run's."""
+@contextmanager
+def claim(config: SearchConfig, opened: Opened, name: str) -> Iterator[Path]:
+    """The run directory, created or found to be this run's (:func:`search.records.open_run`)."""
     path = None if opened.verifier is None else opened.verifier.path
     directory = run_directory(config, name, path)
     if not (directory / MANIFEST).exists():
         opened.session.check_models()
-    open_run(directory, manifest(config, opened.verifier))
-    return directory
+    with open_run(directory, manifest(config, opened.verifier)):
+        yield directory
 
 
 def serve(config: SearchConfig, opened: Opened) -> StepScorer:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pav.errors import UserError
+from pav.errors import FULL, UserError, unwritable
+from pav.interrupt import interruptible
+from pav.lock import LOCK, Lock
 
 MANIFEST = "manifest.json"
 
@@ -160,7 +164,8 @@ def write_seconds(path: Path, records: int, seconds: float) -> None:
     are the same at every repeat.
     """
     kept = {"records": records, "seconds": seconds}
-    path.with_suffix(".seconds.json").write_text(json.dumps(kept))
+    with suppress(OSError):  # unknown seconds are no reason to end a run
+        path.with_suffix(".seconds.json").write_text(json.dumps(kept))
 
 
 def read_seconds(path: Path, records: int) -> float:
@@ -174,36 +179,59 @@ def read_seconds(path: Path, records: int) -> float:
     return float(kept["seconds"]) if kept["records"] == records else float("nan")
 
 
-def open_run(directory: Path, manifest: dict[str, Any]) -> None:
-    """Create a run directory, or check that the one there is this run.
+@contextmanager
+def open_run(directory: Path, manifest: dict[str, Any]) -> Iterator[None]:
+    """Create a run directory, or check that the one there is this run; inside, write there alone.
+
+    Inside, Ctrl-C and SIGTERM end the run (:func:`~pav.interrupt.interruptible`), and a full disk
+    is one line; after either the same command resumes.
 
     Raises:
-        UserError: if it holds something else or another configuration.
+        UserError: if it holds something else, another configuration or a live writer, or cannot be
+            written.
     """
-    path = directory / MANIFEST
-    plain = json.loads(json.dumps(manifest))
-    if path.exists():
-        found = json.loads(path.read_text())
-        changed = sorted(k for k in plain.keys() | found.keys() if plain.get(k) != found.get(k))
-        if changed:
-            raise UserError(
-                f"output {str(directory)!r} holds a run with another {', '.join(changed)} "
-                f"({changed[0]}: {found.get(changed[0])!r} there, {plain.get(changed[0])!r} now); "
-                "choose another output"
-            )
-        return
+    with _take(directory, json.loads(json.dumps(manifest))):
+        try:
+            with interruptible():
+                yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise unwritable(directory, error) from error
+
+
+def _take(directory: Path, manifest: dict[str, Any]) -> Lock:
+    """The lock of a run directory that belongs to ``manifest`` by then."""
+    path, temporary = directory / MANIFEST, directory / ".manifest.json.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / ".manifest.json.tmp"
-        others = sorted(p.name for p in directory.iterdir() if p != temporary)
-        if others:
+        others = sorted({p.name for p in directory.iterdir()} - {LOCK, temporary.name})
+        if others and not path.exists():
             raise UserError(
                 f"output {str(directory)!r} is not empty and no run of this command "
                 f"(it holds {others[0]!r}); choose another output"
             )
-        temporary.write_text(json.dumps(plain, indent=1))
-        temporary.replace(path)
+        with ExitStack() as stack:
+            lock = stack.enter_context(Lock(directory / LOCK, directory))
+            if not path.exists() or _is_another(directory, manifest):
+                temporary.write_text(json.dumps(manifest, indent=1))
+                temporary.replace(path)
+            stack.pop_all()
+        return lock
     except OSError as error:
         raise UserError(
             f"output {str(directory)!r} is not writable ({error.strerror}); choose another"
         ) from error
+
+
+def _is_another(directory: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a run directory without any record is another run's; one with records is refused."""
+    found = json.loads((directory / MANIFEST).read_text())
+    changed = sorted(k for k in manifest.keys() | found.keys() if manifest.get(k) != found.get(k))
+    if changed and any(p.stat().st_size for p in directory.rglob("*.jsonl")):
+        raise UserError(
+            f"output {str(directory)!r} holds a run with another {', '.join(changed)} "
+            f"({changed[0]}: {found.get(changed[0])!r} there, {manifest.get(changed[0])!r} now); "
+            "choose another output"
+        )
+    return bool(changed)

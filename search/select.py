@@ -116,20 +116,22 @@ def select(config: SelectConfig) -> None:
     session.expect_scorer(verifier, config.scoring, None)
     if not (output / MANIFEST).exists():
         session.check_models()
-    open_run(output, known | manifest(config.select, config.selection))
-    say_opening(session, session.problems("validation", config.selection.problems), "validation")
-    sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
-    choice = choose(sweep, method, config.select, config.selection)
-    session.shutdown()
-    write_choice(choice, output)
-    print_choice(choice, config.selection)
-    flags = [f"--{k} {v}" for k, v in _chosen(choice).items()]
-    print(
-        f"results: {output}/choice.yaml, select.csv, one .jsonl per run\n"
-        f"next: search.beam --verifier {shlex.quote(config.verifier)}"
-        f"{task_option(verifier.card.task)} {' '.join(flags)}"
-    )
-    session.check()
+    with open_run(output, known | manifest(config.select, config.selection)):
+        say_opening(
+            session, session.problems("validation", config.selection.problems), "validation"
+        )
+        sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
+        choice = choose(sweep, method, config.select, config.selection)
+        session.shutdown()
+        write_choice(choice, output)
+        print_choice(choice, config.selection)
+        flags = [f"--{k} {v}" for k, v in _chosen(choice).items()]
+        print(
+            f"results: {output}/choice.yaml, select.csv, one .jsonl per run\n"
+            f"next: search.beam --verifier {shlex.quote(config.verifier)}"
+            f"{task_option(verifier.card.task)} {' '.join(flags)}"
+        )
+        session.check()
 
 
 def manifest(chosen: list[Selectable], selection: Selection) -> dict[str, Any]:

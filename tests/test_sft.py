@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pav import sft as sft_module
+from pav.checkpoints import LastCheckpoint
+from pav.cli import run as command
 from pav.errors import UserError
 from pav.policy import load_tokenizer
 from pav.sft import IGNORE, SftConfig, SftModule, Shape, Solutions, schedule, sft
@@ -42,9 +45,13 @@ class Recorder(L.Callback):
         self.losses.append(float(trainer.callback_metrics["loss"]))
 
 
+class Died(Exception):
+    """Stands for whatever ends a process."""
+
+
 def run(config: SftConfig, monkeypatch: pytest.MonkeyPatch, save_every: int = 1000,
         stop_after: int | None = None) -> list[float]:  # fmt: skip
-    """Train and return the losses; ``stop_after`` presses Ctrl-C after so many steps."""
+    """Train and return the losses; ``stop_after`` ends it after so many steps."""
     recorder = Recorder()
     original = sft_module.LightningProgress
 
@@ -52,21 +59,21 @@ def run(config: SftConfig, monkeypatch: pytest.MonkeyPatch, save_every: int = 10
         def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
             recorder.on_train_batch_end(trainer)
             if len(recorder.losses) == stop_after:
-                raise SystemExit("died")
+                raise Died
             super().on_train_batch_end(trainer, *rest)
 
-    checkpoint = sft_module.ModelCheckpoint
-
-    def often(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(*args, **{**kwargs, "every_n_train_steps": save_every})
+    class Often(LastCheckpoint):
+        def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+            self.seconds = 0 if trainer.global_step // 2 % save_every == 0 else 1000
+            super().on_train_batch_end(trainer, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(sft_module, "LightningProgress", Interrupting)
-        patch.setattr(sft_module, "ModelCheckpoint", often)
+        patch.setattr(sft_module, "LastCheckpoint", Often)
         if stop_after is None:
             sft(config)
         else:
-            with pytest.raises(SystemExit):
+            with pytest.raises(Died):
                 sft(config)
     return recorder.losses
 
@@ -100,21 +107,52 @@ def test_resumed_training_equals_an_unbroken_one(
     assert run(again, monkeypatch) == losses
     broken = replace(TINY, output=str(tmp_path / "broken"))
     # Saved every 9 steps, so not at the edge of a bucket of batches.
-    first = run(broken, monkeypatch, save_every=18, stop_after=30)
+    first = run(broken, monkeypatch, save_every=9, stop_after=30)
     assert first == losses[:30]
     assert not (tmp_path / "broken" / "config.json").exists()
-    assert run(broken, monkeypatch, save_every=18) == losses[27:]
+    assert run(broken, monkeypatch, save_every=9) == losses[27:]
     for one, other in ((unbroken, broken), (unbroken, again)):
         a, b = weights(one.output), weights(other.output)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_says_so_and_the_same_command_goes_on(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = replace(TINY, output=str(tmp_path / "policy"))
+    losses = run(replace(config, output=str(tmp_path / "unbroken")), monkeypatch)
+    before = signal.getsignal(number)
+    step = SftModule.training_step
+    seen: list[int] = []
+
+    def signalled(self: SftModule, *batch: Any) -> None:
+        seen.append(self.global_step // 2)
+        if len(seen) == 12:
+            signal.raise_signal(number)
+        step(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SftModule, "training_step", signalled)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            command(lambda _: sft(config), SftConfig, "pav.sft", ["--output", config.output])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "pav.sft: interrupted; the same command resumes\n"
+    assert signal.getsignal(number) == before
+    assert sorted(p.name for p in Path(config.output).iterdir()) == ["last.ckpt", "sft.json"]
+    assert run(config, monkeypatch) == losses[12:]
+    a, b = weights(config.output), weights(str(tmp_path / "unbroken"))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
 def test_another_configuration_does_not_resume_an_unfinished_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(TINY, output=str(tmp_path / "policy"))
-    run(config, monkeypatch, save_every=18, stop_after=20)
+    run(config, monkeypatch, save_every=9, stop_after=20)
     with pytest.raises(UserError, match=r"another lr .*0\.01 there, 0\.5 now"):
         sft(replace(config, lr=0.5))
 

@@ -19,11 +19,11 @@ from benchmarks.labels.study import (
     Replays,
     StudyConfig,
 )
-from data_gen.interrupt import interruptible
 from data_gen.label import Labeler, Seed, label
 from data_gen.rollouts import RolloutsConfig, loaded
 from data_gen.store import Store
 from pav.cli import run
+from pav.interrupt import interruptible
 from pav.policy import Policy, asked, load_policy, tokenizer_fingerprint
 from pav.tasks.base import Problem, task_spec
 

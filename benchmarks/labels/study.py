@@ -34,9 +34,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from data_gen.store import Key
 from data_gen.strategies import Plan, Strategy, wanted
-from pav.labels import Completion, LabelSet, Trace, count
+from pav.labels import Completion, Key, LabelSet, Trace, count
 from pav.policy import PolicyConfig, Sampler
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape

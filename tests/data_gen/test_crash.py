@@ -14,8 +14,8 @@ from random import Random
 
 import pytest
 
-from data_gen.interrupt import interruptible
-from data_gen.store import JOURNAL, journal_lines
+from pav.interrupt import interruptible
+from pav.journal import JOURNAL, journal_lines
 from pav.labels import LabelSet, prefix_key, read_labels
 
 REPOSITORY = Path(__file__).parents[2]
@@ -139,7 +139,7 @@ def test_run_killed_at_random_moments_loses_nothing_and_counts_nothing_twice(
 # The first signal comes while work that does not look at signals is under way.
 TWICE = """
 import os, signal, time
-from data_gen.interrupt import interruptible
+from pav.interrupt import interruptible
 
 with interruptible():
     try:

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen import store as store_module
-from data_gen.store import JOURNAL, Store
+from data_gen.store import Store
 from pav.errors import UserError
+from pav.journal import JOURNAL
 from pav.labels import Completion, LabelSet, Trace, prefix_key, read_labels
 
 MANIFEST = {
@@ -222,6 +223,26 @@ def test_changed_configuration_is_refused_naming_the_keys(tmp_path: Path) -> Non
         assert len(store.completions) == 1
 
 
+def test_run_without_a_finished_row_may_be_claimed_anew(tmp_path: Path) -> None:
+    mended = {**MANIFEST, "policy_fingerprint": "g"}
+    with Store(tmp_path, MANIFEST) as store:
+        store.announce(3)
+    with (tmp_path / JOURNAL).open("ab") as journal:
+        journal.write(b'12345678 {"kind":"tra')
+    with Store(tmp_path, mended) as store:
+        store.announce(3)
+        store.seal(FINGERPRINTS)  # time was up: the tables are there, and empty
+    with Store(tmp_path, MANIFEST) as store:
+        store.add(trace(0))
+    with pytest.raises(UserError, match=r"made with another policy_fingerprint \('?policy"):
+        Store(tmp_path, mended)
+    with Store(tmp_path, MANIFEST) as store:
+        assert list(store.traces.values()) == [trace(0)]
+        store.seal(FINGERPRINTS)
+    with pytest.raises(UserError, match=r"made with another policy_fingerprint"):
+        Store(tmp_path, mended)
+
+
 def test_directory_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"is not empty and no label run \(it holds 'thesis.tex'\)"):
@@ -343,9 +364,35 @@ def test_runs_of_two_settings_are_not_mixed(tmp_path: Path) -> None:
 def test_labels_that_are_missing_or_unfinished_are_one_line_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no manifest.json; run data_gen.rollouts --output"):
         read_labels([str(tmp_path)])
-    unsealed = fill(tmp_path / "run", [trace(0), completion(0)], seal=False)
+    empty = fill(tmp_path / "run", [], seal=False)
     with pytest.raises(UserError, match=r"hold no traces; let data_gen.rollouts finish"):
-        read_labels([str(unsealed)])
+        read_labels([str(empty)])
+
+
+def test_what_is_not_sealed_yet_is_read_from_the_journal_and_said(tmp_path: Path) -> None:
+    with Store(tmp_path, MANIFEST) as store:
+        store.announce(7)
+        for record in (trace(0), completion(0)):
+            store.add(record)
+        store.seal(FINGERPRINTS, owed=6)
+    (said,) = read_labels([str(tmp_path)]).warnings
+    assert said == f"labels are not complete: {str(tmp_path)!r} has 1 of 7 solutions"
+    fill(tmp_path, [trace(1), trace(2), completion(1)], seal=False)
+    labels = read_labels([str(tmp_path)])
+    assert (labels.traces, labels.completions) == (
+        [trace(0), trace(1), trace(2)], [completion(0), completion(1)],
+    )  # fmt: skip
+    assert labels.counts == {(completion(i).prefix_key, "base"): (1 - i, 1) for i in (0, 1)}
+    assert labels.warnings == [
+        f"labels {str(tmp_path)!r} are not sealed: 2 solutions and 1 rollouts are read from their "
+        "journal; the command that makes them goes on and seals them",
+        f"labels are not complete: {str(tmp_path)!r} has 3 of 7 solutions",
+    ]
+    with Store(tmp_path, MANIFEST) as store:
+        for i in range(3, 7):
+            store.add(trace(i))
+        store.seal(FINGERPRINTS, owed=0)
+    assert read_labels([str(tmp_path)]).warnings == []
 
 
 def test_records_survive_the_journal_exactly(tmp_path: Path) -> None:
@@ -402,7 +449,8 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from test_store import MANIFEST, completion
-from data_gen.store import JOURNAL, Store
+from data_gen.store import Store
+from pav.journal import JOURNAL
 from pav.errors import UserError
 
 directory, limit = Path(sys.argv[1]), int(sys.argv[2])
@@ -477,7 +525,7 @@ def test_file_system_without_locks_is_said_to_have_none_and_used(
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(store_module.fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     fill(tmp_path, [trace(0), completion(0)])
     assert "has no locks (Function not implemented); see to it" in capsys.readouterr().err
     assert len(read_labels([str(tmp_path)]).completions) == 1

@@ -20,7 +20,6 @@ from scipy.stats import beta, binom
 from data_gen.rollouts import RolloutsConfig, rollouts
 from data_gen.show import ShowConfig, show
 from data_gen.status import StatusConfig, status
-from data_gen.store import JOURNAL, Key
 from data_gen.strategies import (
     Plan,
     Strategy,
@@ -33,7 +32,8 @@ from data_gen.strategies import (
 )
 from pav.engine import EngineConfig
 from pav.errors import UserError
-from pav.labels import Completion, LabelSet, Trace, count, prefix_key, prefixes, read_labels
+from pav.journal import JOURNAL
+from pav.labels import Completion, Key, LabelSet, Trace, count, prefix_key, prefixes, read_labels
 from pav.policy import PolicyConfig, Sampler, load_policy
 from pav.steps import Stepper, StepRule
 from pav.tasks.tape import Tape

@@ -29,8 +29,9 @@ from data_gen.rollouts import RolloutsConfig, _manifest
 from data_gen.runs import Run, read_run
 from data_gen.show import ShowConfig, main, show
 from data_gen.status import StatusConfig, status
-from data_gen.store import JOURNAL, Store
+from data_gen.store import Store
 from pav.errors import UserError
+from pav.journal import JOURNAL, journal_line
 from pav.labels import (
     LIKELIHOODS,
     Completion,
@@ -247,7 +248,6 @@ def test_merged_shards_read_as_the_whole_run_and_load_as_data_sets(
         merge(MergeConfig(output, parts))
     said = capsys.readouterr().out
     assert "2 runs: 8 traces, 80 rollouts" in said
-    assert f"not finished, merged as far as they are: {parts[1]}" in said
     merged = read_labels([output])
     whole = write(tmp_path / "whole", manifest_of(run_config(policy), policy),
                   records(policy, problems, Tape()))  # fmt: skip
@@ -264,6 +264,74 @@ def test_merged_shards_read_as_the_whole_run_and_load_as_data_sets(
     # A merged run is finished: no other run may write there.
     with pytest.raises(UserError, match="was made with another"):
         Store(Path(output), manifest_of(run_config(policy), policy))
+
+
+def stopped(policy: Policy, directory: Path, shard: int, labelled: int, of: int = 4) -> str:
+    """Shard ``shard`` of 3 that ``--hours`` stopped: so many of its solutions are labelled."""
+    problems = some_problems(3 * of // 2)[shard::3]
+    content = records(policy, problems, Tape())
+    done = {r.trace_id for r in [t for t in content if isinstance(t, Trace)][:labelled]}
+    with Store(directory, manifest_of(run_config(policy, shard=f"{shard}/3"), policy)) as store:
+        store.announce(of)
+        names = {t.problem_id for t in content if isinstance(t, Trace) and t.trace_id in done}
+        for record in content:
+            # The others are sampled, and have no rollouts.
+            if isinstance(record, Trace) or record.problem_id in names:
+                store.add(record)
+        store.seal(FINGERPRINTS, owed=of - labelled)
+    return str(directory)
+
+
+def test_merge_of_what_is_not_finished_says_what_is_missing_and_needs_partial(
+    policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "merged")
+    parts = [stopped(policy, tmp_path / "0", 0, 4), stopped(policy, tmp_path / "1", 1, 2)]
+    lack = f"shard 2/3 is missing beside {parts[0]!r}; {parts[1]!r} has 2 of 4 solutions"
+    with pytest.raises(UserError) as refused:
+        merge(MergeConfig(output, parts))
+    assert str(refused.value) == (
+        f"labels are not complete: {lack}; let the commands that make them finish, or merge what "
+        "is there with --partial true"
+    )
+    assert not (tmp_path / "merged").exists()
+    for _ in range(2):  # the same command once more changes nothing
+        merge(MergeConfig(output, parts, partial=True))
+        assert f"WARNING: the merged run is partial: {lack}" in capsys.readouterr().err
+    # Whoever reads the merged run, or the shards themselves, is told the same.
+    assert read_labels([output]).warnings == [f"labels are not complete: {lack}"]
+    assert read_labels(parts).warnings == [f"labels are not complete: {lack}"]
+    status(StatusConfig([output]))
+    said = capsys.readouterr().out
+    assert f"{output} is partial: {lack}" in said and " partial\n" in said
+    # Both shards go on; what was merged before counts as the shards that it is made of.
+    stopped(policy, tmp_path / "1", 1, 4)
+    last = stopped(policy, tmp_path / "2", 2, 4)
+    merge(MergeConfig(str(tmp_path / "whole"), [output, parts[1], last]))
+    assert read_labels([str(tmp_path / "whole")]).warnings == []
+    assert len(read_run(tmp_path / "whole").traces) == 12
+    # The first one is brought up to date by its own command.
+    merge(MergeConfig(output, parts, partial=True))
+    (said,) = read_labels([output]).warnings
+    assert said == f"labels are not complete: shard 2/3 is missing beside {parts[0]!r}"
+
+
+def test_run_of_a_version_that_did_not_write_down_what_is_owed_is_merged(
+    policy: Policy, tmp_path: Path
+) -> None:
+    """What is owed is told by its solutions and rollouts; where no total is known, it is whole."""
+    old = Path(stopped(policy, tmp_path / "old", 0, 2))
+    entry = {"solutions": 4, "at": 0.0}
+    (old / JOURNAL).write_bytes(journal_line("run", entry, 1.0))
+    one = MergeConfig(str(tmp_path / "out"), [str(old)])
+    with pytest.raises(UserError, match=rf"shards 1/3, 2/3 are .+; '{old}' has 2 of 4 solutions;"):
+        merge(one)
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["shard"]
+    (old / "manifest.json").write_text(json.dumps(manifest | {"n_mc": 0}))
+    (old / JOURNAL).unlink()
+    merge(one)
+    assert read_labels([one.output]).warnings == []
 
 
 def test_merged_runs_bring_their_likelihoods_each_once(

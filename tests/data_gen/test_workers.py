@@ -36,10 +36,10 @@ from data_gen.pool import (
 )
 from data_gen.rollouts import RolloutsConfig, rollouts
 from data_gen.status import StatusConfig, status
-from data_gen.store import JOURNAL, journal_lines
 from pav.drive import drive
 from pav.engine import Engine, EngineConfig, Sampled
 from pav.errors import UserError
+from pav.journal import JOURNAL, journal_lines
 from pav.policy import PolicyConfig, Sampler
 from pav.processes import Died, placement
 from pav.progress import Reporter

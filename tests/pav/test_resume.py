@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 import pav.train
+from data_gen.store import Store
 from pav.cli import run
 from pav.errors import UserError
 from pav.fit import VerifierModule
+from pav.labels import read_labels
 from pav.lora import Lora
 from pav.train import train
 from pav.train_config import TrainConfig
@@ -140,6 +143,62 @@ def test_run_that_died_goes_on_to_the_weights_of_an_unbroken_one(
     assert same(weights(config), weights(unbroken))
     # Nothing is left but what was asked for.
     assert not (tmp_path / "pav.training").exists()
+
+
+# Waits before its first batch until it is told to go on.
+WAITING = """
+from pav.fit import VerifierModule
+from pav.train import main
+
+def wait(self):
+    print("training", flush=True)
+    input()
+
+VerifierModule.on_train_start = wait
+main()
+"""
+
+
+def test_second_command_on_one_output_is_refused_and_leaves_the_first_alone(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-c", WAITING, *command(config)], stdin=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert first.stdout is not None
+    assert "training\n" in iter(first.stdout.readline, "")
+    with pytest.raises(SystemExit) as stopped:
+        run(train, TrainConfig, "pav.train", command(config))
+    said = capsys.readouterr().err
+    assert (stopped.value.code, said.count("\n")) == (2, 1)
+    assert said.startswith(
+        f"pav.train: error: output {config.output!r} is being written by process {first.pid} on "
+    )
+    _, said = first.communicate("\n")
+    assert first.returncode == 0, said
+    unbroken = replace(config, output=str(tmp_path / "unbroken.ckpt"))
+    train(unbroken)
+    assert same(weights(config), weights(unbroken))
+    assert not (tmp_path / ".pav.ckpt.lock").exists()
+
+
+def test_unsealed_labels_are_read_and_said_but_not_by_several_processes(
+    config: TrainConfig, labels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = shutil.copytree(labels, tmp_path / "live")
+    some = next(iter(read_labels([labels]).traces))
+    with Store(live, json.loads((live / "manifest.json").read_text())) as store:
+        store.announce(200)
+        store.add(replace(some, trace_id="new", seed_index=9))
+    config = replace(config, labels=[str(live)], max_epochs=1)
+    with pytest.raises(UserError, match="are not sealed, and 2 processes may find journals of"):
+        train(replace(config, devices=2))
+    capsys.readouterr()
+    train(config)
+    said = capsys.readouterr().out
+    assert f"WARNING: labels {str(live)!r} are not sealed: 1 solutions and 0 rollouts are" in said
+    assert f"WARNING: labels are not complete: {str(live)!r} has 129 of 200 solutions" in said
 
 
 def test_kill_minus_nine_in_mid_epoch_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -226,6 +228,51 @@ def test_a_run_of_the_first_version_is_resumed(config: CompareConfig, tmp_path: 
     ]
     assert all(r["total_flops"] == "nan" and float(r["policy_tokens"]) > 0 for r in found)
     assert (tmp_path / "run" / "compare_flops.png").exists()
+
+
+# Stops before it searches, and says so.
+WAITING = """
+import sys, time
+import search.compare
+
+def wait(*_):
+    print("searching", flush=True)
+    time.sleep(600)
+
+search.compare.search_points = wait
+search.compare.main()
+"""
+
+
+def test_second_comparison_in_one_directory_is_refused_until_the_first_is_gone(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {"name": "beam", "verifier": config.methods[0].verifier}
+    made = replace(config, output=str(tmp_path / "run"))
+    first = subprocess.Popen(
+        [sys.executable, "-c", WAITING, "--methods", json.dumps([method]), "--output", made.output],
+        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    try:
+        assert first.stdout is not None
+        assert "searching\n" in iter(first.stdout.readline, "")
+        with pytest.raises(UserError, match=f"is being written by process {first.pid} on .+; wait"):
+            compare(made)
+    finally:
+        first.kill()
+        first.wait()
+
+    class Inside(Exception):
+        pass
+
+    def inside(*_: Any) -> None:
+        raise Inside
+
+    # What was killed had no record yet: another comparison may have its directory.
+    monkeypatch.setattr("search.compare.search_points", inside)
+    with pytest.raises(Inside):
+        compare(made)
+    assert [p.name for p in Path(made.output).iterdir()] == ["manifest.json"]
 
 
 def test_seconds_of_a_run_that_died_are_unknown(config: CompareConfig, tmp_path: Path) -> None:

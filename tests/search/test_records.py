@@ -81,30 +81,45 @@ def test_last_line_torn_at_any_byte_is_searched_again(tmp_path: Path) -> None:
 
 def test_run_directory_is_reopened_by_the_same_configuration_only(tmp_path: Path) -> None:
     run = {"n": 4, "verifier_digest": "abc", "policy": {"few_shot": [("q", "a")]}, "pick": None}
-    open_run(tmp_path / "new" / "run", run)
-    open_run(tmp_path / "new" / "run", dict(run))
+    with open_run(tmp_path / "new" / "run", run):
+        append(tmp_path / "new" / "run" / "beam.jsonl", record("a"))
+    with open_run(tmp_path / "new" / "run", dict(run)):
+        pass
     other = {**run, "n": 8, "verifier_digest": "abd"}
-    with pytest.raises(UserError) as error:
-        open_run(tmp_path / "new" / "run", other)
+    with pytest.raises(UserError) as error, open_run(tmp_path / "new" / "run", other):
+        pass
     assert str(error.value) == (
         f"output {str(tmp_path / 'new' / 'run')!r} holds a run with another n, verifier_digest "
         "(n: 4 there, 8 now); choose another output"
     )
-    with pytest.raises(UserError, match=r"another alpha \(alpha: None there, 0.5 now\)"):
-        open_run(tmp_path / "new" / "run", {**run, "alpha": 0.5})
+    later = {**run, "alpha": 0.5}
+    refused = pytest.raises(UserError, match=r"another alpha \(alpha: None there, 0.5 now\)")
+    with refused, open_run(tmp_path / "new" / "run", later):
+        pass
+
+
+def test_run_without_a_record_may_be_claimed_anew(tmp_path: Path) -> None:
+    with open_run(tmp_path, {"model": "ill"}):
+        (tmp_path / "beam.jsonl").touch()
+    with open_run(tmp_path, {"model": "mended"}):
+        append(tmp_path / "beam.jsonl", record("a"))
+    with pytest.raises(UserError, match="another model"), open_run(tmp_path, {"model": "ill"}):
+        pass
 
 
 def test_run_that_died_before_its_manifest_was_whole_is_started_again(tmp_path: Path) -> None:
     (tmp_path / ".manifest.json.tmp").write_text('{"n": ')
-    open_run(tmp_path, {"n": 4})
-    open_run(tmp_path, {"n": 4})
+    for _ in range(2):
+        with open_run(tmp_path, {"n": 4}):
+            pass
     assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_directory_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"not empty and no run of this command \(it holds 'thesis"):
-        open_run(tmp_path, {"n": 4})
+    refused = pytest.raises(UserError, match=r"not empty and no run of this command .*'thesis")
+    with refused, open_run(tmp_path, {"n": 4}):
+        pass
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -114,6 +129,7 @@ def test_unwritable_output_is_refused(tmp_path: Path, output: str) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     if output.startswith("closed") and os.geteuid() == 0:
         pytest.skip("root may write into any directory")
-    with pytest.raises(UserError, match=r"is not writable \(.+\); choose another") as error:
-        open_run(tmp_path / output, {"n": 4})
+    refused = pytest.raises(UserError, match=r"is not writable \(.+\); choose another")
+    with refused as error, open_run(tmp_path / output, {"n": 4}):
+        pass
     assert "\n" not in str(error.value)

@@ -21,8 +21,8 @@ def _interrupt() -> None:
 def interruptible() -> Iterator[None]:
     """Inside, the first SIGINT or SIGTERM raises ``KeyboardInterrupt``; the next ends the process.
 
-    A signal that was ignored (a shell's background job ignores SIGINT) stays so. The journal of a
-    :class:`~data_gen.store.Store` is safe against either.
+    A signal that was ignored (a shell's background job ignores SIGINT) stays so. What is written
+    line by line (the journal of a label run, the records of a search) is safe against either.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
