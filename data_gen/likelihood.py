@@ -24,9 +24,10 @@ from data_gen.interrupt import interruptible
 from data_gen.runs import Run, policy_config, read_run, run_on_directories, task_of
 from data_gen.store import Store, replace_file
 from pav.errors import UserError
-from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes
+from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes, two_askers
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.progress import Reporter
+from pav.rendered import refuse_clock, rendered
 from pav.tasks.base import Problem, Task
 from pav.trunk import load_trunk
 
@@ -36,6 +37,8 @@ LIKELIHOOD = pa.schema(
         ("problem_id", pa.string()),
         ("policy", pa.string()),
         ("policy_fingerprint", pa.string()),
+        # What a chat template made of the prompt; null in parts of an older version.
+        ("prompt_ids", pa.string()),
         ("answer", pa.string()),
         ("answer_tokens", pa.int32()),
         ("logprob", pa.float64()),
@@ -87,15 +90,19 @@ def likelihood(config: LikelihoodConfig) -> None:
 
 
 def _known(run: Run, policy: Policy) -> dict[tuple[str, str], float]:
-    """What the table holds; a name must stand for one policy."""
-    for row in likelihood_rows(run.directory):
-        same = row["policy_fingerprint"] == policy.fingerprint
-        if row["policy"] == policy.config.label and not same:
+    """What the table holds; a name must stand for one policy and one prompt."""
+    name, asked = policy.config.label, rendered(policy)["ids"]
+    own = [row for row in likelihood_rows(run.directory) if row["policy"] == name]
+    now = {"policy_fingerprint": policy.fingerprint, "prompt_ids": asked}
+    for row in own:
+        if said := two_askers(row, now):
             raise UserError(
                 f"labels {str(run.directory)!r} hold likelihoods of another policy called "
-                f"{policy.config.label!r} (fingerprint {row['policy_fingerprint']}, now "
-                f"{policy.fingerprint}); set policy.name, or remove {LIKELIHOODS}/ there"
+                f"{name!r}, or under another prompt ({said} now); put back the model and its chat "
+                f"template, set policy.name, or remove {LIKELIHOODS}/ there"
             )
+    if not own:
+        refuse_clock(policy)
     return read_likelihood(run.directory)
 
 
@@ -142,6 +149,7 @@ def _write(
     folder = run.directory / LIKELIHOODS
     scorer: Scorer | None = None
     rows: list[dict[str, Any]] = []
+    asked = rendered(policy)["ids"]
     with Reporter("likelihood", len(owed), "solutions") as reporter:
         for number, trace in enumerate(owed, 1):
             problem = Problem(trace.problem_id, trace.question, trace.gold)
@@ -163,6 +171,7 @@ def _write(
                         "problem_id": problem.id,
                         "policy": policy.config.label,
                         "policy_fingerprint": policy.fingerprint,
+                        "prompt_ids": asked,
                         "answer": policy.text(answer),
                         "answer_tokens": len(answer),
                         "logprob": float(value),

@@ -16,7 +16,8 @@ from data_gen.likelihood import write_part
 from data_gen.runs import Run, read_run, run_on_directories
 from data_gen.store import Store
 from pav.errors import UserError
-from pav.labels import AGREE, LIKELIHOODS, check_agreement, likelihood_rows
+from pav.labels import AGREE, LIKELIHOODS, check_agreement, likelihood_rows, two_askers
+from pav.prompts import PROMPTS
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,16 @@ def _likelihoods(directories: list[Path]) -> list[dict[str, Any]]:
         UserError: if they call two policies by one name.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    named: dict[str, tuple[str, Path]] = {}
+    named: dict[str, tuple[dict[str, Any], Path]] = {}
     for directory in directories:
         for row in likelihood_rows(directory):
-            name, fingerprint = row["policy"], row["policy_fingerprint"]
-            known, where = named.setdefault(name, (fingerprint, directory))
-            if known != fingerprint:
+            name = row["policy"]
+            known, where = named.setdefault(name, (row, directory))
+            if said := two_askers(known, row):
                 raise UserError(
                     f"labels {str(where)!r} and {str(directory)!r} hold likelihoods of two "
-                    f"policies called {name!r} (fingerprints {known} and {fingerprint}); remove "
-                    f"{LIKELIHOODS}/ in one of them, or make it again with another policy.name"
+                    f"policies called {name!r} ({said}); remove {LIKELIHOODS}/ in one of them, or "
+                    "make it again with another policy.name"
                 )
             found.setdefault((row["prefix_key"], name), row)
     return list(found.values())
@@ -102,6 +103,7 @@ def _manifest(runs: list[Run]) -> dict[str, Any]:
     return {
         **{key: first[key] for key in keys},
         "rollout_policies": {name: f for run in runs for name, f in run.policies.items()},
+        PROMPTS: {n: p for run in runs for n, p in run.manifest.get(PROMPTS, {}).items()},
         "merged": [
             {k: v for k, v in run.manifest.items() if k not in keys}
             | {"directory": str(run.directory)}

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from pav.errors import UserError
 from pav.labels import COMPLETIONS, LABELS, TRACES, Completion, Trace
+from pav.prompts import PROMPTS, check_prompts
 
 JOURNAL = "journal.jsonl"
 MANIFEST = "manifest.json"
@@ -86,7 +87,7 @@ class Store:
             return
         found = read_manifest(self.directory)
         changed = sorted(
-            k for k in manifest.keys() | found.keys() if manifest.get(k) != found.get(k)
+            k for k in {*manifest, *found} - {PROMPTS} if manifest.get(k) != found.get(k)
         )
         if changed:
             first = changed[0]
@@ -95,6 +96,7 @@ class Store:
                 f"({first}: {found.get(first)!r} there, {manifest.get(first)!r} now); restore it, "
                 "or choose another output"
             )
+        check_prompts(found, manifest, f"output {str(self.directory)!r}")
 
     def _replay(self) -> None:
         for kind, row in sealed(self.directory):

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pav.errors import UserError
+from pav.prompts import PROMPTS, other_prompt
 
 _IDS = pa.list_(pa.int32())
 TRACES = pa.schema(
@@ -216,7 +217,7 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
     completions: dict[tuple[str, str, int], Completion] = {}
     endings: dict[str, Trace] = {}
     likelihoods: dict[tuple[str, str], float] = {}
-    asked: dict[str, str] = {}
+    asked: dict[str, dict[str, Any]] = {}
     for directory in map(Path, directories):
         path = directory / "manifest.json"
         if not path.exists():
@@ -233,11 +234,11 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
             completion = Completion(**row)
             completions[completion.prefix_key, completion.policy, completion.index] = completion
         for row in likelihood_rows(directory):
-            name, fingerprint = row["policy"], row["policy_fingerprint"]
-            if asked.setdefault(name, fingerprint) != fingerprint:
+            name = row["policy"]
+            if said := two_askers(asked.setdefault(name, row), row):
                 raise UserError(
                     f"labels {list(directories)} hold likelihoods of two policies called {name!r} "
-                    f"(fingerprints {asked[name]}, {fingerprint}); leave one of the runs out"
+                    f"({said}); leave one of the runs out"
                 )
             likelihoods[row["prefix_key"], name] = row["logprob"]
     if not traces:
@@ -254,12 +255,24 @@ def likelihood_rows(directory: Path) -> list[dict[str, Any]]:
     return _rows(directory / LIKELIHOODS)
 
 
+def two_askers(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """How rows of likelihoods differ in policy or prompt; empty where they do not.
+
+    Rows of older versions do not tell the prompt.
+    """
+    for key, what in (("policy_fingerprint", "fingerprints"), ("prompt_ids", "prompt ids")):
+        one, other = a.get(key), b.get(key)
+        if one != other and None not in (one, other):
+            return f"{what} {one} and {other}"
+    return ""
+
+
 def check_agreement(manifests: dict[str, dict[str, Any]]) -> None:
     """Refuse to mix label runs (directory -> manifest) of two settings.
 
     Raises:
-        UserError: if the last disagrees with the first on a key of :data:`AGREE`, or calls a
-            rollout policy by the name of another one.
+        UserError: if the last disagrees with the first on a key of :data:`AGREE`, calls a
+            rollout policy by the name of another one, or asked one with another prompt.
     """
     (first, wanted), *_, (last, found) = [*manifests.items()] * 2
     for key in AGREE:
@@ -277,6 +290,12 @@ def check_agreement(manifests: dict[str, dict[str, Any]]) -> None:
                     f"fingerprints {fingerprint} and {known}; make one of them again with another "
                     "prover.name, or leave it out"
                 )
+    for other, manifest in manifests.items():
+        if said := other_prompt(manifest.get(PROMPTS, {}), found.get(PROMPTS, {})):
+            raise UserError(
+                f"labels {other!r} and {last!r} were made with two prompts by the same settings: "
+                f"{said}; leave one of them out"
+            )
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pav.errors import UserError
 from pav.policy import PolicyConfig, Sampler
+from pav.prompts import PROMPTS
 from pav.tasks.tape import Tape
 from pav.verifier import Verifier, load_verifier
 from search.configs import SearchConfig, manifest, run_directory
@@ -107,7 +108,9 @@ def claim(config: SearchConfig, opened: Opened, name: str) -> Path:
     """The run directory, created or found to be this run's."""
     path = None if opened.verifier is None else opened.verifier.path
     directory = run_directory(config, name, path)
-    open_run(directory, manifest(config, opened.verifier))
+    asked = [opened.verifier] if opened.verifier is not None and config.orm is None else []
+    prompts = opened.session.prompts(asked, config.trunk)
+    open_run(directory, manifest(config, opened.verifier) | {PROMPTS: prompts})
     return directory
 
 

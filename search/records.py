@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pav.errors import UserError
+from pav.prompts import PROMPTS, check_prompts
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,14 @@ def open_run(directory: Path, manifest: dict[str, Any]) -> None:
     plain = json.loads(json.dumps(manifest))
     if path.exists():
         found = json.loads(path.read_text())
-        changed = sorted(k for k in plain.keys() | found.keys() if plain.get(k) != found.get(k))
+        changed = sorted(k for k in {*plain, *found} - {PROMPTS} if plain.get(k) != found.get(k))
         if changed:
             raise UserError(
                 f"output {str(directory)!r} holds a run with another {', '.join(changed)} "
                 f"({changed[0]}: {found.get(changed[0])!r} there, {plain.get(changed[0])!r} now); "
                 "choose another output"
             )
+        check_prompts(found, plain, f"output {str(directory)!r}")
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)

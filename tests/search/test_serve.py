@@ -362,7 +362,12 @@ def test_bodies_that_are_no_requests_are_refused_in_openais_shape(
         ({"content": b"[1]", "headers": json_type}, 400, "JSON object"),
         ({"content": b"{}", "headers": {"content-type": "text/plain"}}, 415, "application/json"),
         ({"content": b" " * (MAX_BODY + 1), "headers": json_type}, 413, "larger"),
-    ]
+        # Half a character, as JSON spells it and as raw bytes.
+        ({"json": {"model": "majority-1", "messages": [{"role": "user", "content": "1+\ud83d"}]}},
+         400, "messages[0].content holds the lone surrogate U+D83D"),
+        ({"json": {"model": "majority-\udc00", "messages": []}}, 400, "model holds the lone surr"),
+        ({"content": b'{"model": "\xed\xa0\xbd"}', "headers": json_type}, 400, "U+D83D"),
+    ]  # fmt: skip
     for request, status, reason in cases:
         answer = httpx.post(url, **request)
         assert (answer.status_code, reason in answer.json()["error"]["message"]) == (status, True)
