@@ -308,13 +308,14 @@ KINDS = {"sentencepiece": policy_of(sentencepiece_like()), "tape": policy_of(tap
 steps_of = {
     "tape": st.lists(st.text("0123456789+-=A", min_size=1, max_size=6), min_size=1, max_size=5),
     "chat": st.lists(
-        st.text("And S. ä\n", min_size=1).map(str.strip).filter(None), min_size=1, max_size=5
+        st.text("And S. ä\n", min_size=1).map(str.strip).filter(bool), min_size=1, max_size=5
     ),
 }
 steps_of["sentencepiece"] = steps_of["chat"]
 
 
 @pytest.mark.parametrize("kind", ["tape", "chat", "sentencepiece"])
+@settings(deadline=None)
 @given(data=st.data())
 def test_given_solutions_have_the_tokens_of_the_whole_text(
     kind: str, data: st.DataObject, chat_tokenizer: PreTrainedTokenizerFast
@@ -330,16 +331,11 @@ def test_given_solutions_have_the_tokens_of_the_whole_text(
     assert not found.is_changed
     assert found.ends[-1] == len(found.ids)
     # A step ends with the delimiter, where the step rule ends one unless it is too short.
-    written = [policy.text(found.ids[:end]) for end in found.ends]
-    assert (
-        written
-        == ["\n".join([*steps[: i + 1], ""]) for i in range(len(steps))][: len(steps) - complete]
-        + ["\n".join(steps)] * complete
-    )
-    # Lines inside a step end one, too.
-    ends = policy.stepper.step_ends(found.ids)
-    if all(len(step) > 1 for step in steps):
-        assert {*found.ends} <= {*ends}
+    for i, end in enumerate(found.ends, 1):
+        last = complete and i == len(steps)
+        assert policy.text(found.ids[:end]) == "\n".join(steps[:i]) + ("" if last else "\n")
+    if all(len(step) > 1 and "\n" not in step for step in steps):
+        assert found.ends == policy.stepper.step_ends(found.ids)
 
 
 def test_imported_steps_do_not_begin_as_a_text_does(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_label_run_is_not_resumed_with_an_edited_chat_template(
     with pytest.raises(
         UserError,
         match=r"run' was made with another prompt by the same settings: base reads another prompt "
-        r"\('<\|im_start\|>user.* there, '<\|im_start\|>system\\\\nThink.* now\); put back",
+        r"\('<\|im_start\|>user.* there, '<\|im_start\|>system\\nThink.* now\); put back",
     ):
         rollouts(config)
     template(model, CHATML)
@@ -161,7 +161,7 @@ def test_verifier_and_searches_remember_how_policy_and_trunk_were_asked(
     text = "<|im_start|>user\n1+1\n<|im_end|>\n<|im_start|>assistant\n"
     assert card.policy_prompt["text"] == card.trunk_prompt["text"] == text
     verifier = load_verifier(training.output)
-    assert verifier.card == card
+    assert verifier.card.policy_prompt == verifier.card.trunk_prompt == card.policy_prompt
 
     def opened() -> Session:
         return open_session(verifier, None, None, None, EngineConfig())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.formats import read_solutions
@@ -16,7 +16,7 @@ from data_gen.rollouts import RolloutsConfig, rollouts
 from data_gen.seeds import given_rounds
 from data_gen.store import Store
 from pav.errors import UserError
-from pav.labels import Trace, read_labels
+from pav.labels import AGREE, Trace, read_labels
 from pav.policy import PolicyConfig, Prompt, Sampler, load_policy
 from pav.processbench_data import read_subsets
 from pav.tasks.base import Problem, problem_id
@@ -39,6 +39,7 @@ plain = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(plain)
 def test_what_passes_can_be_written_and_what_does_not_cannot(value: Any) -> None:
     # Reading joins the two halves that JSON spells a character in.
@@ -196,7 +197,8 @@ def test_zero_characters_and_others_that_look_odd_are_text(
     model = PolicyConfig(str(tiny_model("llama", "chat")), prompt=Prompt(chat=True))
     policy = load_policy(model, Jsonl.step_rule)
     assert problem.question in policy.text(policy.encode(problem))
-    with Store(tmp_path / "run", {"rollout_policies": {}}) as store:
+    manifest = dict.fromkeys(AGREE, "x") | {"rollout_policies": {}}
+    with Store(tmp_path / "run", manifest) as store:
         store.add(Trace("t", problem.id, problem.question, problem.gold, "train", "me", 0, [5, 6],
                         [2], odd, True, False))  # fmt: skip
         store.seal({})
