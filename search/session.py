@@ -70,7 +70,7 @@ class Session:
     grade_in_thread: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # What arrives at a worker is a session that has engines.
+        # What arrives at a worker is a session that has engines, and scorers that have trunks.
         return {**self.__dict__, "workers": None, "trunks": {}}
 
     def problems(self, split: Split, count: int, skip: int = 0) -> list[Problem]:
@@ -154,7 +154,7 @@ class Session:
         """
         found = {"the policy": rendered(self.policy)}
         for v in verifiers:
-            found[f"the trunk of {v.path.name!r}"] = rendered(self.trunk(v, trunk))
+            found[f"the trunk of {str(v.path)!r}"] = rendered(self.trunk(v, trunk))
         return found | {f"the model {m!r}": r.rendered for m, r in self.readers.items()}
 
     def reward_model(self, config: RewardModelConfig) -> RewardModel:

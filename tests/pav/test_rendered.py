@@ -168,7 +168,7 @@ def test_verifier_and_searches_remember_how_policy_and_trunk_were_asked(
 
     capsys.readouterr()
     then = {PROMPTS: opened().prompts([verifier])}
-    assert list(then[PROMPTS]) == ["the policy", "the trunk of 'pav.ckpt'"]
+    assert list(then[PROMPTS]) == ["the policy", f"the trunk of {training.output!r}"]
     assert "WARNING" not in capsys.readouterr().err
     open_run(tmp_path / "search", {"n": 4} | then)
     open_run(tmp_path / "old", {"n": 4})
