@@ -37,13 +37,13 @@ LIKELIHOOD = pa.schema(
         ("problem_id", pa.string()),
         ("policy", pa.string()),
         ("policy_fingerprint", pa.string()),
-        # What a chat template made of the prompt; null in parts of an older version.
-        ("prompt_ids", pa.string()),
         ("answer", pa.string()),
         ("answer_tokens", pa.int32()),
         ("logprob", pa.float64()),
     ]
 )
+# Last column, a digest of the rendered prompt; parts of older versions do not tell it.
+PROMPT_IDS = pa.field("prompt_ids", pa.string())
 # Solutions between two parts of the table: what a death costs.
 PART = 256
 
@@ -93,7 +93,7 @@ def _known(run: Run, policy: Policy) -> dict[tuple[str, str], float]:
     """What the table holds; a name must stand for one policy and one prompt."""
     name, asked = policy.config.label, rendered(policy)["ids"]
     own = [row for row in likelihood_rows(run.directory) if row["policy"] == name]
-    now = {"policy_fingerprint": policy.fingerprint, "prompt_ids": asked}
+    now = {"policy_fingerprint": policy.fingerprint, PROMPT_IDS.name: asked}
     for row in own:
         if said := two_askers(row, now):
             raise UserError(
@@ -171,10 +171,10 @@ def _write(
                         "problem_id": problem.id,
                         "policy": policy.config.label,
                         "policy_fingerprint": policy.fingerprint,
-                        "prompt_ids": asked,
                         "answer": policy.text(answer),
                         "answer_tokens": len(answer),
                         "logprob": float(value),
+                        PROMPT_IDS.name: asked,
                     }
                     for (key, _), value in zip(new, values, strict=True)
                 ]
@@ -203,7 +203,9 @@ def write_part(folder: Path, rows: list[dict[str, Any]]) -> None:
     folder.mkdir(exist_ok=True)
     number = 1 + max((int(p.stem.split("-")[1]) for p in folder.glob("part-*.parquet")), default=-1)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=LIKELIHOOD), sink, compression="zstd")
+    told = any(PROMPT_IDS.name in row for row in rows)
+    schema = LIKELIHOOD.append(PROMPT_IDS) if told else LIKELIHOOD
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
     target = folder / f"part-{number:05d}.parquet"
     try:
         replace_file(target, sink.getvalue().to_pybytes())

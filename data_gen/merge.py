@@ -85,13 +85,16 @@ def _likelihoods(directories: list[Path]) -> list[dict[str, Any]]:
     for directory in directories:
         for row in likelihood_rows(directory):
             name = row["policy"]
-            known, where = named.setdefault(name, (row, directory))
+            known, where = named.get(name, (row, directory))
             if said := two_askers(known, row):
                 raise UserError(
                     f"labels {str(where)!r} and {str(directory)!r} hold likelihoods of two "
                     f"policies called {name!r} ({said}); remove {LIKELIHOODS}/ in one of them, or "
                     "make it again with another policy.name"
                 )
+            if not known.get("prompt_ids"):  # a row that tells more may follow
+                known, where = row, directory
+            named[name] = known, where
             found.setdefault((row["prefix_key"], name), row)
     return list(found.values())
 

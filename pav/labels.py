@@ -235,11 +235,13 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
             completions[completion.prefix_key, completion.policy, completion.index] = completion
         for row in likelihood_rows(directory):
             name = row["policy"]
-            if said := two_askers(asked.setdefault(name, row), row):
+            known = asked.get(name, row)
+            if said := two_askers(known, row):
                 raise UserError(
                     f"labels {list(directories)} hold likelihoods of two policies called {name!r} "
                     f"({said}); leave one of the runs out"
                 )
+            asked[name] = known if known.get("prompt_ids") else row
             likelihoods[row["prefix_key"], name] = row["logprob"]
     if not traces:
         raise UserError(f"labels {list(directories)} hold no traces; let data_gen.rollouts finish")

@@ -69,7 +69,7 @@ def warn_other_prompt(known: Rendering, policy: Policy, source: str, who: str) -
 def reads_clock(policy: Policy) -> bool:
     """Whether the prompt holds the date or time at which the command was started."""
     prompt, tokenizer = policy.config.prompt, policy.tokenizer
-    return prompt.chat and any(
+    return bool(prompt.chat) and any(
         encode_prompt(tokenizer, prompt, q, _CLOCKS[0])
         != encode_prompt(tokenizer, prompt, q, _CLOCKS[1])
         for q in _PROBES
