@@ -43,6 +43,8 @@ from pav.policy import (
     load_policy,
     tokenizer_fingerprint,
 )
+from pav.prompts import PROMPTS
+from pav.rendered import refuse_clock, rendered, warn_clock
 from pav.tasks.base import Problem, Split, Task, task_spec
 
 
@@ -185,6 +187,10 @@ def rollouts(config: RolloutsConfig) -> None:
     deadline = inf if config.hours is None else monotonic() + config.hours * 3600
     policies = [load_policy(asked(p, config.task), config.task.step_rule) for p in config.policies]
     check_policies(policies)
+    is_new = not (config.directory / MANIFEST).exists()
+    for policy in policies:
+        # A run of an older version goes on.
+        (refuse_clock if is_new else warn_clock)(policy)
     config = replace(config, sampler=say_opening(config, policies))
     rounds = _rounds(config, policies)
     if config.dry_run:
@@ -318,6 +324,7 @@ def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
         "policy": asdict(base.config),
         "policy_fingerprint": base.fingerprint,
         "rollout_policies": {p.config.label: p.fingerprint for p in policies},
+        PROMPTS: {p.config.label: rendered(p) for p in policies},
         "sampler": asdict(config.sampler),
         "seed": config.seed,
         **{

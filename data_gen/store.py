@@ -20,18 +20,9 @@ import pyarrow.parquet as pq
 
 from pav.errors import FULL, UserError, unwritable
 from pav.journal import JOURNAL, journal_line, journal_lines
-from pav.labels import (
-    COMPLETIONS,
-    LABELS,
-    TRACES,
-    Completion,
-    Key,
-    Trace,
-    place,
-    remember,
-    sealed,
-)
+from pav.labels import COMPLETIONS, LABELS, TRACES, Completion, Key, Trace, place, remember, sealed
 from pav.lock import LOCK, Lock
+from pav.prompts import PROMPTS, check_prompts
 
 MANIFEST = "manifest.json"
 # What a manifest says of how far a run is, not of what it is.
@@ -87,9 +78,10 @@ class Store:
         path = self.directory / MANIFEST
         if path.exists():
             found = read_manifest(self.directory)
-            keys = (manifest.keys() | found.keys()) - _FREE
+            keys = {*manifest, *found} - {PROMPTS, *_FREE}
             changed = sorted(k for k in keys if manifest.get(k) != found.get(k))
             if not changed:
+                check_prompts(found, manifest, f"output {str(self.directory)!r}")
                 return
             if _holds_rows(self.directory):
                 first = changed[0]

@@ -12,6 +12,8 @@ from pav.cli import run
 from pav.errors import UserError
 from pav.opening import task_option
 from pav.policy import load_policy, settled
+from pav.prompts import PROMPTS, Rendering
+from pav.rendered import rendered
 from pav.verifier import Verifier, load_verifier
 from search.efficiency import Ratio, print_ratios, ratios, write_ratios
 from search.investment import invested_flops
@@ -56,7 +58,8 @@ def compare(config: CompareConfig) -> None:
     _expect(config, session, verifiers)
     if not (output / MANIFEST).exists():
         session.check_models()
-    with open_run(output, manifest(config, digests)):
+    prompts = session.prompts(verifiers.values()) | _own_policies(config, session)
+    with open_run(output, manifest(config, digests) | {PROMPTS: prompts}):
         problems = session.problems(config.split, config.problems, config.skip)
         say_opening(session, problems, config.split)
         sweep = with_choices(Sweep(config, verifiers, session, problems, output))
@@ -81,6 +84,13 @@ def _expect(config: CompareConfig, session: Session, verifiers: dict[str, Verifi
             scoring = "separate"
         if method.verifier:
             session.expect_scorer(verifiers[method.verifier], scoring, None)
+
+
+def _own_policies(config: CompareConfig, session: Session) -> dict[str, Rendering]:
+    """How the policies are asked that methods sample from in place of the verifiers' own."""
+    policies = {m.policy.label: m.policy for m in config.methods if m.policy}
+    rule = session.task.step_rule
+    return {f"the policy {n!r}": rendered(load_policy(p, rule)) for n, p in policies.items()}
 
 
 def with_choices(sweep: Sweep) -> Sweep:

@@ -12,6 +12,7 @@ import numpy as np
 from pav.errors import UserError
 from pav.opening import print_opening, settle_cap, task_for
 from pav.policy import PolicyConfig, Sampler
+from pav.prompts import PROMPTS
 from pav.tasks.base import Problem
 from pav.verifier import Verifier, load_verifier
 from search.configs import SearchConfig, manifest, run_directory
@@ -127,7 +128,9 @@ def claim(config: SearchConfig, opened: Opened, name: str) -> Iterator[Path]:
     directory = run_directory(config, name, path)
     if not (directory / MANIFEST).exists():
         opened.session.check_models()
-    with open_run(directory, manifest(config, opened.verifier)):
+    asked = [opened.verifier] if opened.verifier is not None and config.orm is None else []
+    prompts = opened.session.prompts(asked, config.trunk)
+    with open_run(directory, manifest(config, opened.verifier) | {PROMPTS: prompts}):
         yield directory
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from pav.errors import FULL, UserError, unwritable
 from pav.interrupt import interruptible
 from pav.lock import LOCK, Lock
+from pav.prompts import PROMPTS, check_prompts
 
 MANIFEST = "manifest.json"
 
@@ -227,11 +228,14 @@ def _take(directory: Path, manifest: dict[str, Any]) -> Lock:
 def _is_another(directory: Path, manifest: dict[str, Any]) -> bool:
     """Whether a run directory without any record is another run's; one with records is refused."""
     found = json.loads((directory / MANIFEST).read_text())
-    changed = sorted(k for k in manifest.keys() | found.keys() if manifest.get(k) != found.get(k))
+    keys = {*manifest, *found} - {PROMPTS}
+    changed = sorted(k for k in keys if manifest.get(k) != found.get(k))
     if changed and any(p.stat().st_size for p in directory.rglob("*.jsonl")):
         raise UserError(
             f"output {str(directory)!r} holds a run with another {', '.join(changed)} "
             f"({changed[0]}: {found.get(changed[0])!r} there, {manifest.get(changed[0])!r} now); "
             "choose another output"
         )
+    if not changed:
+        check_prompts(found, manifest, f"output {str(directory)!r}")
     return bool(changed)

@@ -23,6 +23,7 @@ from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.opening import task_option
 from pav.policy import Sampler
+from pav.prompts import PROMPTS
 from pav.tasks.base import Task
 from pav.verifier import Card
 from search.opened import say_opening
@@ -113,6 +114,7 @@ def select(config: SelectConfig) -> None:
         "sampler": None if config.sampler is None else asdict(config.sampler),
         "method": asdict(method),
     }
+    known[PROMPTS] = session.prompts([verifier])
     session.expect_scorer(verifier, config.scoring, None)
     if not (output / MANIFEST).exists():
         session.check_models()

@@ -17,6 +17,7 @@ from pav.errors import UserError
 from pav.grading import Grader, grade_text, reference
 from pav.hub import offline_if_unreachable
 from pav.tasks.base import Grade, Problem, Split, Task, problem_id, split_of, task_spec
+from pav.text import check_text
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]*){0,2}")
 _NO_ANSWER = {
@@ -109,6 +110,7 @@ class Jsonl(Task):
         """Problems of ``source`` by id; what they say is added to ``digest``."""
         problems: dict[str, Problem] = {}
         for where, row in _rows(field, source, split):
+            check_text(row, where)
             question = self._value(row, "question_key", where)
             answer = self._value(row, "answer_key", where)
             digest.update(json.dumps([question, answer]).encode())
