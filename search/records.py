@@ -232,4 +232,6 @@ def _is_another(directory: Path, manifest: dict[str, Any]) -> bool:
             f"({changed[0]}: {found.get(changed[0])!r} there, {manifest.get(changed[0])!r} now); "
             "choose another output"
         )
+    if changed:
+        print(f"nothing in {directory} was finished: it is claimed anew")
     return bool(changed)
