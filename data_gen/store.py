@@ -90,6 +90,7 @@ class Store:
                     f"({first}: {found.get(first)!r} there, {manifest.get(first)!r} now); restore "
                     "it, or choose another output"
                 )
+            print(f"nothing in {self.directory} was finished: it is claimed anew")
             (self.directory / JOURNAL).unlink(missing_ok=True)
         replace_file(path, json.dumps(manifest, indent=1).encode())
 

@@ -236,6 +236,8 @@ def _is_another(directory: Path, manifest: dict[str, Any]) -> bool:
             f"({changed[0]}: {found.get(changed[0])!r} there, {manifest.get(changed[0])!r} now); "
             "choose another output"
         )
-    if not changed:
+    if changed:
+        print(f"nothing in {directory} was finished: it is claimed anew")
+    else:
         check_prompts(found, manifest, f"output {str(directory)!r}")
     return bool(changed)

@@ -16,6 +16,7 @@ import pytest
 
 from data_gen.rollouts import RolloutsConfig, rollouts
 from pav.cli import run
+from pav.lock import LOCK, Lock, beside
 from pav.sft import SftConfig, sft
 from pav.train import TrainConfig, train
 from search.commands import BeamConfig, BestOfNConfig, beam, best_of_n
@@ -267,6 +268,26 @@ def test_output_that_cannot_be_written_is_found_before_the_work(
     fix = {"pav.train": "cannot be written there; choose another place"}
     assert f"output {output!r} " in said
     assert fix.get(command, "is not writable (Not a directory); choose another") in said
+
+
+@pytest.mark.parametrize(
+    "command", ["data_gen.rollouts", "search.beam", "search.best_of_n", "pav.sft", "pav.train"]
+)
+def test_output_that_another_command_writes_is_refused(
+    refused: Callable[..., str], world: World, tmp_path: Path, command: str
+) -> None:
+    output = tmp_path / ("pav.ckpt" if command == "pav.train" else "run")
+    start = {
+        "data_gen.rollouts": ["--policy", world.policy],
+        "pav.train": ["--labels", f"[{world.labels}]"],
+        "pav.sft": [],
+    }.get(command, ["--verifier", world.verifier])
+    with Lock(beside(output) if command == "pav.train" else output / LOCK, output):
+        said = refused(command, *start, "--output", str(output))
+    assert said.startswith(f"output {str(output)!r} is being written by process {os.getpid()} on ")
+    assert said.endswith("wait for it or choose another output")
+    # Nothing of the refused command is left.
+    assert not output.exists() or not any(output.iterdir())
 
 
 @pytest.mark.parametrize(
