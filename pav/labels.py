@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from pav.errors import UserError
 from pav.journal import JOURNAL, journal_lines
 from pav.prompts import PROMPTS, other_prompt
-from pav.unfinished import Part, lacking
+from pav.unfinished import Part, lacking, said
 
 _IDS = pa.list_(pa.int32())
 TRACES = pa.schema(

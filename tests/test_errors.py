@@ -278,7 +278,7 @@ def test_output_that_another_command_writes_is_refused(
 ) -> None:
     output = tmp_path / ("pav.ckpt" if command == "pav.train" else "run")
     start = {
-        "data_gen.rollouts": ["--policy", world.policy],
+        "data_gen.rollouts": ["--policy", world.policy, "--task", "Tape"],
         "pav.train": ["--labels", f"[{world.labels}]"],
         "pav.sft": [],
     }.get(command, ["--verifier", world.verifier])
