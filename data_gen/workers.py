@@ -63,9 +63,8 @@ def serve(
     """What a worker does: load ``models`` and answer requests until its process ends."""
     try:
         # Here, not where the run is led: that may be a machine without a GPU.
-        shared = share_gpu(
-            models[0].config, [(m.path, m.dtype) for m in models], models[0].max_length
-        )
+        served = [(m.path, m.dtype) for m in models]
+        shared = share_gpu(models[0].config, served, models[0].max_length, say=False)
         engines = [
             Engine(m.path, m.dtype, m.max_length, config=settings)
             for m, settings in zip(models, shared, strict=True)

@@ -76,6 +76,7 @@ def share_gpu(
     models: Sequence[tuple[str, Dtype]],
     max_length: int,
     beside: Sequence[Planned] = (),
+    say: bool = True,
 ) -> list[EngineConfig]:
     """Settings of each of ``models``, which are served on the same GPU (or GPUs).
 
@@ -86,6 +87,7 @@ def share_gpu(
         models: (directory or hub id, dtype) of each engine.
         max_length: tokens of the longest sequence.
         beside: what else is on the GPU, without a KV cache.
+        say: print the shares.
 
     Raises:
         UserError: if they do not fit.
@@ -97,8 +99,9 @@ def share_gpu(
     engines += beside
     shares = gpu_shares(engines, total, max_length)
     listed = ", ".join(
-        f"{engine.name} {share * total / GIB:.1f} (weights {engine.weights / GIB:.1f})"
+        f"{engine.name!r} {share * total / GIB:.1f} (weights {engine.weights / GIB:.1f})"
         for engine, share in zip(engines, shares, strict=True)
     )
-    print(f"GPU memory of {total / GIB:.1f} GiB: {listed}")
+    if say:
+        print(f"GPU memory of {total / GIB:.1f} GiB: {listed}")
     return [replace(config, gpu_memory_utilization=share) for share in shares[: len(models)]]

@@ -113,15 +113,20 @@ def check_model(model: str, dtype: Dtype, max_length: int, config: EngineConfig)
     """
     if ON_CPU:
         check_processor()
+    # vLLM writes settings for its own process there, which workers would inherit.
+    environment = dict(os.environ)
     try:
-        _ask(engine_arguments(model, dtype, max_length, config), config)
+        _ask(engine_arguments(model, dtype, max_length, config))
     except UserError:
         raise
     except Exception as error:
         raise _refusal(model, error, "sampler.max_length, dtype and engine decide, too") from error
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
 
 
-def _ask(arguments: EngineArgs, config: EngineConfig) -> None:
+def _ask(arguments: EngineArgs) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
 
@@ -200,12 +205,11 @@ def first_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Pydantic begins with a count and the name of a class of vLLM's.
-    if len(lines) > 1 and "validation error" in lines[0]:
-        lines = lines[1:]
-    said = lines[0].removeprefix("Value error, ") if lines else ""
-    said = textwrap.shorten(said.split(" [type=")[0].rstrip(".;: "), 300, placeholder=" ...")
-    return said or type(error).__name__
+    said = lines[0] if lines else type(error).__name__
+    if len(lines) > 1 and "validation error" in said:
+        # Pydantic begins with a count and the name of a class of vLLM's; the field may follow.
+        said = " ".join(lines[1:]).split(" [type=")[0].replace("Value error, ", "")
+    return textwrap.shorten(said.rstrip(".;: "), 300, placeholder=" ...")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -40,7 +41,9 @@ def test_what_vllm_cannot_serve_is_known_before_weights_are_read(
 ) -> None:
     monkeypatch.setattr("vllm.LLMEngine.from_engine_args", None)  # it would be a TypeError
     llama, small = tiny_model("llama"), EngineConfig(kv_gib=0.02)
+    before = dict(os.environ)
     check_model(str(llama), "float32", 160, small)
+    assert dict(os.environ) == before
 
     narrow = changed(llama, tmp_path / "narrow", num_attention_heads=4, head_dim=None)
     said = refused(lambda: check_model(narrow, "float32", 160, small))
@@ -48,6 +51,11 @@ def test_what_vllm_cannot_serve_is_known_before_weights_are_read(
 
     said = refused(lambda: check_model(str(llama), "float32", 5000, small))
     assert "5000" in said and "256" in said and "validation error" not in said
+
+    said = refused(
+        lambda: check_model(str(llama), "float32", 160, EngineConfig(tensor_parallel_size=3))
+    )
+    assert "3" in said
 
     unknown = changed(llama, tmp_path / "unknown", architectures=["NobodysForCausalLM"])
     assert "NobodysForCausalLM" in refused(lambda: check_model(unknown, "float32", 160, small))
@@ -76,6 +84,8 @@ def test_cause_is_the_first_one_and_the_first_line_that_says_something() -> None
 
     counted = "1 validation error for ModelConfig\n  Value error, too long. [type=value_error]\n x"
     assert first_cause(ValueError(counted)) == "too long"
+    field = "1 validation error for CacheConfig\nblock_size\n  Input is odd [type=odd]\n   For more"
+    assert first_cause(ValueError(field)) == "block_size Input is odd"
     assert first_cause(raised(RuntimeError("engine died"), KeyError("layer.7"))) == "'layer.7'"
     assert first_cause(raised(RuntimeError("see above"), AssertionError())) == "AssertionError"
     assert first_cause(OSError("\n\n  no space \nmore")) == "no space"
