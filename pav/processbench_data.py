@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pav.errors import UserError
+from pav.text import check_text
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 CORRECT = -1
@@ -118,6 +119,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
 def _solution(row: Any, where: str) -> Solution:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a {type(row).__name__}, not an object; write one object a row")
+    check_text(row, where)
 
     def field(name: str, kind: type, what: str) -> Any:
         if name not in row:

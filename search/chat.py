@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pav.policy import Sampler
+from pav.text import no_text
 from search.records import Record
 
 
@@ -82,6 +84,15 @@ def parse_chat(body: Any, sampler: Sampler) -> Chat:
     """
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
+    if (found := no_text(body)) is not None:
+        field, character = found
+        name = re.split(r"[.\[]", field)[0]
+        raise ApiError(
+            400,
+            f"{field} holds the lone surrogate U+{ord(character):04X}, half a character; send text "
+            "that can be encoded as UTF-8",
+            name if name in body else None,
+        )
     given = {k: v for k, v in body.items() if v is not None and k not in _IGNORED}
     model = _take(given, "model", str, "")
     if not model:

@@ -14,17 +14,25 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
 from pav.steps import StepRule
+from pav.text import check_text
 
 Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. ``id`` is stable across runs; ``gold`` is the reference answer as text."""
+    """One problem. ``id`` is stable across runs; ``gold`` is the reference answer as text.
+
+    Raises:
+        UserError: if it holds what cannot be written: nothing is sampled for it.
+    """
 
     id: str
     question: str
     gold: str | None = None
+
+    def __post_init__(self) -> None:
+        check_text(vars(self), f"problem {self.id!r}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ def _plain(value: Any) -> Any:
 
 def problem_id(question: str) -> str:
     """Stable id of a problem: a hash of its normalised text (NFKC, lower case, single spaces)."""
+    check_text(question, f"question {question[:60]!r}")
     text = " ".join(unicodedata.normalize("NFKC", question).lower().split())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

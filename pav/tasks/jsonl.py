@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from pav.errors import UserError
 from pav.grading import Grader, grade_text, reference
 from pav.tasks.base import Grade, Problem, Split, Task, problem_id, split_of, task_spec
+from pav.text import check_text
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]*){0,2}")
 _NO_ANSWER = {
@@ -108,6 +109,7 @@ class Jsonl(Task):
         """Problems of ``source`` by id; what they say is added to ``digest``."""
         problems: dict[str, Problem] = {}
         for where, row in _rows(field, source, split):
+            check_text(row, where)
             question = self._value(row, "question_key", where)
             answer = self._value(row, "answer_key", where)
             digest.update(json.dumps([question, answer]).encode())

@@ -356,12 +356,17 @@ def test_bodies_that_are_no_requests_are_refused_in_openais_shape(
 ) -> None:
     url = f"{served[0]}/v1/chat/completions"
     json_type = {"content-type": "application/json"}
+    body = b'{"model": "majority-1", "messages": [{"role": "user", "content": "1+?"}]}'
     cases: list[tuple[dict[str, Any], int, str]] = [
         ({"content": b"{", "headers": json_type}, 400, "not JSON"),
         ({"content": b"[" * 100_000, "headers": json_type}, 400, "not JSON"),
         ({"content": b"[1]", "headers": json_type}, 400, "JSON object"),
         ({"content": b"{}", "headers": {"content-type": "text/plain"}}, 415, "application/json"),
         ({"content": b" " * (MAX_BODY + 1), "headers": json_type}, 413, "larger"),
+        # Half a character, as JSON spells it and as raw bytes.
+        ({"content": body.replace(b"?", b"\\ud83d"), "headers": json_type}, 400, "U+D83D"),
+        ({"content": body.replace(b"?", b"\xed\xa0\xbd"), "headers": json_type}, 400, "U+D83D"),
+        ({"content": b'{"model": "x\\udc00"}', "headers": json_type}, 400, "model holds the lone"),
     ]
     for request, status, reason in cases:
         answer = httpx.post(url, **request)
