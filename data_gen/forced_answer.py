@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pav.encoding import encode_after_step, eos_id
 from pav.errors import UserError
 from pav.policy import Policy
 from pav.tasks.base import Problem, Task
@@ -40,14 +41,13 @@ def answer_ids(task: Task, policy: Policy, problem: Problem) -> list[int]:
         raise UserError(
             f"problem {problem.id} has no reference answer; likelihoods need one for every problem"
         )
-    ids = list(policy.tokenizer.encode(text, add_special_tokens=False))
+    ids = encode_after_step(policy, text)
     if policy.text(ids) != text:
         raise UserError(
             f"the tokenizer of {policy.config.model!r} turns the forced answer {text[:60]!r} into "
             f"{policy.text(ids)[:60]!r}; change forced_answer of the task"
         )
-    eos, own = policy.stepper.eos_ids, policy.tokenizer.eos_token_id
-    return [*ids, own if own in eos else min(eos)]
+    return [*ids, eos_id(policy)]
 
 
 def packed(

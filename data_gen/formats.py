@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pav.errors import UserError
+from pav.text import check_text
 
 Format = Literal["math_shepherd", "prm800k", "trl"]
 _TAG = "ки"
@@ -57,25 +58,34 @@ class Solution:
     complete: bool
 
 
-def read_solutions(path: str, layout: Format, limit: int | None) -> Iterator[list[Solution]]:
+def read_solutions(
+    path: str, layout: Format, limit: int | None, bad: list[str] | None = None
+) -> Iterator[list[Solution]]:
     """The solutions of each of the first ``limit`` rows; none for a row that its authors gave up.
 
     Args:
         path: ``.jsonl``, ``.jsonl.gz`` or ``.parquet``.
         layout: its layout.
         limit: rows to read; all by default.
+        bad: takes what is wrong with every row that is not of that layout, which is passed over.
 
     Raises:
-        UserError: naming line and field, if a row is not of that layout.
+        UserError: naming line and field, if a row is not of that layout and ``bad`` is None.
     """
     parse = {"math_shepherd": _math_shepherd, "prm800k": _prm800k, "trl": _trl}[layout]
     for where, row in islice(_rows(path), limit):
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object; write one object a line")
-        yield parse(row, where)
+        try:
+            found = parse(_object(row, where), where)
+        except UserError as error:
+            if bad is None:
+                raise UserError(f"{error} (or leave such rows out: --skip_bad_rows)") from error
+            bad.append(str(error))
+            continue
+        yield found
 
 
 def _rows(path: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, row); a row of JSON lines as its bytes."""
     file = Path(path).expanduser()
     try:
         if file.suffix == ".parquet":
@@ -89,20 +99,24 @@ def _rows(path: str) -> Iterator[tuple[str, Any]]:
             return
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                where = f"data {path} line {number}"
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(
-                        f"{where}: not JSON ({error}); write one JSON object a line"
-                    ) from error
-                yield where, row
+                if line.strip():
+                    yield f"data {path} line {number}", line
     except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's are ValueErrors
         raise UserError(
             f"data {path!r} cannot be read ({error}); give a .jsonl, .jsonl.gz or .parquet file"
         ) from error
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if isinstance(row, bytes):
+        try:
+            row = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object; write one object a line")
+    check_text(row, where)
+    return row
 
 
 def _field(row: Any, names: str, kind: type, where: str) -> Any:
@@ -132,11 +146,15 @@ def _math_shepherd(row: dict[str, Any], where: str) -> list[Solution]:
             )
         cursor += len(piece) + 1
         steps.append(Step(piece.strip(), mark == "+"))
-    first = _FIRST_STEP.search(steps[0].text) if steps else None
-    if first is None or not steps[0].text[: first.start()].strip():
+        if not piece.strip():
+            raise UserError(f"{where}: input has an empty step {number}; mend or drop the line")
+    # The last one: a problem may list steps of its own.
+    first = [*_FIRST_STEP.finditer(steps[0].text)][-1:] if steps else []
+    start = first[0].start() if first else 0
+    question = steps[0].text[:start].strip() if steps else ""
+    if not question:
         raise UserError(f"{where}: input has no problem before 'Step 1:'; mend or drop the line")
-    question = steps[0].text[: first.start()].strip()
-    steps[0] = Step(steps[0].text[first.start() :], steps[0].label)
+    steps[0] = Step(steps[0].text[start:], steps[0].label)
     answer = _ANSWER.search(steps[-1].text)
     return [Solution(question, answer[1] if answer and steps[-1].label else None, steps, True)]
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.label import Seed
+from pav.encoding import eos_id
 from pav.errors import UserError
 from pav.policy import Policy
 from pav.tasks.base import Problem, Split, problem_id
+from pav.text import check_text
 
 GIVEN = "given"
 
@@ -130,6 +132,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object; write one object a line")
+    check_text(row, where)
     return row
 
 
@@ -169,6 +172,5 @@ def _solution(row: dict[str, Any], policy: Policy, truncated: bool, where: str) 
     if truncated and ended:
         raise UserError(f"{where}: truncated is true, but the solution has its final step")
     if not truncated and not ended:
-        own = policy.tokenizer.eos_token_id
-        ids = [*ids, own if own in eos else min(eos)]
+        ids = [*ids, eos_id(policy)]
     return ids

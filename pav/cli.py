@@ -96,6 +96,11 @@ def run(
             value = args[i + 1] if arg == flag and i + 1 < len(args) else arg.partition("=")[2]
             if (arg == flag or arg.startswith(f"{flag}=")) and not value.startswith("["):
                 args[i] = f"{flag}.model{arg.removeprefix(flag)}"
+    # "--skip_bad_rows" alone is "--skip_bad_rows true".
+    switches = [f"--{name}" for name, f in fields.items() if f.type == "bool"]
+    for i, arg in enumerate(args):
+        if arg in switches and (i + 1 == len(args) or args[i + 1].startswith("--")):
+            args[i] = f"{arg}=true"
     # A user's task module lies where the command is started.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

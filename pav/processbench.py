@@ -21,6 +21,7 @@ from rich.table import Table
 
 from pav.cli import run
 from pav.data import Example, score
+from pav.encoding import encode_steps
 from pav.errors import UserError
 from pav.evaluate import load_on_trunk
 from pav.policy import Policy
@@ -151,8 +152,7 @@ def chosen_head(card: Card, name: str | None) -> str:
 def encode(policy: Policy, solution: Solution, separator: str) -> tuple[Example, list[int], bool]:
     """A solution as the verifier's policy would have written it.
 
-    Steps end where the step rule says, and where the data say, at the token that holds the
-    separator's delimiter (or EOS): tokens are those of the whole text, never of single steps.
+    Steps end where the step rule says, and where the data say (:func:`encode_steps`).
 
     Returns:
         (the example, index among its ends of every step's own end, whether the text changed).
@@ -160,36 +160,17 @@ def encode(policy: Policy, solution: Solution, separator: str) -> tuple[Example,
     Raises:
         UserError: if the tokenizer does not tell which characters a token holds.
     """
-    if not policy.tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer of {policy.path!r} does not tell which characters a token holds; use "
-            "a trunk with a fast tokenizer (tokenizer.json)"
-        )
     prompt = policy.encode(Problem(solution.id, solution.problem))
     steps = [step.strip() for step in solution.steps]
-    text = separator.join(steps)
-    encoded = policy.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = list(encoded["input_ids"])
-    is_changed = policy.text(ids) != text
-    starts = [start for start, _ in encoded["offset_mapping"]]
-    offset = separator.index(policy.stepper.rule.delimiter)
-    at, own_ends = 0, []
-    for step in steps[:-1]:
-        at += len(step)
-        # The last token that starts at or before the delimiter holds it.
-        own_ends.append(max(1, int(np.searchsorted(starts, at + offset, side="right"))))
-        at += len(separator)
-    eos = policy.stepper.eos_ids
-    own = policy.tokenizer.eos_token_id
-    ids.append(own if own in eos else min(eos))
-    own_ends.append(len(ids))
-    ends = sorted({*policy.stepper.step_ends(ids), *own_ends})
+    encoded = encode_steps(policy, steps, separator)
+    ids = encoded.ids
+    ends = sorted({*policy.stepper.step_ends(ids), *encoded.ends})
     positions = np.array([scoring_position(len(prompt), end) for end in (0, *ends)])
     none = np.zeros((len(positions), 1), dtype=np.float32)
     example = Example(
         solution.id, [*prompt, *ids], len(prompt), ends, positions, none, none, none + 1
     )
-    return example, [ends.index(end) for end in own_ends], is_changed
+    return example, [ends.index(end) for end in encoded.ends], encoded.is_changed
 
 
 def score_steps(

@@ -18,19 +18,27 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from data_gen.forced_answer import answer_ids
 from data_gen.formats import Solution, Step, read_solutions
 from data_gen.import_labels import ImportConfig, encode, import_labels
 from data_gen.merge import MergeConfig, merge
 from data_gen.regrade import RegradeConfig, regrade
 from data_gen.seeds import given_rounds
+from pav.cli import run
 from pav.data import orm_examples, pav_examples
+from pav.encoding import encode_after_step, encode_steps
 from pav.errors import UserError
 from pav.labels import prefix_key, read_labels
 from pav.policy import Policy, PolicyConfig, Prompt, Sampler, load_policy
-from pav.steps import StepRule
-from pav.tasks.base import problem_id, split_of
-from pav.tasks.tape import Tape
+from pav.processbench import encode as bench_encode
+from pav.processbench_data import Solution as Bench
+from pav.steps import StepRule, compile_rule
+from pav.tasks.base import Problem, problem_id, split_of
+from pav.tasks.jsonl import Jsonl
+from pav.tasks.tape import Tape, tape_tokenizer
 from pav.train import TrainConfig, train
 from search.records import Candidate, Record, append
 
@@ -265,6 +273,136 @@ def test_lines_inside_a_step_are_steps_without_labels(policy: Policy) -> None:
     ]  # fmt: skip
     assert [policy.text(c.prefix_ids) for c in labels] == ["It is\nas follows.\n"]
     assert not left
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """Llama 2's kind: a text begins with "▁", spaces are "▁", other characters fall to bytes."""
+    letters = [chr(c) for c in range(33, 127)]
+    pieces = ["▁", *letters, "▁T", "▁S", "▁a", "An", "d."]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
+    core = Tokenizer(
+        models.BPE(
+            {t: i for i, t in enumerate(tokens)},
+            [("▁", "T"), ("▁", "S"), ("▁", "a"), ("A", "n"), ("d", ".")],
+            unk_token="<unk>", byte_fallback=True,
+        )
+    )  # fmt: skip
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def policy_of(tokenizer: Any) -> Policy:
+    rule = compile_rule(StepRule(), tokenizer, [tokenizer.eos_token_id])
+    return Policy(PolicyConfig("m"), "m", tokenizer, rule)
+
+
+KINDS = {"sentencepiece": policy_of(sentencepiece_like()), "tape": policy_of(tape_tokenizer())}
+# Any text that the tokenizer gives back; a step has no space around it.
+steps_of = {
+    "tape": st.lists(st.text("0123456789+-=A", min_size=1, max_size=6), min_size=1, max_size=5),
+    "chat": st.lists(
+        st.text("And S. ä\n", min_size=1).map(str.strip).filter(bool), min_size=1, max_size=5
+    ),
+}
+steps_of["sentencepiece"] = steps_of["chat"]
+
+
+@pytest.mark.parametrize("kind", ["tape", "chat", "sentencepiece"])
+@settings(deadline=None)
+@given(data=st.data())
+def test_given_solutions_have_the_tokens_of_the_whole_text(
+    kind: str, data: st.DataObject, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """As a policy that was trained on whole solutions writes them: a step is cut, never encoded."""
+    policy = KINDS.setdefault(kind, policy_of(chat_tokenizer))
+    steps = data.draw(steps_of[kind])
+    complete = data.draw(st.booleans())
+    found = encode_steps(policy, steps, "\n", complete)
+    text = "\n".join(steps) + ("" if complete else "\n")
+    own = policy.tokenizer.encode(text, add_special_tokens=False)
+    assert found.ids == own + [policy.tokenizer.eos_token_id] * complete
+    assert not found.is_changed
+    assert found.ends[-1] == len(found.ids)
+    # A step ends with the delimiter, where the step rule ends one unless it is too short.
+    for i, end in enumerate(found.ends, 1):
+        last = complete and i == len(steps)
+        assert policy.text(found.ids[:end]) == "\n".join(steps[:i]) + ("" if last else "\n")
+    if all(len(step) > 1 and "\n" not in step for step in steps):
+        assert found.ends == policy.stepper.step_ends(found.ids)
+
+
+def test_imported_steps_do_not_begin_as_a_text_does(tmp_path: Path) -> None:
+    policy = KINDS["sentencepiece"]
+    steps = [Step("Take 3.", True), Step("And 4.", False), Step("So 7.", True)]
+    [trace], labels, _ = encode([Solution("Q1?", None, steps, True)], policy, "them", 60)
+    tokens = policy.tokenizer.convert_ids_to_tokens(trace.ids)
+    starts = [tokens[i] for i in (0, *trace.step_ends[:-1])]
+    assert starts == ["▁T", "An", "S"]
+    assert tokens[-1] == "</s>"
+    assert [c.correct for c in labels] == [True, False]
+    assert policy.text(labels[1].prefix_ids) == "Take 3.\nAnd 4.\n"
+    # The two readers of steps agree, and so does the answer that is appended to a step.
+    bench, own, is_changed = bench_encode(
+        policy, Bench("a", "Q1?", [s.text for s in steps], -1), "\n"
+    )
+    assert (bench.ids[bench.prompt_length :], is_changed) == (trace.ids, False)
+    assert [bench.ends[i] for i in own] == trace.step_ends
+    assert encode_after_step(policy, "So 7.") == trace.ids[trace.step_ends[1] : -1]
+    answer = answer_ids(Jsonl(grader="none"), policy, Problem("p", "Q1?", "So 7."))
+    assert answer == trace.ids[trace.step_ends[1] :]
+
+
+def test_a_math_shepherd_problem_with_steps_of_its_own_is_not_cut_there(tmp_path: Path) -> None:
+    question = "Follow this. Step 1: Take 3. Step 2: Double it. What is left?"
+    text = f"{question} Step 1: It is 3. @@\nStep 2: 2 * 3 = 6. The answer is: 6 @@"
+    row = {"input": text.replace("@@", "ки"), "label": text.replace("@@", "+")}
+    [[found]] = read_solutions(written(tmp_path / "x.jsonl", row), "math_shepherd", None)
+    assert found.question == question
+    assert [s.text for s in found.steps] == [
+        "Step 1: It is 3.", "Step 2: 2 * 3 = 6. The answer is: 6"
+    ]  # fmt: skip
+
+
+def test_a_bad_row_is_named_or_skipped_and_counted(
+    model: PolicyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[Any] = shepherd_rows(20)
+    empty = {"input": "Why? Step 1: x ки\n ки", "label": "Why? Step 1: x +\n +"}
+    rows[4:4] = [empty]
+    rows[9:9] = [[], {"input": 3}, {"input": "\ud83d", "label": ""}]
+    file = Path(written(tmp_path / "x.jsonl", *rows))
+    file.write_text(file.read_text() + "{")
+    argv = ["--format", "math_shepherd", "--data", str(file), "--policy.model", model.model,
+            "--policy.prompt.chat", "true", "--grader", "number"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        run(import_labels, ImportConfig, "data_gen.import_labels",
+            [*argv, "--output", str(tmp_path / "a")])  # fmt: skip
+    told = capsys.readouterr().err
+    assert "x.jsonl line 5: input has an empty step 2; mend or drop the line" in told
+    assert "--skip_bad_rows" in told and told.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+    run(import_labels, ImportConfig, "data_gen.import_labels",
+        [*argv, "--output", str(tmp_path / "a"), "--skip_bad_rows"])  # fmt: skip
+    said = capsys.readouterr()
+    assert "5 bad rows are skipped; the first: data" in said.err
+    assert "5 bad rows" in said.out.partition("left out: ")[2].splitlines()[0]
+    clean = written(tmp_path / "y.jsonl", *shepherd_rows(20))
+    import_labels(ImportConfig("math_shepherd", clean, str(tmp_path / "b"), model, grader="number"))
+    skipped, whole = (read_labels([str(tmp_path / name)]) for name in "ab")
+    assert skipped.traces == whole.traces and skipped.counts == whole.counts
+    bad = written(tmp_path / "z.jsonl", empty)
+    with pytest.raises(
+        UserError, match=r"holds no solutions \(1 bad rows, the first: data .* line 1"
+    ):
+        import_labels(ImportConfig("math_shepherd", bad, str(tmp_path / "c"), model,
+                                   skip_bad_rows=True))  # fmt: skip
 
 
 def shepherd_rows(count: int) -> list[dict[str, Any]]:
