@@ -1,14 +1,16 @@
 """``data_gen.import_labels``: public data sets of labelled steps as a label run for ``pav.train``.
 
 A step's label becomes k of n = 1 at the prefix that ends with it, under a pseudo-policy named after
-the data set: the head ``q/<name>`` then predicts such labels. Steps are re-encoded one by one with
-the policy's tokenizer, as its own solutions would be cut. What was labelled is what the data set's
-authors meant: in PRM800K that a step is correct, which is no chance of finishing right.
+the data set: the head ``q/<name>`` then predicts such labels. Solutions have the tokens in which
+the policy would have written them (:mod:`pav.encoding`), and are cut into steps as its own would
+be. What was labelled is what the data set's authors meant: in PRM800K that a step is correct, which
+is no chance of finishing right.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,11 +25,14 @@ from data_gen.runs import Run
 from data_gen.seeds import digest
 from data_gen.store import Store, replace_file
 from pav.cli import run
+from pav.encoding import encode_steps
 from pav.errors import UserError
 from pav.grading import Grader, reference
 from pav.interrupt import interruptible
 from pav.labels import Completion, Trace, prefix_key
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
+from pav.prompts import PROMPTS
+from pav.rendered import refuse_clock, rendered
 from pav.steps import StepRule
 from pav.tasks.base import Problem, problem_id, split_of, task_spec
 from pav.tasks.jsonl import Jsonl
@@ -54,6 +59,8 @@ class ImportConfig:
         grader: how answers of these problems are read (see pav.tasks.jsonl); by default ``math``,
             for ``trl``, which has no answers, ``none``.
         limit: rows to read; all of them are kept in memory (some kB each).
+        skip_bad_rows: leave out rows that are not of the layout, and count them; otherwise the
+            first one ends the import.
     """
 
     format: Format
@@ -65,6 +72,7 @@ class ImportConfig:
     step_rule: StepRule = field(default_factory=StepRule)
     grader: Grader | None = None
     limit: int | None = None
+    skip_bad_rows: bool = False
 
 
 def import_labels(config: ImportConfig) -> None:
@@ -74,10 +82,17 @@ def import_labels(config: ImportConfig) -> None:
         raise UserError(f"output {config.output!r} is not empty; choose another directory")
     name = config.name or config.format
     policy = load_policy(config.policy, config.step_rule)
-    solutions = [s for row in read_solutions(config.data, config.format, config.limit) for s in row]
+    refuse_clock(policy)
+    bad: list[str] | None = [] if config.skip_bad_rows else None
+    rows = read_solutions(config.data, config.format, config.limit, bad)
+    solutions = [s for row in rows for s in row]
     if not solutions:
-        raise UserError(f"data {config.data!r} holds no solutions; give another file")
+        why = f" ({len(bad)} bad rows, the first: {bad[0]})" if bad else ""
+        raise UserError(f"data {config.data!r} holds no solutions{why}; give another file")
     traces, completions, left_out = encode(solutions, policy, name, config.sampler.max_length)
+    if bad:
+        left_out["bad rows"] = len(bad)
+        print(f"WARNING: {len(bad)} bad rows are skipped; the first: {bad[0]}", file=sys.stderr)
     if not traces:
         reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
         raise UserError(f"data {config.data!r}: no solution can be used ({reasons})")
@@ -98,6 +113,8 @@ def import_labels(config: ImportConfig) -> None:
         "policy": asdict(replace(config.policy, name=name)),
         "policy_fingerprint": policy.fingerprint,
         "rollout_policies": {name: digest(config.data)},
+        # By its own name, too: labels that it made itself must have been asked alike.
+        PROMPTS: dict.fromkeys((name, config.policy.label), rendered(policy)),
         "sampler": asdict(config.sampler),
         "n_mc": 1,
     }
@@ -127,17 +144,20 @@ def encode(
     seen: set[str] = set()
     index: Counter[str] = Counter()
     seeds: Counter[str] = Counter()
+    delimiter = policy.stepper.rule.delimiter
     for solution in solutions:
         pid = problem_id(solution.question)
         split = split_of(pid)
         if split == "test":
             left_out["of the test split"] += 1
             continue
-        encoded = _ids(solution, policy)
-        if encoded is None:
+        texts = [step.text for step in solution.steps]
+        encoded = encode_steps(policy, texts, delimiter, solution.complete)
+        ids = encoded.ids
+        closed = any(i in policy.stepper.eos_ids for i in ids[: -1 if solution.complete else None])
+        if encoded.is_changed or closed:
             left_out["that the tokenizer changes"] += 1
             continue
-        ids, ends = encoded
         key = prefix_key(pid, ids)
         if key in seen:
             left_out["repeated"] += 1
@@ -165,7 +185,7 @@ def encode(
         )
         seeds[pid] += 1
         traces[trace.trace_id] = trace
-        for step, end in zip(solution.steps, ends, strict=True):
+        for step, end in zip(solution.steps, encoded.ends, strict=True):
             if step.label is None or (solution.complete and end == len(ids)):
                 continue  # the end of a complete solution is its outcome
             if end not in boundaries:
@@ -178,23 +198,6 @@ def encode(
             )
             index[where] += 1
     return list(traces.values()), completions, left_out
-
-
-def _ids(solution: Solution, policy: Policy) -> tuple[list[int], list[int]] | None:
-    """(ids, end of every step); None where ids do not spell the text."""
-    eos = policy.stepper.eos_ids
-    own = policy.tokenizer.eos_token_id
-    ids: list[int] = []
-    ends: list[int] = []
-    for number, step in enumerate(solution.steps, 1):
-        final = solution.complete and number == len(solution.steps)
-        text = step.text if final else step.text + policy.stepper.rule.delimiter
-        part = list(policy.tokenizer.encode(text, add_special_tokens=False))
-        if policy.text(part) != text or any(i in eos for i in part):
-            return None
-        ids += [*part, own if own in eos else min(eos)] if final else part
-        ends.append(len(ids))
-    return ids, ends
 
 
 def _grader(config: ImportConfig) -> Grader:

@@ -31,9 +31,10 @@ from data_gen.runs import (
 from data_gen.store import Store, replace_file
 from pav.errors import UserError
 from pav.interrupt import interruptible
-from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes
+from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes, two_askers
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.progress import Reporter
+from pav.rendered import refuse_clock, rendered
 from pav.tasks.base import Problem, Task
 from pav.trunk import load_trunk
 
@@ -48,6 +49,8 @@ LIKELIHOOD = pa.schema(
         ("logprob", pa.float64()),
     ]
 )
+# Last column, a digest of the rendered prompt; parts of older versions do not tell it.
+PROMPT_IDS = pa.field("prompt_ids", pa.string())
 # Solutions between two parts of the table: what a death costs.
 PART = 256
 
@@ -95,15 +98,19 @@ def likelihood(config: LikelihoodConfig) -> None:
 
 
 def _known(run: Run, policy: Policy) -> dict[tuple[str, str], float]:
-    """What the table holds; a name must stand for one policy."""
-    for row in likelihood_rows(run.directory):
-        same = row["policy_fingerprint"] == policy.fingerprint
-        if row["policy"] == policy.config.label and not same:
+    """What the table holds; a name must stand for one policy and one prompt."""
+    name, asked = policy.config.label, rendered(policy)["ids"]
+    own = [row for row in likelihood_rows(run.directory) if row["policy"] == name]
+    now = {"policy_fingerprint": policy.fingerprint, PROMPT_IDS.name: asked}
+    for row in own:
+        if said := two_askers(row, now):
             raise UserError(
                 f"labels {str(run.directory)!r} hold likelihoods of another policy called "
-                f"{policy.config.label!r} (fingerprint {row['policy_fingerprint']}, now "
-                f"{policy.fingerprint}); set policy.name, or remove {LIKELIHOODS}/ there"
+                f"{name!r}, or under another prompt ({said} now); put back the model and its chat "
+                f"template, set policy.name, or remove {LIKELIHOODS}/ there"
             )
+    if not own:
+        refuse_clock(policy)
     return read_likelihood(run.directory)
 
 
@@ -150,6 +157,7 @@ def _write(
     folder = run.directory / LIKELIHOODS
     scorer: Scorer | None = None
     rows: list[dict[str, Any]] = []
+    asked = rendered(policy)["ids"]
     with Reporter("likelihood", len(owed), "solutions") as reporter:
         for number, trace in enumerate(owed, 1):
             problem = Problem(trace.problem_id, trace.question, trace.gold)
@@ -174,6 +182,7 @@ def _write(
                         "answer": policy.text(answer),
                         "answer_tokens": len(answer),
                         "logprob": float(value),
+                        PROMPT_IDS.name: asked,
                     }
                     for (key, _), value in zip(new, values, strict=True)
                 ]
@@ -202,7 +211,9 @@ def write_part(folder: Path, rows: list[dict[str, Any]]) -> None:
     folder.mkdir(exist_ok=True)
     number = 1 + max((int(p.stem.split("-")[1]) for p in folder.glob("part-*.parquet")), default=-1)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=LIKELIHOOD), sink, compression="zstd")
+    told = any(PROMPT_IDS.name in row for row in rows)
+    schema = LIKELIHOOD.append(PROMPT_IDS) if told else LIKELIHOOD
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
     target = folder / f"part-{number:05d}.parquet"
     try:
         replace_file(target, sink.getvalue().to_pybytes())

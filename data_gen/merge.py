@@ -18,7 +18,8 @@ from data_gen.runs import Run, part_of, read_run, run_on_directories
 from data_gen.store import MANIFEST, Store, replace_file
 from pav.errors import UserError
 from pav.interrupt import interruptible
-from pav.labels import LIKELIHOODS, check_agreement, likelihood_rows
+from pav.labels import LIKELIHOODS, check_agreement, likelihood_rows, two_askers
+from pav.prompts import PROMPTS
 from pav.unfinished import COMMON, lacking, said
 
 
@@ -94,17 +95,20 @@ def _likelihoods(directories: list[Path]) -> list[dict[str, Any]]:
         UserError: if they call two policies by one name.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    named: dict[str, tuple[str, Path]] = {}
+    named: dict[str, tuple[dict[str, Any], Path]] = {}
     for directory in directories:
         for row in likelihood_rows(directory):
-            name, fingerprint = row["policy"], row["policy_fingerprint"]
-            known, where = named.setdefault(name, (fingerprint, directory))
-            if known != fingerprint:
+            name = row["policy"]
+            known, where = named.get(name, (row, directory))
+            if differ := two_askers(known, row):
                 raise UserError(
                     f"labels {str(where)!r} and {str(directory)!r} hold likelihoods of two "
-                    f"policies called {name!r} (fingerprints {known} and {fingerprint}); remove "
-                    f"{LIKELIHOODS}/ in one of them, or make it again with another policy.name"
+                    f"policies called {name!r} ({differ}); remove {LIKELIHOODS}/ in one of them, "
+                    "or make it again with another policy.name"
                 )
+            if not known.get("prompt_ids"):  # a row that tells more may follow
+                known, where = row, directory
+            named[name] = known, where
             found.setdefault((row["prefix_key"], name), row)
     return list(found.values())
 
@@ -115,8 +119,9 @@ def _manifest(runs: list[Run]) -> dict[str, Any]:
     return {
         **{key: first[key] for key in COMMON},
         "rollout_policies": {name: f for run in runs for name, f in run.policies.items()},
+        PROMPTS: {n: p for run in runs for n, p in run.manifest.get(PROMPTS, {}).items()},
         "merged": [
-            {k: v for k, v in run.manifest.items() if k not in (*COMMON, "partial")}
+            {k: v for k, v in run.manifest.items() if k not in (*COMMON, PROMPTS, "partial")}
             | {"directory": str(run.directory)}
             for run in runs
         ],

@@ -22,7 +22,7 @@ from data_gen.label import Labeler, OutOfTime, Roller, Seed, label, owed
 from data_gen.pool import WORKERS, Model, RemoteEngine
 from data_gen.runs import Run
 from data_gen.seeds import digest, given_rounds
-from data_gen.store import Store
+from data_gen.store import MANIFEST, Store
 from data_gen.strategies import Plan, Strategy
 from data_gen.workers import open_pool
 from pav.cli import run
@@ -30,6 +30,8 @@ from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.interrupt import interruptible
 from pav.policy import Policy, PolicyConfig, Sampler, asked, load_policy, tokenizer_fingerprint
+from pav.prompts import PROMPTS
+from pav.rendered import refuse_clock, rendered, warn_clock
 from pav.tasks.base import Problem, Split, Task, task_spec
 from pav.tasks.tape import Tape
 
@@ -165,6 +167,10 @@ def rollouts(config: RolloutsConfig) -> None:
     deadline = inf if config.hours is None else monotonic() + config.hours * 3600
     policies = [load_policy(asked(p, config.task), config.task.step_rule) for p in config.policies]
     check_policies(policies)
+    is_new = not (config.directory / MANIFEST).exists()
+    for policy in policies:
+        # A run of an older version goes on.
+        (refuse_clock if is_new else warn_clock)(policy)
     rounds = _rounds(config, policies)
     if config.dry_run:
         from data_gen.pilot import print_plan
@@ -264,6 +270,7 @@ def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
         "policy": asdict(base.config),
         "policy_fingerprint": base.fingerprint,
         "rollout_policies": {p.config.label: p.fingerprint for p in policies},
+        PROMPTS: {p.config.label: rendered(p) for p in policies},
         "sampler": asdict(config.sampler),
         "seed": config.seed,
         **{

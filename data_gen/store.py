@@ -32,6 +32,7 @@ from pav.labels import (
     sealed,
 )
 from pav.lock import LOCK, Lock
+from pav.prompts import PROMPTS, other_prompt, refusal
 
 MANIFEST = "manifest.json"
 # What a manifest says of how far a run is, not of what it is.
@@ -87,17 +88,21 @@ class Store:
         path = self.directory / MANIFEST
         if path.exists():
             found = read_manifest(self.directory)
-            keys = (manifest.keys() | found.keys()) - _FREE
+            keys = (manifest.keys() | found.keys()) - _FREE - {PROMPTS}
             changed = sorted(k for k in keys if manifest.get(k) != found.get(k))
-            if not changed:
+            asked = other_prompt(found.get(PROMPTS, {}), manifest.get(PROMPTS, {}))
+            if not changed and not asked:
                 return
-            if _holds_rows(self.directory):
+            has_rows = _holds_rows(self.directory)
+            if changed and has_rows:
                 first = changed[0]
                 raise UserError(
                     f"output {str(self.directory)!r} was made with another {', '.join(changed)} "
                     f"({first}: {found.get(first)!r} there, {manifest.get(first)!r} now); restore "
                     "it, or choose another output"
                 )
+            if has_rows:
+                raise UserError(refusal(f"output {str(self.directory)!r}", asked))
             print(f"nothing in {self.directory} was finished: it is claimed anew")
             (self.directory / JOURNAL).unlink(missing_ok=True)
         replace_file(path, json.dumps(manifest, indent=1).encode())

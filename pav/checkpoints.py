@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pav.data import Example
 from pav.errors import UserError
+from pav.prompts import PROMPTS, check_prompts
 from pav.train_config import TrainConfig
 from pav.verifier import Card
 
@@ -101,6 +102,7 @@ def resume_or_refuse(
         "task": card.task,
         "trunk_digest": card.trunk_digest,
         "label_contents": digest.hexdigest()[:16],
+        PROMPTS: {f"trunk {card.trunk!r}": card.trunk_prompt},
     }
     plain = json.loads(json.dumps({k: v for k, v in plain.items() if k not in _FREE}))
     path = working / "train.json"
@@ -110,7 +112,9 @@ def resume_or_refuse(
             path.write_text(json.dumps(plain, indent=1))
         return
     found = json.loads(path.read_text())
-    if changed := sorted(k for k in plain if plain[k] != found.get(k)):
+    # Before the contents of the labels, which hold the prompts.
+    check_prompts(found, plain, f"the unfinished run in {str(working)!r}")
+    if changed := sorted(k for k in {*plain} - {PROMPTS} if plain[k] != found.get(k)):
         raise UserError(
             f"{str(working)!r} holds an unfinished run with another {', '.join(changed)} "
             f"({changed[0]}: {found.get(changed[0])!r} there, {plain[changed[0]]!r} now); restore "

@@ -24,6 +24,7 @@ from pav.lock import Lock, beside
 from pav.measure import measure
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.reliability import draw
+from pav.rendered import warn_other_prompt
 from pav.report import first_half, label_facts, print_metrics
 from pav.tasks.base import Task
 from pav.trunk import HeadedTrunk
@@ -158,6 +159,7 @@ def load_on_trunk(verifier: Verifier, task: Task, trunk: str | None) -> tuple[He
             f"the trunk at {path!r} has another tokenizer than the one that {str(verifier.path)!r} "
             "was trained with; name the right one with --trunk"
         )
+    warn_other_prompt(card.trunk_prompt, policy, f"verifier {str(verifier.path)!r}", "its trunk")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return load_model(verifier, path).to(device), policy
 

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from pav.errors import UserError
 from pav.journal import JOURNAL, journal_lines
+from pav.prompts import PROMPTS, other_prompt
 from pav.unfinished import Part, lacking, said
 
 _IDS = pa.list_(pa.int32())
@@ -300,7 +301,7 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
     warnings: list[str] = []
     all_sealed = True
     likelihoods: dict[tuple[str, str], float] = {}
-    asked: dict[str, str] = {}
+    asked: dict[str, dict[str, Any]] = {}
     for directory in map(Path, directories):
         path = directory / "manifest.json"
         if not path.exists():
@@ -320,12 +321,14 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
         endings |= {t.trace_id: t for t in own}
         completions |= rows.completions
         for row in likelihood_rows(directory):
-            name, fingerprint = row["policy"], row["policy_fingerprint"]
-            if asked.setdefault(name, fingerprint) != fingerprint:
+            name = row["policy"]
+            known = asked.get(name, row)
+            if differ := two_askers(known, row):
                 raise UserError(
                     f"labels {list(directories)} hold likelihoods of two policies called {name!r} "
-                    f"(fingerprints {asked[name]}, {fingerprint}); leave one of the runs out"
+                    f"({differ}); leave one of the runs out"
                 )
+            asked[name] = known if known.get("prompt_ids") else row
             likelihoods[row["prefix_key"], name] = row["logprob"]
     if not traces:
         raise UserError(f"labels {list(directories)} hold no traces; let data_gen.rollouts finish")
@@ -360,12 +363,24 @@ def likelihood_rows(directory: Path) -> list[dict[str, Any]]:
     return _rows(directory / LIKELIHOODS)
 
 
+def two_askers(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """How rows of likelihoods differ in policy or prompt; empty where they do not.
+
+    Rows of older versions do not tell the prompt.
+    """
+    for key, what in (("policy_fingerprint", "fingerprints"), ("prompt_ids", "prompt ids")):
+        one, other = a.get(key), b.get(key)
+        if one != other and None not in (one, other):
+            return f"{what} {one} and {other}"
+    return ""
+
+
 def check_agreement(manifests: dict[str, dict[str, Any]]) -> None:
     """Refuse to mix label runs (directory -> manifest) of two settings.
 
     Raises:
-        UserError: if the last disagrees with the first on a key of :data:`AGREE`, or calls a
-            rollout policy by the name of another one.
+        UserError: if the last disagrees with the first on a key of :data:`AGREE`, calls a
+            rollout policy by the name of another one, or asked one with another prompt.
     """
     (first, wanted), *_, (last, found) = [*manifests.items()] * 2
     for key in AGREE:
@@ -383,6 +398,12 @@ def check_agreement(manifests: dict[str, dict[str, Any]]) -> None:
                     f"fingerprints {fingerprint} and {known}; make one of them again with another "
                     "prover.name, or leave it out"
                 )
+    for other, manifest in manifests.items():
+        if differ := other_prompt(manifest.get(PROMPTS, {}), found.get(PROMPTS, {})):
+            raise UserError(
+                f"labels {other!r} and {last!r} were made with two prompts by the same settings: "
+                f"{differ}; leave one of them out"
+            )
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +20,13 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from pav.errors import UserError
 from pav.steps import Stepper, StepRule, compile_rule
 from pav.tasks.base import Problem, Task
+from pav.text import check_text
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ASSET_PREFIX = "pav:"
+# What chat templates take for now; a run over midnight asks alike.
+STARTED = datetime.now()
+CLOCK = "strftime_now"
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Prompt:
         system: system message (chat only).
         few_shot: (question, solution) pairs shown first.
         assistant_prefix: text that opens the assistant's turn (chat) or ends the prompt (raw).
-        chat_template_kwargs: passed to the chat template, e.g. ``enable_thinking: false``.
+        chat_template_kwargs: passed to the chat template, e.g. ``enable_thinking: false``;
+            ``strftime_now: 2026-07-31`` is the date that a template takes for today.
     """
 
     template: str = "{question}\n"
@@ -46,6 +53,22 @@ class Prompt:
     def __post_init__(self) -> None:
         if "{question}" not in self.template:
             raise UserError(f"prompt.template {self.template!r} has no {{question}}; add it")
+        check_text(asdict(self), "prompt")
+        self.clock(STARTED)
+
+    def clock(self, now: datetime) -> datetime:
+        """What the chat template takes for now: the given date, or ``now``.
+
+        Raises:
+            UserError: if what is given is no date.
+        """
+        given = self.chat_template_kwargs.get(CLOCK)
+        try:
+            return now if given is None else datetime.fromisoformat(given)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"prompt.chat_template_kwargs.{CLOCK} is {given!r}; give a date such as 2026-07-31"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -150,10 +173,12 @@ class Policy:
     path: str
     tokenizer: PreTrainedTokenizerBase
     stepper: Stepper
+    # It goes with the policy to other processes, which start later.
+    clock: datetime = STARTED
 
     def encode(self, problem: Problem) -> list[int]:
         """Prompt ids of ``problem``; no second BOS in front (``design``: "BOS rule")."""
-        return encode_prompt(self.tokenizer, self.config.prompt, problem.question)
+        return encode_prompt(self.tokenizer, self.config.prompt, problem.question, self.clock)
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of solution ids, special tokens removed."""
@@ -163,9 +188,13 @@ class Policy:
             return str(backend.decode(list(ids), skip_special_tokens=True))
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Weights, tokenizer and prompt: what a rollout's distribution depends on."""
+        """Weights, tokenizer and prompt settings: what a rollout's distribution depends on.
+
+        Read once per load: that takes a third of a second. What a chat template makes of the
+        settings is :func:`pav.rendered.rendered`.
+        """
         parts = [weights_digest(self.path), tokenizer_fingerprint(self.tokenizer)]
         parts.append(json.dumps(asdict(self.config.prompt), sort_keys=True))
         return hashlib.sha256("\n".join([*parts, self.config.dtype]).encode()).hexdigest()[:16]
@@ -203,8 +232,13 @@ def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(ids)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, question: str) -> list[int]:
-    """Ids of a prompt: the chat template's own, or the raw text's own encoding."""
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, question: str, clock: datetime = STARTED
+) -> list[int]:
+    """Ids of a prompt: the chat template's own, or the raw text's own encoding.
+
+    ``clock`` is what the template takes for now, unless the prompt names a date.
+    """
     user = prompt.template.replace("{question}", question)
     shots = [(prompt.template.replace("{question}", q), a) for q, a in prompt.few_shot]
     if prompt.chat:
@@ -217,9 +251,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, question: 
         for q, a in shots:
             messages += [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
         messages.append({"role": "user", "content": user})
+        # A variable of the template hides the function of that name, which reads the real clock.
+        given = {**prompt.chat_template_kwargs, CLOCK: prompt.clock(clock).strftime}
         try:
             text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **prompt.chat_template_kwargs
+                messages, tokenize=False, add_generation_prompt=True, **given
             )
         except TemplateError as error:  # Gemma's, for one, knows no system message
             raise UserError(

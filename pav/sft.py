@@ -33,6 +33,8 @@ from pav.interrupt import interruptible
 from pav.lock import LOCK, Lock
 from pav.policy import Prompt, encode_prompt, load_tokenizer, model_path
 from pav.progress import LightningProgress
+from pav.prompts import PROMPTS, check_prompts
+from pav.rendered import rendering
 from pav.tasks.base import Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
 
@@ -207,14 +209,13 @@ def _sft(config: SftConfig, output: Path) -> None:
     # A death while the model was written leaves both: it is written again.
     if (output / "config.json").exists() and not unfinished:
         raise UserError(f"output {config.output!r} already holds a model; choose another directory")
-    _refuse_other(config, output, last.exists())
+    path = model_path(config.init) if config.init else ""
+    tokenizer = load_tokenizer(path) if path else tape_tokenizer()
+    _refuse_other(config, output, last.exists(), tokenizer)
     L.seed_everything(config.seed, verbose=False)
-    if config.init:
-        path = model_path(config.init)
-        tokenizer = load_tokenizer(path)
+    if path:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     else:
-        tokenizer = tape_tokenizer()
         model = LlamaForCausalLM(llama_config(config, len(tokenizer)))
     # Measured on CPU at these lengths under bf16 autocast: 1.7 times as fast as fused attention.
     model.set_attn_implementation("eager")
@@ -264,20 +265,25 @@ def _sft(config: SftConfig, output: Path) -> None:
     print(f"policy: {output}\nnext: data_gen.rollouts --policy {output} --output runs/labels")
 
 
-def _refuse_other(config: SftConfig, output: Path, resuming: bool) -> None:
+def _refuse_other(
+    config: SftConfig, output: Path, resuming: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Write down what is trained; a run under another configuration is not resumed."""
-    plain = json.loads(json.dumps(asdict(config) | {"task": task_spec(config.task)}))
+    prompts = {"the policy": rendering(tokenizer, config.prompt)}
+    settings = asdict(config) | {"task": task_spec(config.task), PROMPTS: prompts}
+    plain = json.loads(json.dumps(settings))
     path = output / "sft.json"
     if not resuming or not path.exists():
         path.write_text(json.dumps(plain, indent=1))
         return
     found = json.loads(path.read_text())
-    if changed := sorted(k for k in plain if plain[k] != found.get(k)):
+    if changed := sorted(k for k in {*plain} - {PROMPTS} if plain[k] != found.get(k)):
         raise UserError(
             f"output {config.output!r} holds an unfinished run with another {', '.join(changed)} "
             f"({changed[0]}: {found.get(changed[0])!r} there, {plain[changed[0]]!r} now); restore "
             "it, or choose another output"
         )
+    check_prompts(found, plain, f"the unfinished run in {config.output!r}")
 
 
 def llama_config(config: SftConfig, vocabulary: int) -> LlamaConfig:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import lightning as L
@@ -48,7 +48,9 @@ from pav.policy import (
     tokenizer_fingerprint,
     weights_digest,
 )
+from pav.prompts import PROMPTS
 from pav.reliability import draw
+from pav.rendered import refuse_clock, rendered
 from pav.report import fit_and_report, print_report
 from pav.tasks.base import Task, task_spec
 from pav.train_config import TrainConfig
@@ -110,6 +112,8 @@ def _train(config: TrainConfig) -> Card | None:
             f"trunk {config.trunk!r} has another tokenizer than the labels' policy "
             f"{card.policy['model']!r}; use a trunk of the same tokenizer"
         )
+    refuse_clock(policy)
+    card = replace(card, trunk_prompt=rendered(policy))
     cap = card.sampler["max_length"]
     train_set, validation = (
         orm_examples(labels, split, policy, cap)
@@ -299,6 +303,7 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
         else {},
         head=config.head,
         loss=config.loss,
+        policy_prompt=manifest.get(PROMPTS, {}).get(base.label, {}),
     )
 
 

@@ -72,6 +72,9 @@ class Card:
         lora: ``rank`` and ``alpha`` of the adapters, empty where there are none.
         head: ``linear`` rows, or an ``mlp`` that vLLM cannot serve.
         loss: what the heads were fitted with.
+        policy_prompt: how the policy was asked for the labels (:mod:`pav.rendered`); empty in
+            checkpoints of older versions.
+        trunk_prompt: how the trunk was asked in training; likewise.
     """
 
     heads: list[str]
@@ -97,6 +100,8 @@ class Card:
     lora: dict[str, Any] = field(default_factory=dict)
     head: HeadKind = "linear"
     loss: str = "bce"
+    policy_prompt: dict[str, str] = field(default_factory=dict)
+    trunk_prompt: dict[str, str] = field(default_factory=dict)
 
     def calibrator(self, head: str, with_surprise: bool) -> Calibrator:
         """Calibrator of ``head``."""

@@ -9,6 +9,9 @@ from typing import Any
 
 from pav.cli import run
 from pav.errors import UserError
+from pav.policy import load_policy
+from pav.prompts import PROMPTS, Rendering
+from pav.rendered import rendered
 from pav.verifier import Verifier, load_verifier
 from search.efficiency import Ratio, print_ratios, ratios, write_ratios
 from search.investment import invested_flops
@@ -21,7 +24,7 @@ from search.report import write_report
 from search.sampled import sample_points
 from search.select import Choice, choose, print_choice, write_choice
 from search.select import manifest as selected
-from search.session import open_session
+from search.session import Session, open_session
 from search.sweep import Sweep, search_points
 
 __all__ = ["CompareConfig", "Investment", "Method", "compare", "main"]
@@ -48,7 +51,8 @@ def compare(config: CompareConfig) -> None:
     output = Path(config.output)
     digests = {name: v.digest for name, v in verifiers.items()}
     digests |= {model.config.model: model.digest for _, model in reward_models}
-    with open_run(output, manifest(config, digests)):
+    prompts = session.prompts(verifiers.values()) | _own_policies(config, session)
+    with open_run(output, manifest(config, digests) | {PROMPTS: prompts}):
         problems = session.problems(config.split, config.problems, config.skip)
         sweep = with_choices(Sweep(config, verifiers, session, problems, output))
         points: list[Point] = []
@@ -60,6 +64,13 @@ def compare(config: CompareConfig) -> None:
         write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
         _report(config, points, invested)
         session.check()
+
+
+def _own_policies(config: CompareConfig, session: Session) -> dict[str, Rendering]:
+    """How the policies are asked that methods sample from in place of the verifiers' own."""
+    policies = {m.policy.label: m.policy for m in config.methods if m.policy}
+    rule = session.task.step_rule
+    return {f"the policy {n!r}": rendered(load_policy(p, rule)) for n, p in policies.items()}
 
 
 def with_choices(sweep: Sweep) -> Sweep:

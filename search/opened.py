@@ -11,6 +11,7 @@ import numpy as np
 
 from pav.errors import UserError
 from pav.policy import PolicyConfig, Sampler
+from pav.prompts import PROMPTS
 from pav.tasks.tape import Tape
 from pav.verifier import Verifier, load_verifier
 from search.configs import SearchConfig, manifest, run_directory
@@ -110,7 +111,9 @@ def claim(config: SearchConfig, opened: Opened, name: str) -> Iterator[Path]:
     """The run directory, created or found to be this run's (:func:`search.records.open_run`)."""
     path = None if opened.verifier is None else opened.verifier.path
     directory = run_directory(config, name, path)
-    with open_run(directory, manifest(config, opened.verifier)):
+    asked = [opened.verifier] if opened.verifier is not None and config.orm is None else []
+    prompts = opened.session.prompts(asked, config.trunk)
+    with open_run(directory, manifest(config, opened.verifier) | {PROMPTS: prompts}):
         yield directory
 
 

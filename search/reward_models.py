@@ -31,6 +31,8 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from pav.engine import Read
 from pav.errors import UserError
 from pav.policy import Policy, model_path, weights_digest
+from pav.prompts import Rendering
+from pav.rendered import of_ids
 from pav.tasks.base import Problem
 from pav.verifier import ORM
 from search.cost import Cost, Shape, skeleton_shape
@@ -117,6 +119,11 @@ class RewardModel:
     def digest(self) -> str:
         """Digest of its weights."""
         return weights_digest(model_path(self.config.model))
+
+    @property
+    def rendered(self) -> Rendering:
+        """How it is asked about a probe solution: its chat template is part of its layout."""
+        return of_ids([self._reader.text("1+1", ("1+1=2", "2")).ids], self._reader.tokenizer)
 
     @cached_property
     def shape(self) -> Shape:

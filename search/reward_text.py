@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pav.errors import UserError
-from pav.policy import Dtype, load_tokenizer
+from pav.policy import CLOCK, STARTED, Dtype, load_tokenizer
 
 Layout = Literal["auto", "sequence", "token", "qwen", "shepherd"]
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -87,7 +87,9 @@ class Reader:
     def _around(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
         """Ids before and after the solution in the chat template; no second BOS."""
         text = self.tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": SOLUTION}], tokenize=False
+            [*messages, {"role": "assistant", "content": SOLUTION}],
+            tokenize=False,
+            **{CLOCK: STARTED.strftime},
         )
         before, _, after = text.partition(SOLUTION)
         return tuple(  # type: ignore[return-value]

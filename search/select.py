@@ -21,6 +21,7 @@ from pav.cli import run
 from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.policy import Sampler
+from pav.prompts import PROMPTS
 from pav.tasks.base import Task
 from pav.verifier import Card
 from search.pick import Pick
@@ -109,6 +110,7 @@ def select(config: SelectConfig) -> None:
         "sampler": None if config.sampler is None else asdict(config.sampler),
         "method": asdict(method),
     }
+    known[PROMPTS] = session.prompts([verifier])
     with open_run(output, known | manifest(config.select, config.selection)):
         sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
         choice = choose(sweep, method, config.select, config.selection)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -26,6 +26,8 @@ from pav.policy import (
     weights_digest,
 )
 from pav.progress import Reporter
+from pav.prompts import Rendering
+from pav.rendered import rendered, warn_clock, warn_other_prompt
 from pav.tasks.base import Problem, Split, Task
 from pav.verifier import Card, Verifier, load_verifier, prompt_from, resolve_task, trunk_path
 from search.failures import check_truncation, troubles, truncated_share
@@ -51,6 +53,7 @@ class Session:
         workers: who searches; None for this process.
         engines: by model directory. With workers these only stand for theirs.
         readers: third-party reward models, by model directory.
+        trunks: trunks of verifiers as they are asked, by checkpoint and directory.
         cut: search -> share of what it sampled that was cut by the length cap.
         grade_in_thread: grade beside the engines' loop, not in it. Where others wait for it.
     """
@@ -62,12 +65,13 @@ class Session:
     workers: Workers | None = None
     engines: dict[str, Engine] = field(default_factory=dict)
     readers: dict[str, RewardModel] = field(default_factory=dict)
+    trunks: dict[tuple[Path, str], Policy] = field(default_factory=dict)
     cut: dict[str, float] = field(default_factory=dict)
     grade_in_thread: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # What arrives at a worker is a session that has engines.
-        return {**self.__dict__, "workers": None}
+        # What arrives at a worker is a session that has engines, and scorers that have trunks.
+        return {**self.__dict__, "workers": None, "trunks": {}}
 
     def problems(self, split: Split, count: int, skip: int = 0) -> list[Problem]:
         """``count`` problems of ``split`` after the first ``skip``.
@@ -112,23 +116,46 @@ class Session:
             UserError: if fused scoring was asked for and the trunk is not the frozen policy.
         """
         card = verifier.card
-        path = trunk_path(verifier, trunk)
-        why_not = self._why_not_fused(card)
+        policy = self.trunk(verifier, trunk)
+        why_not = self._why_not_fused(card, policy)
         if scoring == "fused" and why_not:
             raise UserError(
                 f"scoring fused needs the policy itself as frozen trunk, but for "
                 f"{str(verifier.path)!r} {why_not}; use --scoring separate"
             )
         fused = not why_not and scoring != "separate"
-        directory, score_ids = ensure_export(verifier, path)
-        policy = load_policy(
-            PolicyConfig(path, prompt=prompt_from(card.prompt), dtype=card.dtype),  # type: ignore[arg-type]
-            self.task.step_rule,
-        )
+        directory, score_ids = ensure_export(verifier, policy.path)
         engine = self._engine(str(directory), card.dtype, score_ids)
         # The engine has the trunk's weights; they need not cross to workers.
         bare = replace(verifier, trunk_state=None, adapters=None)
         return Scorer(bare, engine, fused, with_surprise, policy)
+
+    def trunk(self, verifier: Verifier, override: str | None = None) -> Policy:
+        """A verifier's trunk as it is asked; warns where that is not how it was trained."""
+        key = verifier.path, override or verifier.card.trunk
+        if key not in self.trunks:
+            card, path = verifier.card, trunk_path(verifier, override)
+            config = PolicyConfig(path, prompt=prompt_from(card.prompt), dtype=card.dtype)  # type: ignore[arg-type]
+            policy = self.trunks[key] = load_policy(config, self.task.step_rule)
+            source = f"verifier {str(verifier.path)!r}"
+            warn_other_prompt(card.trunk_prompt, policy, source, "its trunk")
+            if path != self.policy.path:
+                warn_clock(policy)
+        return self.trunks[key]
+
+    def prompts(
+        self, verifiers: Iterable[Verifier], trunk: str | None = None
+    ) -> dict[str, Rendering]:
+        """How all are asked that a search depends on, for the manifest of its run.
+
+        Args:
+            verifiers: what scores, beside the reward models that are in service.
+            trunk: new place of their trunk.
+        """
+        found = {"the policy": rendered(self.policy)}
+        for v in verifiers:
+            found[f"the trunk of {str(v.path)!r}"] = rendered(self.trunk(v, trunk))
+        return found | {f"the model {m!r}": r.rendered for m, r in self.readers.items()}
 
     def reward_model(self, config: RewardModelConfig) -> RewardModel:
         """Put a third-party reward model into service."""
@@ -136,7 +163,7 @@ class Session:
             self.readers[config.model] = RewardModel(config, self.policy, load=not self.workers)
         return self.readers[config.model]
 
-    def _why_not_fused(self, card: Card) -> str:
+    def _why_not_fused(self, card: Card, trunk: Policy) -> str:
         """Why the policy's own pass does not give this verifier's scores; empty if it does."""
         if not card.frozen:
             return "its trunk was trained"
@@ -145,6 +172,8 @@ class Session:
         config = self.policy.config
         if prompt_from(card.prompt) != prompt_from(asdict(config.prompt)):
             return "its trunk has another prompt than the policy"
+        if rendered(trunk) != rendered(self.policy):
+            return "its trunk has another chat template than the policy"
         if card.dtype != config.dtype:
             return f"its trunk is served in {card.dtype} and the policy in {config.dtype}"
         return ""
@@ -234,6 +263,7 @@ def plain_session(
 ) -> Session:
     """Session without a verifier of ours that would remember task, policy and sampler."""
     loaded = load_policy(policy, task.step_rule)
+    warn_clock(loaded)
     return Session(task, loaded, sampler, engine, _workers(workers, engine))
 
 
@@ -280,6 +310,9 @@ def open_session(
             f"{chosen.config.model!r} (fingerprints {card.policy_fingerprint} and "
             f"{chosen.fingerprint})"
         )
+    else:
+        warn_other_prompt(card.policy_prompt, chosen, source, "its policy")
+    warn_clock(chosen)
     used = sampler or card.sampler_config()
     if asdict(used) != card.sampler:
         warn(f"{source} was made for sampler {card.sampler}, searching with {asdict(used)}")

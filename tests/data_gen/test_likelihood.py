@@ -21,6 +21,7 @@ from data_gen.likelihood import LikelihoodConfig, likelihood, read_likelihood
 from data_gen.rollouts import RolloutsConfig, _manifest, rollouts
 from data_gen.show import ShowConfig, show
 from data_gen.store import Store
+from pav import policy as policy_module
 from pav.errors import UserError
 from pav.labels import Trace, prefix_key, prefixes, read_labels
 from pav.policy import PolicyConfig, Sampler, load_policy
@@ -154,6 +155,24 @@ def test_likelihoods_of_every_boundary_stand_in_a_table_of_their_own(
     assert float(lines[head + 1][-1]) == pytest.approx(values[0], abs=0.006)
     assert float(lines[head + 2][-2]) == pytest.approx(values[1], abs=0.006)
     assert float(lines[head + 2][-1]) == pytest.approx(values[1] - values[0], abs=0.006)
+
+
+def test_a_policy_is_fingerprinted_once_however_many_rows_it_writes(
+    run: RolloutsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_traces(run)
+    hashed = 0
+    digest = policy_module.weights_digest
+
+    def counting(path: str) -> str:
+        nonlocal hashed
+        hashed += 1
+        return digest(path)
+
+    monkeypatch.setattr(policy_module, "weights_digest", counting)
+    monkeypatch.setattr(likelihood_module, "PART", 1)
+    likelihood(LikelihoodConfig(run.output))
+    assert (len(rows_of(run.output)) > 10, hashed) == (True, 1)
 
 
 def make_traces(run: RolloutsConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -354,6 +355,13 @@ def test_merged_runs_bring_their_likelihoods_each_once(
     with pytest.raises(
         UserError, match=r"likelihoods of two policies called 'base' \(fingerprints"
     ):
+        merge(MergeConfig(str(tmp_path / "other"), parts))
+    # Rows of older versions do not tell the prompt; two that do must agree.
+    shutil.rmtree(Path(parts[1]) / LIKELIHOODS)
+    for part, prompt in zip(parts, ("x", "y"), strict=True):
+        told = [row | {"prompt_ids": prompt} for row in likely(problems[:1])]
+        write_part(Path(part) / LIKELIHOODS, told)
+    with pytest.raises(UserError, match=r"two policies called 'base' \(prompt ids x and y\)"):
         merge(MergeConfig(str(tmp_path / "other"), parts))
     assert not (tmp_path / "other").exists()
 
