@@ -117,7 +117,8 @@ def import_labels(config: ImportConfig) -> None:
         "policy": asdict(replace(policy.config, name=name)),
         "policy_fingerprint": policy.fingerprint,
         "rollout_policies": {name: digest(config.data)},
-        PROMPTS: {name: rendered(policy)},
+        # By its own name, too: labels that it made itself must have been asked alike.
+        PROMPTS: dict.fromkeys((name, config.policy.label), rendered(policy)),
         "sampler": asdict(config.sampler),
         "n_mc": 1,
     }

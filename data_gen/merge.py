@@ -100,11 +100,11 @@ def _likelihoods(directories: list[Path]) -> list[dict[str, Any]]:
         for row in likelihood_rows(directory):
             name = row["policy"]
             known, where = named.get(name, (row, directory))
-            if said := two_askers(known, row):
+            if differ := two_askers(known, row):
                 raise UserError(
                     f"labels {str(where)!r} and {str(directory)!r} hold likelihoods of two "
-                    f"policies called {name!r} ({said}); remove {LIKELIHOODS}/ in one of them, or "
-                    "make it again with another policy.name"
+                    f"policies called {name!r} ({differ}); remove {LIKELIHOODS}/ in one of them, "
+                    "or make it again with another policy.name"
                 )
             if not known.get("prompt_ids"):  # a row that tells more may follow
                 known, where = row, directory
@@ -121,7 +121,7 @@ def _manifest(runs: list[Run]) -> dict[str, Any]:
         "rollout_policies": {name: f for run in runs for name, f in run.policies.items()},
         PROMPTS: {n: p for run in runs for n, p in run.manifest.get(PROMPTS, {}).items()},
         "merged": [
-            {k: v for k, v in run.manifest.items() if k not in (*COMMON, "partial")}
+            {k: v for k, v in run.manifest.items() if k not in (*COMMON, PROMPTS, "partial")}
             | {"directory": str(run.directory)}
             for run in runs
         ],

@@ -22,7 +22,7 @@ from pav.errors import FULL, UserError, unwritable
 from pav.journal import JOURNAL, journal_line, journal_lines
 from pav.labels import COMPLETIONS, LABELS, TRACES, Completion, Key, Trace, place, remember, sealed
 from pav.lock import LOCK, Lock
-from pav.prompts import PROMPTS, check_prompts
+from pav.prompts import PROMPTS, other_prompt, refusal
 
 MANIFEST = "manifest.json"
 # What a manifest says of how far a run is, not of what it is.
@@ -78,18 +78,21 @@ class Store:
         path = self.directory / MANIFEST
         if path.exists():
             found = read_manifest(self.directory)
-            keys = {*manifest, *found} - {PROMPTS, *_FREE}
+            keys = (manifest.keys() | found.keys()) - _FREE - {PROMPTS}
             changed = sorted(k for k in keys if manifest.get(k) != found.get(k))
-            if not changed:
-                check_prompts(found, manifest, f"output {str(self.directory)!r}")
+            asked = other_prompt(found.get(PROMPTS, {}), manifest.get(PROMPTS, {}))
+            if not changed and not asked:
                 return
-            if _holds_rows(self.directory):
+            has_rows = _holds_rows(self.directory)
+            if changed and has_rows:
                 first = changed[0]
                 raise UserError(
                     f"output {str(self.directory)!r} was made with another {', '.join(changed)} "
                     f"({first}: {found.get(first)!r} there, {manifest.get(first)!r} now); restore "
                     "it, or choose another output"
                 )
+            if has_rows:
+                raise UserError(refusal(f"output {str(self.directory)!r}", asked))
             print(f"nothing in {self.directory} was finished: it is claimed anew")
             (self.directory / JOURNAL).unlink(missing_ok=True)
         replace_file(path, json.dumps(manifest, indent=1).encode())

@@ -323,10 +323,10 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
         for row in likelihood_rows(directory):
             name = row["policy"]
             known = asked.get(name, row)
-            if difference := two_askers(known, row):
+            if differ := two_askers(known, row):
                 raise UserError(
                     f"labels {list(directories)} hold likelihoods of two policies called {name!r} "
-                    f"({difference}); leave one of the runs out"
+                    f"({differ}); leave one of the runs out"
                 )
             asked[name] = known if known.get("prompt_ids") else row
             likelihoods[row["prefix_key"], name] = row["logprob"]
@@ -399,10 +399,10 @@ def check_agreement(manifests: dict[str, dict[str, Any]]) -> None:
                     "prover.name, or leave it out"
                 )
     for other, manifest in manifests.items():
-        if said := other_prompt(manifest.get(PROMPTS, {}), found.get(PROMPTS, {})):
+        if differ := other_prompt(manifest.get(PROMPTS, {}), found.get(PROMPTS, {})):
             raise UserError(
                 f"labels {other!r} and {last!r} were made with two prompts by the same settings: "
-                f"{said}; leave one of them out"
+                f"{differ}; leave one of them out"
             )
 
 

@@ -46,7 +46,12 @@ def check_prompts(there: Mapping[str, Any], now: Mapping[str, Any], what: str) -
         UserError: naming who is asked otherwise.
     """
     if said := other_prompt(there.get(PROMPTS, {}), now.get(PROMPTS, {})):
-        raise UserError(
-            f"{what} was made with another prompt by the same settings: {said}; put back the chat "
-            "template (chat_template.jinja or tokenizer_config.json), or choose another output"
-        )
+        raise UserError(refusal(what, said))
+
+
+def refusal(what: str, said: str) -> str:
+    """The line with which ``what`` is not gone on with; ``said`` is of :func:`other_prompt`."""
+    return (
+        f"{what} was made with another prompt by the same settings: {said}; put back the chat "
+        "template (chat_template.jinja or tokenizer_config.json), or choose another output"
+    )

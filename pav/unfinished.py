@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pav.prompts import PROMPTS
+
 # What a merged run holds once for all its parts; the rest of a manifest is each part's own.
 COMMON = (
     "format", "task_spec", "policy", "task", "tokenizer", "sampler", "policy_fingerprint",
@@ -76,7 +78,7 @@ def _leaves(part: Part) -> Iterator[Part]:
 
 def _setting(manifest: Mapping[str, Any]) -> str:
     """What the shards of one run have in common."""
-    own = (*COMMON, "directory", "partial", "shard")
+    own = (*COMMON, PROMPTS, "directory", "partial", "shard")
     return json.dumps({k: v for k, v in manifest.items() if k not in own}, sort_keys=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pav.errors import FULL, UserError, unwritable
 from pav.interrupt import interruptible
 from pav.lock import LOCK, Lock
-from pav.prompts import PROMPTS, check_prompts
+from pav.prompts import PROMPTS, other_prompt, refusal
 
 MANIFEST = "manifest.json"
 
@@ -228,16 +228,18 @@ def _take(directory: Path, manifest: dict[str, Any]) -> Lock:
 def _is_another(directory: Path, manifest: dict[str, Any]) -> bool:
     """Whether a run directory without any record is another run's; one with records is refused."""
     found = json.loads((directory / MANIFEST).read_text())
-    keys = {*manifest, *found} - {PROMPTS}
+    keys = (manifest.keys() | found.keys()) - {PROMPTS}
     changed = sorted(k for k in keys if manifest.get(k) != found.get(k))
-    if changed and any(p.stat().st_size for p in directory.rglob("*.jsonl")):
+    asked = other_prompt(found.get(PROMPTS, {}), manifest.get(PROMPTS, {}))
+    has_records = any(p.stat().st_size for p in directory.rglob("*.jsonl"))
+    if changed and has_records:
         raise UserError(
             f"output {str(directory)!r} holds a run with another {', '.join(changed)} "
             f"({changed[0]}: {found.get(changed[0])!r} there, {manifest.get(changed[0])!r} now); "
             "choose another output"
         )
-    if changed:
+    if asked and has_records:
+        raise UserError(refusal(f"output {str(directory)!r}", asked))
+    if changed or asked:
         print(f"nothing in {directory} was finished: it is claimed anew")
-    else:
-        check_prompts(found, manifest, f"output {str(directory)!r}")
-    return bool(changed)
+    return bool(changed or asked)

@@ -132,7 +132,7 @@ class RewardModel:
         config = AutoConfig.from_pretrained(self.config.model, trust_remote_code=False)
         with torch.device("meta"):
             kind = _KINDS[self.layout]
-            return kind(config) if self.layout == "qwen" else kind.from_config(config)  # type: ignore[no-any-return]
+            return kind(config) if self.layout == "qwen" else kind.from_config(config)
 
     @cached_property
     def shape(self) -> Shape:

@@ -111,14 +111,19 @@ def test_the_provers_prompt_is_compared_too(model: Path, tmp_path: Path) -> None
     config = replace(
         label_run(tmp_path / "run", model), prover=replace(asked(prover), name="prover")
     )
-    policies = [loaded(p) for p in config.policies]
-    with Store(tmp_path / "two", _manifest(config, policies)):
+    [trace, *_] = read_labels([config.output]).traces
+
+    def opened() -> Store:
+        return Store(tmp_path / "two", _manifest(config, [loaded(p) for p in config.policies]))
+
+    with opened():
         pass
     template(prover, SYSTEM)
-    with (
-        pytest.raises(UserError, match="prover reads another prompt"),
-        Store(tmp_path / "two", _manifest(config, [loaded(p) for p in config.policies])),
-    ):
+    # Where nothing is finished yet, nothing is mixed.
+    with opened() as store:
+        store.add(trace)
+    template(prover, CHATML)
+    with pytest.raises(UserError, match="prover reads another prompt"), opened():
         pass
 
 
@@ -170,8 +175,9 @@ def test_verifier_and_searches_remember_how_policy_and_trunk_were_asked(
     then = {PROMPTS: opened().prompts([verifier])}
     assert list(then[PROMPTS]) == ["the policy", f"the trunk of {training.output!r}"]
     assert "WARNING" not in capsys.readouterr().err
-    open_run(tmp_path / "search", {"n": 4} | then)
-    open_run(tmp_path / "old", {"n": 4})
+    for name, settings in (("search", {"n": 4} | then), ("old", {"n": 4})):
+        with open_run(tmp_path / name, settings):
+            (tmp_path / name / "beam.jsonl").write_text("{}\n")
     template(model, SYSTEM)
     session = opened()
     now = {PROMPTS: session.prompts([verifier, verifier])}
@@ -180,9 +186,13 @@ def test_verifier_and_searches_remember_how_policy_and_trunk_were_asked(
         "policy", "trunk"
     ]  # fmt: skip
     assert all("pav.ckpt' was made for another prompt by the same settings" in t for t in told)
-    with pytest.raises(UserError, match=r"search' was made with another prompt .* the policy"):
-        open_run(tmp_path / "search", {"n": 4} | now)
-    open_run(tmp_path / "old", {"n": 4} | now)
+    with (
+        pytest.raises(UserError, match=r"search' was made with another prompt .* the policy"),
+        open_run(tmp_path / "search", {"n": 4} | now),
+    ):
+        pass
+    with open_run(tmp_path / "old", {"n": 4} | now):
+        pass
 
     # Training that was interrupted: the trunk's prompt is compared before anything else.
     working = tmp_path / "pav.training"
