@@ -1,11 +1,14 @@
 """``make gpu-check``: what only a GPU can show, in about ten minutes on yours.
 
 1. ``scores``: in bfloat16, head logits, log-probabilities and greedy tokens of vLLM against a plain
-   transformers forward, fused (while sampling) and separate (reading), on the shipped strong policy
-   and on a small random Qwen2.
-2. ``graphs``: greedy sampling with CUDA graphs against ``enforce_eager``.
-3. ``shared_device``: policy and verifier engines side by side on one device.
-4. ``devices``: where there are two, ``tensor_parallel_size=2`` and an engine on the second device.
+   transformers forward, fused (while sampling) and separate (reading, from the prefix cache, too),
+   on the shipped strong policy and on a small random Qwen2.
+2. ``commands``: a label run with a prover, and a beam search whose accuracy hangs on the trunk's
+   log-probabilities, with the engine settings that a user gets who sets none.
+3. ``shared_device``: policy and verifier engines side by side on one device, in planned shares.
+4. ``first_runner``: the scores again with vLLM's first model runner, where it picks the second.
+5. ``graphs``: greedy sampling with CUDA graphs against ``enforce_eager``.
+6. ``devices``: where there are two, ``tensor_parallel_size=2`` and an engine on the second device.
 
 bfloat16 rounds, and kernels round differently. What is allowed is therefore measured, not guessed:
 vLLM may be off from transformers by ``SLACK`` times what transformers in bfloat16 is off from
@@ -22,6 +25,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,13 +43,25 @@ from pav.drive import drive
 from pav.engine import Engine, EngineConfig, Sampled, seed_of
 from pav.errors import UserError
 from pav.export import export_verifier
-from pav.policy import Prompt, Sampler, asset, encode_prompt, load_tokenizer
+from pav.gpu_memory import share_gpu
+from pav.policy import Dtype, Prompt, Sampler, asset, encode_prompt, load_tokenizer
 from pav.tasks.tape import Tape
 from pav.verifier import Card, HeadedTrunk, Verifier, load_trunk
+from search.records import read as read_records
 
-Check = Literal["scores", "graphs", "shared_device", "devices"]
+Check = Literal["scores", "commands", "shared_device", "first_runner", "graphs", "devices"]
 Row = dict[str, Any]
-CHECKS: tuple[Check, ...] = ("scores", "graphs", "shared_device", "devices")
+# What is most likely to fail comes first.
+CHECKS: tuple[Check, ...] = (
+    "scores",
+    "commands",
+    "shared_device",
+    "first_runner",
+    "graphs",
+    "devices",
+)
+# Without surprise this beam is at .07, with it above .8 on a CPU.
+BEAM_RIGHT = 0.7
 HEADS = ["q/base", "q/prover", "orm"]
 PROMPTS = 32
 NEW_TOKENS = 48
@@ -301,11 +317,9 @@ def compare(subject: Subject, engine: Engine, report: Report, label: str = "") -
     )
     report.add(f"{name}: head logits while sampling, largest difference", fused, "<=", allowed)
 
-    def read(i: int, end: int, surprise: bool) -> Callable[[], Any]:
+    def read(i: int, end: int, first: int | None) -> Callable[[], Any]:
         async def one() -> tuple[tuple[int, int], Any]:
-            return (i, end), await engine.read(
-                sequences[i][:end], logprobs_from=1 if surprise else None
-            )
+            return (i, end), await engine.read(sequences[i][:end], logprobs_from=first)
 
         return one
 
@@ -322,16 +336,30 @@ def compare(subject: Subject, engine: Engine, report: Report, label: str = "") -
         for i, (p, s) in enumerate(zip(subject.prompts, sequences, strict=True))
         for end in range(len(p), len(s), 4)
     ]
-    answers = _in_order([engine], [read(i, end, False) for i, end in places])
+    answers = _in_order([engine], [read(i, end, None) for i, end in places])
     separate = max(
         gap(a.heads, rounded[i].heads[end - 1]) for (i, end), a in zip(places, answers, strict=True)
     )
     report.add(f"{name}: head logits while reading, largest difference", separate, "<=", allowed)
 
     whole = [(i, len(s)) for i, s in enumerate(sequences)]
-    answers = _in_order([engine], [read(i, end, True) for i, end in whole])
+    answers = _in_order([engine], [read(i, end, 1) for i, end in whole])
     logprobs = max(gap(a.logprobs, f.logprobs) for a, f in zip(answers, rounded, strict=True))
     report.add(f"{name}: log-probabilities, largest difference", logprobs, "<=", allowed_lp)
+
+    # As a search asks: of the new tokens, the rest mostly cached.
+    answers = _in_order([engine], [read(i, end, max(1, end - 6)) for i, end in places])
+    logprobs = max(
+        gap(a.logprobs, rounded[i].logprobs[max(1, end - 6) - 1 : end - 1])
+        for (i, end), a in zip(places, answers, strict=True)
+    )
+    report.add(
+        f"{name}: log-probabilities of last tokens, largest difference", logprobs, "<=", allowed_lp
+    )
+    report.add(
+        f"{name}: these readings, share of tokens that were cached",
+        sum(a.cached for a in answers) / sum(end for _, end in places),
+    )
 
     chosen = _in_order([engine], [greedy(i, end) for i, end in places])
     agreed = [
@@ -352,6 +380,41 @@ def check_scores(output: Path, report: Report) -> None:
         engine = subject.engine()
         compare(subject, engine, report)
         engine.shutdown()
+
+
+def check_commands(output: Path, report: Report) -> None:
+    """A label run and a search with the engine settings of a user who sets none."""
+    for asset_name in ("prover", "verifiers/reference.ckpt"):
+        if not asset(asset_name).exists():
+            print(f"  not checked: pav:{asset_name} is not shipped with this version")
+            return
+    labels, beam = output / "labels", output / "beam"
+    for directory in (labels, beam):
+        shutil.rmtree(directory, ignore_errors=True)
+    problems = ["--problems", str(PROMPTS)]
+    commands = {
+        "data_gen.rollouts": [
+            *("--prover", "pav:prover", "--validation_problems", "4", "--n_seeds", "2"),
+            *("--output", str(labels)),
+        ],
+        "search.beam": ["--verifier", "pav:reference", "--n", "4", "--output", str(beam)],
+    }
+    for name, arguments in commands.items():
+        command = [sys.executable, "-m", name, *arguments, *problems]
+        code = subprocess.run(command, check=False).returncode
+        report.add(f"{name} with default engines: finished", float(code == 0), ">=", 1.0)
+    found = read_records(beam / "beam.jsonl")
+    right = float(np.mean([r.correct for r in found])) if found else 0.0
+    report.add("search.beam --verifier pav:reference --n 4: right", right, ">=", BEAM_RIGHT)
+
+
+def check_first_runner(output: Path, report: Report) -> None:
+    """The scores with vLLM's first model runner, which users are told to try where they fail."""
+    first = output / "first_runner"
+    done = _start("scores", first, {"VLLM_USE_V2_MODEL_RUNNER": "0"})
+    report.add("first model runner: check finished", float(done), ">=", 1.0)
+    for row in _rows(first, "scores"):
+        report.rows.append({**row, "metric": f"{row['metric']}, first model runner"})
 
 
 def check_graphs(output: Path, report: Report) -> None:
@@ -381,10 +444,12 @@ def check_graphs(output: Path, report: Report) -> None:
 def check_shared_device(output: Path, report: Report) -> None:
     """A policy and a verifier engine in one process on one device."""
     subject = subjects(output)[-1]
-    policy = Engine(subject.trunk, "bfloat16", 256, config=EngineConfig(kv_gib=KV_GIB))
+    served: list[tuple[str, Dtype]] = [(subject.trunk, "bfloat16")] * 2
+    shares = share_gpu(EngineConfig(), served, 256)
+    policy = Engine(subject.trunk, "bfloat16", 256, config=shares[0])
     alone = [s.ids for s in sample(policy, subject.prompts)]
     policy.reset_prefix_cache()
-    verifier = subject.engine()
+    verifier = Engine(subject.export, "bfloat16", 256, subject.score_ids, shares[1])
 
     def job(i: int) -> Callable[[], Any]:
         async def one() -> tuple[int, tuple[list[int], np.ndarray]]:
@@ -513,8 +578,10 @@ def run_check(check: Check, output: Path) -> None:
 
 CHECK_FUNCTIONS: dict[Check, Callable[[Path, Report], None]] = {
     "scores": check_scores,
-    "graphs": check_graphs,
+    "commands": check_commands,
     "shared_device": check_shared_device,
+    "first_runner": check_first_runner,
+    "graphs": check_graphs,
     "devices": check_devices,
 }
 

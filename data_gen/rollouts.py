@@ -22,13 +22,15 @@ from data_gen.label import Labeler, OutOfTime, Roller, Seed, label, owed
 from data_gen.pool import WORKERS, Model, RemoteEngine
 from data_gen.runs import Run
 from data_gen.seeds import digest, given_rounds
-from data_gen.store import Store
+from data_gen.store import MANIFEST, Store
 from data_gen.strategies import Plan, Strategy
 from data_gen.workers import open_pool
 from pav.cli import run
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
+from pav.gpu_memory import share_gpu
 from pav.interrupt import interruptible
+from pav.loading import check_model
 from pav.policy import Policy, PolicyConfig, Sampler, asked, load_policy, tokenizer_fingerprint
 from pav.tasks.base import Problem, Split, Task, task_spec
 from pav.tasks.tape import Tape
@@ -174,6 +176,10 @@ def rollouts(config: RolloutsConfig) -> None:
         return
     manifest = _manifest(config, policies)
     fingerprints = {p.config.label: p.fingerprint for p in policies}
+    if not (config.directory / MANIFEST).exists() and config.ray is None:
+        # Before the directory is this run's: another model would be another run.
+        for p in policies:
+            check_model(p.path, p.config.dtype, config.sampler.max_length, config.engine)
     stopped = False
     stepper = policies[0].stepper
     with interruptible(), Store(config.directory, manifest) as store:
@@ -209,8 +215,10 @@ def _engines(config: RolloutsConfig, policies: list[Policy]) -> Iterator[Engine 
     """Engines in this process, one after the other, or those of workers."""
     length = config.sampler.max_length
     if config.workers == 1 and config.ray is None:
-        for p in policies:
-            yield Engine(p.path, p.config.dtype, length, config=config.engine)
+        served = [(p.path, p.config.dtype) for p in policies]
+        shared = share_gpu(config.engine, served, length)
+        for (path, dtype), settings in zip(served, shared, strict=True):
+            yield Engine(path, dtype, length, config=settings)
         return
     models = [Model(p.path, p.config.dtype, length, config.engine, p.stepper) for p in policies]
     note = None if config.dry_run else config.directory / WORKERS

@@ -31,6 +31,7 @@ from data_gen.pool import (
 from pav.drive import drive
 from pav.engine import Engine, Sampled
 from pav.errors import UserError
+from pav.gpu_memory import share_gpu
 from pav.processes import Processes, placement, visible_devices, work
 
 
@@ -61,7 +62,13 @@ def serve(
 ) -> None:
     """What a worker does: load ``models`` and answer requests until its process ends."""
     try:
-        engines = [Engine(m.path, m.dtype, m.max_length, config=m.config) for m in models]
+        # Here, not where the run is led: that may be a machine without a GPU.
+        served = [(m.path, m.dtype) for m in models]
+        shared = share_gpu(models[0].config, served, models[0].max_length, say=False)
+        engines = [
+            Engine(m.path, m.dtype, m.max_length, config=settings)
+            for m, settings in zip(models, shared, strict=True)
+        ]
     except UserError as error:
         send(Refused(str(error)))
         return

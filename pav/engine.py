@@ -9,59 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
-# Set before vLLM is imported: one process, so that a repeat of a run is bit-identical.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
 import numpy as np
-import torch
 
 from pav.errors import UserError
+from pav.loading import ON_CPU, EngineConfig, load
 from pav.policy import Dtype, Sampler
+from pav.read_check import check_reads
 from pav.steps import Stepper
+
+__all__ = ["Engine", "EngineConfig", "Read", "Sampled", "Usage", "seed_of"]
 
 T = TypeVar("T")
 SCORE_BIAS = -100.0
 # Head rows are served divided by this (a power of two, hence exact) so that they weigh next to
 # nothing in the softmax's normaliser and log-probabilities stay those of the model itself.
 SCORE_SCALE = 8.0
-_ON_CPU = not torch.cuda.is_available()
-if _ON_CPU:
-    # The only compiled function left on the CPU path counts ranks, which we do not read; eager
-    # spares the user a C++ compiler and half a minute.
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    # The variable is for vLLM: torch has read it when transformers was imported.
-    torch._dynamo.config.disable = os.environ["TORCH_COMPILE_DISABLE"] == "1"
-    # vLLM would bind its threads to cores of its own choice; the user's OMP_NUM_THREADS rules.
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How an engine uses its device.
-
-    Args:
-        kv_gib: KV cache in GiB (CPU, or several engines on one GPU); None lets vLLM fill the GPU's
-            ``gpu_memory_utilization``.
-        gpu_memory_utilization: share of a GPU that vLLM may take where ``kv_gib`` is None.
-        tensor_parallel_size: GPUs of one engine.
-        max_num_seqs: sequences per step.
-        block_size: tokens per KV block; prefixes are cached in whole blocks.
-        enforce_eager: no CUDA graphs.
-    """
-
-    kv_gib: float | None = None
-    gpu_memory_utilization: float = 0.85
-    tensor_parallel_size: int = 1
-    max_num_seqs: int = 256
-    block_size: int | None = None
-    enforce_eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,54 +106,14 @@ class Engine:
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
-        from vllm import EngineArgs, LLMEngine
-
-        kv_gib = self.config.kv_gib or (1.0 if _ON_CPU else None)
-        arguments: dict[str, Any] = {}
-        if kv_gib is not None:
-            arguments["kv_cache_memory_bytes"] = int(kv_gib * (1 << 30))
-            # vLLM checks this share against free memory even where the KV size is given, which
-            # would refuse a second engine on a device.
-            arguments["gpu_memory_utilization"] = 0.05
-        else:
-            arguments["gpu_memory_utilization"] = self.config.gpu_memory_utilization
-        if self.config.block_size or _ON_CPU:
-            arguments["block_size"] = self.config.block_size or 32
-        if _ON_CPU:
-            # A prefill cut in two rewinds the request's generator, which CPU generators cannot.
-            arguments["enable_chunked_prefill"] = False
-        torch_threads = torch.get_num_threads()
-        try:
-            self._engine = LLMEngine.from_engine_args(
-                EngineArgs(
-                    model=self.model,
-                    dtype=self.dtype,
-                    skip_tokenizer_init=True,
-                    generation_config="vllm",
-                    max_model_len=self.max_length,
-                    max_num_seqs=self.config.max_num_seqs,
-                    max_num_batched_tokens=max(4096, self.max_length),
-                    enable_prefix_caching=True,
-                    logprobs_mode="raw_logprobs",
-                    tensor_parallel_size=self.config.tensor_parallel_size,
-                    enforce_eager=self.config.enforce_eager or _ON_CPU,
-                    seed=0,
-                    disable_log_stats=True,
-                    use_tqdm_on_load=False,
-                    **arguments,
-                )
-            )
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"vLLM cannot load {self.model!r}: {reason}; lower engine.kv_gib, "
-                "engine.max_num_seqs or sampler.max_length if memory is short"
-            ) from error
-        torch.set_num_threads(torch_threads)
+        self._engine = load(self.model, self.dtype, self.max_length, self.config)
         self._futures: dict[
             str, tuple[asyncio.Future[Any], Callable[[Any], Any], Stepper | None]
         ] = {}
         self._next = 0
+        if self.score_ids and not ON_CPU:
+            # Which of vLLM's two model runners answers, and how, depends on device and version.
+            check_reads(self)
 
     @property
     def busy(self) -> int:
@@ -242,17 +168,21 @@ class Engine:
         after a cached block, and of those in it, may be missing: a second reading that ends there
         computes the last cached block anew.
         """
-        first = len(ids) if logprobs_from is None else logprobs_from
         read = await self._read(ids, self.score_ids, logprobs_from is not None, _heads)
-        if read.logprobs is None:
+        if read.logprobs is None or logprobs_from is None:
             return read
-        known = [read.logprobs[max(first - 1, read.cached) :]]
+
+        def asked(part: Read) -> np.ndarray:
+            # A reading knows the tokens from the second computed one on.
+            return cast(np.ndarray, part.logprobs)[max(logprobs_from - 1 - part.cached, 0) :]
+
+        known = [asked(read)]
         gaps: list[Read] = []
         end = read.cached
-        while end >= first:
+        while end >= logprobs_from:
             gap = await self._read(ids[:end], [ids[end]], True, _last)
             gaps.append(gap)
-            known += [gap.heads, cast(np.ndarray, gap.logprobs)[max(first - 1, gap.cached) :]]
+            known += [gap.heads, asked(gap)]
             end = gap.cached
         return replace(read, logprobs=np.concatenate(known[::-1]), gaps=tuple(gaps))
 
@@ -265,7 +195,7 @@ class Engine:
     ) -> asyncio.Future[Read]:
         """One request that asks what is said of ``token_ids`` after ``ids``.
 
-        With ``logprobs`` also of every token but the first; those of cached ones are garbage.
+        With ``logprobs`` also of every computed token but the first of them.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -364,15 +294,39 @@ def _last(flat: Any) -> np.ndarray:
 
 
 def _reading(output: Any, heads: np.ndarray) -> Read:
-    prompt = output.prompt_logprobs
     cached = output.num_cached_tokens or 0
     return Read(
         heads,
-        # Of the first token nothing is said.
-        None if prompt is None else np.asarray(prompt.logprobs, np.float32),
+        None if output.prompt_logprobs is None else _computed(output, cached),
         len(output.prompt_token_ids) - cached,
         cached,
     )
+
+
+def _computed(output: Any, cached: int) -> np.ndarray:
+    """Log-probability of every token whose predecessor was computed: those from ``cached + 1`` on.
+
+    vLLM has two model runners. The first one (CPUs) answers with a row for every token but the
+    first, of which those of cached tokens are garbage; the second one (GPUs) with rows of computed
+    tokens alone. Both name each row's token.
+
+    Raises:
+        UserError: if the answer has another form, or is about other tokens.
+    """
+    ids, rows = output.prompt_token_ids, output.prompt_logprobs
+    known = len(ids) - cached - 1
+    start = len(rows.logprobs) - known
+    if len(rows.logprobs) not in (len(ids) - 1, known) or rows.token_ids[start:] != list(
+        ids[cached + 1 :]
+    ):
+        raise UserError(
+            f"vLLM answers with {len(rows.logprobs)} log-probabilities, the last of tokens "
+            f"{rows.token_ids[-3:]}, to a text of {len(ids)} tokens of which {cached} were cached "
+            f"and the last are {list(ids[-3:])}: scores would be wrong. Set "
+            "VLLM_USE_V2_MODEL_RUNNER=0 in the environment; if KV cache was short, lower "
+            "engine.max_num_seqs or raise engine.kv_gib"
+        )
+    return np.asarray(rows.logprobs[start:], np.float32)
 
 
 def _split(flat: Any) -> tuple[np.ndarray, np.ndarray]:

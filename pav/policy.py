@@ -94,7 +94,8 @@ class PolicyConfig:
             ``pav:strong``).
         name: what labels and heads call it; by default the last part of ``model``.
         prompt: how it is asked.
-        dtype: weights and activations; never chosen for you.
+        dtype: weights and activations; never chosen for you. A CPU without avx512_bf16 or amx_bf16
+            emulates bfloat16, slowly.
     """
 
     model: str = "pav:base"

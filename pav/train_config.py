@@ -41,7 +41,8 @@ class TrainConfig:
             solutions as well (that of a frozen one).
         task: needed only where the labels' task is not built in.
         prompt: how the trunk is asked; by default as the policy was.
-        dtype: dtype the verifier is served in.
+        dtype: dtype the verifier is served in (bfloat16 is slow on a CPU without avx512_bf16 or
+            amx_bf16).
         alpha: default weight of the advantage in search, stored with the verifier (0 for a pqv).
         lr: peak learning rate; by default 0.01 frozen (0.001 for an mlp), 2e-4 lora, 2e-5 full.
         head_lr: that of the heads under lora and full; by default 0.001.

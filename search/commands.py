@@ -11,6 +11,7 @@ import numpy as np
 
 from pav.errors import UserError
 from pav.tasks.base import Problem
+from pav.verifier import Verifier
 from search.configs import (
     AlphaLlmConfig,
     BeamConfig,
@@ -22,6 +23,7 @@ from search.configs import (
 from search.opened import Opened, Row, card_of, claim, open_search, print_rows, serve
 from search.oracle import by_oracle, pass_at
 from search.records import Record
+from search.reward_models import RewardModel
 from search.reward_text import RewardModelConfig
 from search.scoring import StepScorer
 from search.session import Session, load_checked, sibling_orm
@@ -56,9 +58,10 @@ def beam(config: BeamConfig) -> None:
         config.score,
         config.duplicates,
     )
+    baseline = _baseline(config, opened)
     with claim(config, opened, f"beam-n{config.n}") as directory:
         scorer = serve(config, opened)
-        orm = _baseline_scorer(config, opened)
+        orm = _baseline_scorer(config, opened, baseline)
         session, rule = opened.session, opened.rule
         problems = session.problems(config.split, config.problems)
 
@@ -74,7 +77,8 @@ def beam(config: BeamConfig) -> None:
         session.check()
 
 
-def _baseline_scorer(config: BeamConfig, opened: Opened) -> StepScorer | None:
+def _baseline(config: BeamConfig, opened: Opened) -> Verifier | RewardModel | None:
+    """The ORM of the baseline, found and checked; its engine is not loaded yet."""
     if not config.baseline:
         return None
     session, name = opened.session, config.baseline_verifier
@@ -82,11 +86,25 @@ def _baseline_scorer(config: BeamConfig, opened: Opened) -> StepScorer | None:
         if opened.verifier is None:
             raise UserError("no ORM baseline is known without a verifier; name --baseline_verifier")
         name = sibling_orm(opened.verifier.path)
-    orm: StepScorer
     if Path(name).is_dir():
-        orm = session.reward_model(RewardModelConfig(name))
+        session.expect()
+        return session.reward_model(RewardModelConfig(name))
+    verifier = load_checked(name, "orm")
+    session.expect_scorer(verifier, "separate", None)
+    return verifier
+
+
+def _baseline_scorer(
+    config: BeamConfig, opened: Opened, baseline: Verifier | RewardModel | None
+) -> StepScorer | None:
+    if baseline is None:
+        return None
+    session = opened.session
+    orm: StepScorer
+    if isinstance(baseline, Verifier):
+        orm = session.scorer(baseline, "separate", config.surprise, None)
     else:
-        orm = session.scorer(load_checked(name, "orm"), "separate", config.surprise, None)
+        orm = baseline
     # The ORM is never fused: best-of-N samples from the plain policy, which must be loaded now.
     session.sampling_engine(orm)
     return orm

@@ -9,6 +9,7 @@ from typing import Any
 
 from pav.cli import run
 from pav.errors import UserError
+from pav.policy import load_policy
 from pav.verifier import Verifier, load_verifier
 from search.efficiency import Ratio, print_ratios, ratios, write_ratios
 from search.investment import invested_flops
@@ -16,12 +17,12 @@ from search.pick import check_pick
 from search.plan import CompareConfig, Investment, Method, Selectable
 from search.plot import plot_accuracy, plot_optimisation
 from search.points import PICKS, Point, paired, print_points, write_csv, write_picks
-from search.records import open_run
+from search.records import MANIFEST, open_run
 from search.report import write_report
 from search.sampled import sample_points
 from search.select import Choice, choose, print_choice, write_choice
 from search.select import manifest as selected
-from search.session import open_session
+from search.session import Session, open_session
 from search.sweep import Sweep, search_points
 
 __all__ = ["CompareConfig", "Investment", "Method", "compare", "main"]
@@ -48,6 +49,9 @@ def compare(config: CompareConfig) -> None:
     output = Path(config.output)
     digests = {name: v.digest for name, v in verifiers.items()}
     digests |= {model.config.model: model.digest for _, model in reward_models}
+    _expect(config, session, verifiers)
+    if not (output / MANIFEST).exists():
+        session.check_models()
     with open_run(output, manifest(config, digests)):
         problems = session.problems(config.split, config.problems, config.skip)
         sweep = with_choices(Sweep(config, verifiers, session, problems, output))
@@ -60,6 +64,18 @@ def compare(config: CompareConfig) -> None:
         write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
         _report(config, points, invested)
         session.check()
+
+
+def _expect(config: CompareConfig, session: Session, verifiers: dict[str, Verifier]) -> None:
+    """Tell ``session`` which engines the methods will load."""
+    for method in config.methods:
+        scoring = method.scoring
+        if method.kind == "best_of_n":
+            rule, policy = session.task.step_rule, method.policy
+            session.expect(load_policy(policy, rule) if policy else None)
+            scoring = "separate"
+        if method.verifier:
+            session.expect_scorer(verifiers[method.verifier], scoring, None)
 
 
 def with_choices(sweep: Sweep) -> Sweep:

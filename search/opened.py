@@ -16,7 +16,7 @@ from pav.verifier import Verifier, load_verifier
 from search.configs import SearchConfig, manifest, run_directory
 from search.pick import Pick, StepScore, check_pick
 from search.rank import Defaults
-from search.records import Record, open_run
+from search.records import MANIFEST, Record, open_run
 from search.report import write_report
 from search.scoring import StepScorer
 from search.session import Session, load_checked, open_session, plain_session
@@ -91,6 +91,10 @@ def open_search(config: SearchConfig, recipe: str | None) -> Opened:
     card: Defaults | None = verifier.card if verifier else None
     if config.orm is not None:
         card = session.reward_model(config.orm)
+    if verifier is not None and config.orm is None:
+        session.expect_scorer(verifier, config.scoring, config.trunk)
+    else:
+        session.expect()
     rule: Pick = config.pick or ("majority" if card is None else card.pick)  # type: ignore[assignment]
     if card is not None:
         named = config.verifier if config.orm is None else config.orm.model
@@ -110,6 +114,8 @@ def claim(config: SearchConfig, opened: Opened, name: str) -> Iterator[Path]:
     """The run directory, created or found to be this run's (:func:`search.records.open_run`)."""
     path = None if opened.verifier is None else opened.verifier.path
     directory = run_directory(config, name, path)
+    if not (directory / MANIFEST).exists():
+        opened.session.check_models()
     with open_run(directory, manifest(config, opened.verifier)):
         yield directory
 

@@ -13,6 +13,8 @@ from pav.errors import FULL, UserError, unwritable
 from pav.interrupt import interruptible
 from pav.lock import LOCK, Lock
 
+MANIFEST = "manifest.json"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -200,7 +202,7 @@ def open_run(directory: Path, manifest: dict[str, Any]) -> Iterator[None]:
 
 def _take(directory: Path, manifest: dict[str, Any]) -> Lock:
     """The lock of a run directory that belongs to ``manifest`` by then."""
-    path, temporary = directory / "manifest.json", directory / ".manifest.json.tmp"
+    path, temporary = directory / MANIFEST, directory / f".{MANIFEST}.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         others = sorted({p.name for p in directory.iterdir()} - {LOCK, temporary.name})
@@ -224,7 +226,7 @@ def _take(directory: Path, manifest: dict[str, Any]) -> Lock:
 
 def _is_another(directory: Path, manifest: dict[str, Any]) -> bool:
     """Whether a run directory without any record is another run's; one with records is refused."""
-    found = json.loads((directory / "manifest.json").read_text())
+    found = json.loads((directory / MANIFEST).read_text())
     changed = sorted(k for k in manifest.keys() | found.keys() if manifest.get(k) != found.get(k))
     if changed and any(p.stat().st_size for p in directory.rglob("*.jsonl")):
         raise UserError(

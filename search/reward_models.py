@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedModel,
     Qwen2Model,
     Qwen2PreTrainedModel,
 )
@@ -30,6 +31,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from pav.engine import Read
 from pav.errors import UserError
+from pav.gpu_memory import Planned
 from pav.policy import Policy, model_path, weights_digest
 from pav.tasks.base import Problem
 from pav.verifier import ORM
@@ -119,13 +121,23 @@ class RewardModel:
         return weights_digest(model_path(self.config.model))
 
     @cached_property
-    def shape(self) -> Shape:
-        """What its forward FLOPs depend on. It has no output embedding, or uses two rows of it."""
+    def _skeleton(self) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(self.config.model, trust_remote_code=False)
         with torch.device("meta"):
             kind = _KINDS[self.layout]
-            skeleton = kind(config) if self.layout == "qwen" else kind.from_config(config)
-        return replace(skeleton_shape(skeleton), vocabulary=0)
+            return kind(config) if self.layout == "qwen" else kind.from_config(config)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """What its forward FLOPs depend on. It has no output embedding, or uses two rows of it."""
+        return replace(skeleton_shape(self._skeleton), vocabulary=0)
+
+    @property
+    def planned(self) -> Planned:
+        """Its memory on a GPU beside vLLM."""
+        size = 4 if self.config.dtype == "float32" else 2
+        weights = size * sum(p.numel() for p in self._skeleton.parameters())
+        return Planned(self.config.model, weights, 0)
 
     @property
     def described(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pav.verifier import Card
 from search.pick import Pick
 from search.plan import CompareConfig, Method, Selectable, Selection
 from search.points import Point
-from search.records import open_run
+from search.records import MANIFEST, open_run
 from search.session import Scoring, load_checked, open_session
 from search.sweep import Sweep, search_points
 from search.workers import check_workers
@@ -109,6 +109,9 @@ def select(config: SelectConfig) -> None:
         "sampler": None if config.sampler is None else asdict(config.sampler),
         "method": asdict(method),
     }
+    session.expect_scorer(verifier, config.scoring, None)
+    if not (output / MANIFEST).exists():
+        session.check_models()
     with open_run(output, known | manifest(config.select, config.selection)):
         sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
         choice = choose(sweep, method, config.select, config.selection)

@@ -197,10 +197,15 @@ def open_kitchen(config: ServeConfig) -> Kitchen:
             name = sibling_orm(verifier.path)
         except UserError:
             print("no ORM beside the verifier: the orm- recipes are not served")
+    beside = None if name is None else load_checked(name, "orm")
+    session.expect_scorer(verifier, config.scoring, config.trunk)
+    if beside is not None:
+        session.expect_scorer(beside, "separate", None)
+    session.check_models()
     pav = session.scorer(verifier, config.scoring, config.surprise, config.trunk)
     orm = None
-    if name is not None:
-        orm = session.scorer(load_checked(name, "orm"), "separate", config.surprise, None)
+    if beside is not None:
+        orm = session.scorer(beside, "separate", config.surprise, None)
     kitchen = Kitchen(session, pav, orm, config.samples, config.alpha, config.prover, config.pick)
     kitchen.warm_up()
     return kitchen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -15,7 +15,10 @@ from pav.drive import drive
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.export import ensure_export
+from pav.gpu_memory import share_gpu
+from pav.loading import ON_CPU, check_model
 from pav.policy import (
+    Dtype,
     Policy,
     PolicyConfig,
     Prompt,
@@ -53,6 +56,8 @@ class Session:
         readers: third-party reward models, by model directory.
         cut: search -> share of what it sampled that was cut by the length cap.
         grade_in_thread: grade beside the engines' loop, not in it. Where others wait for it.
+        expected: (model, dtype) of every engine that will be loaded, by what it serves; on a GPU
+            all of them share it.
     """
 
     task: Task
@@ -64,6 +69,7 @@ class Session:
     readers: dict[str, RewardModel] = field(default_factory=dict)
     cut: dict[str, float] = field(default_factory=dict)
     grade_in_thread: bool = False
+    expected: dict[str, tuple[str, Dtype]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # What arrives at a worker is a session that has engines.
@@ -88,11 +94,46 @@ class Session:
         if isinstance(scorer, Scorer) and scorer.fused:
             return scorer.engine
         policy = policy or self.policy
-        return self._engine(policy.path, policy.config.dtype, [])
+        self.expect(policy)
+        return self._engine(policy.path, policy.path, policy.config.dtype, [])
 
-    def _engine(self, directory: str, dtype: Any, score_ids: list[int]) -> Engine:
+    def expect(self, policy: Policy | None = None) -> None:
+        """Say, before any engine is loaded, that ``policy`` (the base policy) will be sampled."""
+        policy = policy or self.policy
+        self.expected[f"policy {policy.path}"] = (policy.path, policy.config.dtype)
+
+    def expect_scorer(self, verifier: Verifier, scoring: Scoring, trunk: str | None) -> None:
+        """:meth:`expect` a verifier's engine, and the policy's where the verifier has its own.
+
+        Raises:
+            UserError: if the verifier has no trunk here, or cannot be fused as asked.
+        """
+        path = trunk_path(verifier, trunk)
+        self.expected[f"verifier {verifier.path}"] = (path, verifier.card.dtype)  # type: ignore[assignment]
+        if not self._fused(verifier, scoring):
+            self.expect()
+
+    def check_models(self) -> None:
+        """Refuse what cannot be served here, before an output directory is this run's.
+
+        Raises:
+            UserError: with the reason.
+        """
+        for model, dtype in dict.fromkeys(self.expected.values()):
+            check_model(model, dtype, self.sampler.max_length, self.engine_config)
+
+    @cached_property
+    def _shares(self) -> dict[tuple[str, Dtype], EngineConfig]:
+        readers = [] if ON_CPU else [reader.planned for reader in self.readers.values()]
+        served = list(self.expected.values())
+        shared = share_gpu(self.engine_config, served, self.sampler.max_length, readers)
+        return dict(zip(served, shared, strict=True))
+
+    def _engine(self, directory: str, model: str, dtype: Dtype, score_ids: list[int]) -> Engine:
+        """The engine of a directory, which holds the weights of ``model``."""
         if directory not in self.engines:
-            made_with = (directory, dtype, self.sampler.max_length, score_ids, self.engine_config)
+            settings = self._shares.get((model, dtype), self.engine_config)
+            made_with = (directory, dtype, self.sampler.max_length, score_ids, settings)
             self.engines[directory] = (
                 cast(Engine, Elsewhere(*made_with)) if self.workers else Engine(*made_with)
             )
@@ -113,19 +154,14 @@ class Session:
         """
         card = verifier.card
         path = trunk_path(verifier, trunk)
-        why_not = self._why_not_fused(card)
-        if scoring == "fused" and why_not:
-            raise UserError(
-                f"scoring fused needs the policy itself as frozen trunk, but for "
-                f"{str(verifier.path)!r} {why_not}; use --scoring separate"
-            )
-        fused = not why_not and scoring != "separate"
+        self.expect_scorer(verifier, scoring, trunk)
+        fused = self._fused(verifier, scoring)
         directory, score_ids = ensure_export(verifier, path)
         policy = load_policy(
             PolicyConfig(path, prompt=prompt_from(card.prompt), dtype=card.dtype),  # type: ignore[arg-type]
             self.task.step_rule,
         )
-        engine = self._engine(str(directory), card.dtype, score_ids)
+        engine = self._engine(str(directory), path, card.dtype, score_ids)  # type: ignore[arg-type]
         # The engine has the trunk's weights; they need not cross to workers.
         bare = replace(verifier, trunk_state=None, adapters=None)
         return Scorer(bare, engine, fused, with_surprise, policy)
@@ -135,6 +171,17 @@ class Session:
         if config.model not in self.readers:
             self.readers[config.model] = RewardModel(config, self.policy, load=not self.workers)
         return self.readers[config.model]
+
+    def _fused(self, verifier: Verifier, scoring: Scoring) -> bool:
+        if scoring == "separate":
+            return False
+        why_not = self._why_not_fused(verifier.card)
+        if scoring == "fused" and why_not:
+            raise UserError(
+                f"scoring fused needs the policy itself as frozen trunk, but for "
+                f"{str(verifier.path)!r} {why_not}; use --scoring separate"
+            )
+        return not why_not
 
     def _why_not_fused(self, card: Card) -> str:
         """Why the policy's own pass does not give this verifier's scores; empty if it does."""

@@ -341,6 +341,28 @@ def test_fused_scoring_with_a_trunk_that_is_not_the_policy(
     assert "its trunk was trained; use --scoring separate" in said
 
 
+def test_model_that_vllm_cannot_serve_leaves_no_output(
+    refused: Callable[..., str], world: World, make_verifier: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world.policy, "toy")
+    config = json.loads(Path("toy/config.json").read_text())
+    config.update(num_attention_heads=4, head_dim=16)
+    Path("toy/config.json").write_text(json.dumps(config))
+    make_verifier(Path(world.policy), tmp_path / "pav.ckpt")
+    searched = ["--verifier", "pav.ckpt", "--policy", "./toy", "--scoring", "separate",
+                "--output", "run"]  # fmt: skip
+    for arguments in (
+        ["data_gen.rollouts", "--policy", "./toy", "--output", "run"],
+        ["search.beam", *searched],
+        ["search.best_of_n", *searched],
+    ):
+        said = refused(*arguments)
+        assert "vLLM cannot serve 'toy' on this device: its head_dim is 16" in said
+        assert not Path("run").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [

@@ -19,6 +19,7 @@ from pav.engine import Engine, EngineConfig, Read, Sampled, seed_of
 from pav.errors import UserError
 from pav.export import export_verifier
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
+from pav.read_check import check_reads
 from pav.steps import scoring_position
 from pav.tasks.tape import Tape
 from pav.verifier import HeadedTrunk, load_trunk, load_verifier
@@ -212,6 +213,11 @@ def test_sampled_ids_with_heads_are_those_of_the_plain_policy(served: Served) ->
             )
         )
         assert with_heads == without == policy_alone
+
+
+@pytest.mark.parametrize("served", ["llama"], indirect=True)
+def test_start_up_check_of_readings_passes_on_this_device(served: Served) -> None:
+    check_reads(served.engine)
 
 
 @pytest.mark.parametrize("served", ["llama"], indirect=True)
