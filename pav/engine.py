@@ -332,7 +332,8 @@ def _computed(output: Any, cached: int) -> np.ndarray:
             f"vLLM answers with {len(rows.logprobs)} log-probabilities, the last of tokens "
             f"{rows.token_ids[-3:]}, to a text of {len(ids)} tokens of which {cached} were cached "
             f"and the last are {list(ids[-3:])}: scores would be wrong. Set "
-            "VLLM_USE_V2_MODEL_RUNNER=0 in the environment, or install vLLM 0.32"
+            "VLLM_USE_V2_MODEL_RUNNER=0 in the environment; if KV cache was short, lower "
+            "engine.max_num_seqs or raise engine.kv_gib"
         )
     return np.asarray(rows.logprobs[start:], np.float32)
 

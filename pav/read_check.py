@@ -27,6 +27,8 @@ def check_reads(engine: Engine) -> None:
     """
     length = min(TOKENS, engine.max_length - 1)
     # Any tokens do, as long as what is said of them differs; the heads' ids come after them.
+    if length < 2:
+        return
     ids = [int(i) for i in np.random.default_rng(0).integers(0, engine.score_ids[0], length)]
 
     async def both() -> tuple[Read, Read]:

@@ -16,6 +16,8 @@ from pav.prompts import PROMPTS, other_prompt, refusal
 
 MANIFEST = "manifest.json"
 
+MANIFEST = "manifest.json"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -203,7 +205,7 @@ def open_run(directory: Path, manifest: dict[str, Any]) -> Iterator[None]:
 
 def _take(directory: Path, manifest: dict[str, Any]) -> Lock:
     """The lock of a run directory that belongs to ``manifest`` by then."""
-    path, temporary = directory / MANIFEST, directory / ".manifest.json.tmp"
+    path, temporary = directory / MANIFEST, directory / f".{MANIFEST}.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         others = sorted({p.name for p in directory.iterdir()} - {LOCK, temporary.name})

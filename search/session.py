@@ -16,7 +16,7 @@ from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.export import ensure_export
 from pav.gpu_memory import share_gpu
-from pav.loading import check_model
+from pav.loading import ON_CPU, check_model
 from pav.policy import (
     Dtype,
     Policy,
@@ -131,7 +131,7 @@ class Session:
 
     @cached_property
     def _shares(self) -> dict[tuple[str, Dtype], EngineConfig]:
-        readers = [reader.planned for reader in self.readers.values()]
+        readers = [] if ON_CPU else [reader.planned for reader in self.readers.values()]
         served = list(self.expected.values())
         shared = share_gpu(self.engine_config, served, self.sampler.max_length, readers)
         return dict(zip(served, shared, strict=True))

@@ -354,10 +354,12 @@ def test_model_that_vllm_cannot_serve_leaves_no_output(
     config.update(num_attention_heads=4, head_dim=16)
     Path("toy/config.json").write_text(json.dumps(config))
     make_verifier(Path(world.policy), tmp_path / "pav.ckpt")
+    searched = ["--verifier", "pav.ckpt", "--policy", "./toy", "--scoring", "separate",
+                "--output", "run"]  # fmt: skip
     for arguments in (
-        ["data_gen.rollouts", "--policy", "./toy", "--output", "run"],
-        ["search.beam", "--verifier", "pav.ckpt", "--policy", "./toy", "--output", "run"],
-        ["search.best_of_n", "--verifier", "pav.ckpt", "--policy", "./toy", "--output", "run"],
+        ["data_gen.rollouts", "--policy", "./toy", "--task", "Tape", "--output", "run"],
+        ["search.beam", *searched],
+        ["search.best_of_n", *searched],
     ):
         said = refused(*arguments)
         assert "vLLM cannot serve 'toy' on this device: its head_dim is 16" in said
