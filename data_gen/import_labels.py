@@ -19,7 +19,7 @@ from typing import Any
 from data_gen.data_card import write_data_card
 from data_gen.formats import Format, Solution, read_solutions
 from data_gen.health import print_health, write_health
-from data_gen.runs import Run
+from data_gen.runs import Run, print_train_command
 from data_gen.seeds import digest
 from data_gen.store import Store, replace_file
 from pav.cli import run
@@ -33,6 +33,8 @@ from pav.tasks.base import Problem, problem_id, split_of, task_spec
 from pav.tasks.jsonl import Jsonl
 
 PROBLEMS = "problems.jsonl"
+# Nothing is sampled here, and no step is cut for want of room that a model has.
+MAX_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class ImportConfig:
     output: str
     policy: PolicyConfig
     name: str | None = None
-    sampler: Sampler = field(default_factory=lambda: Sampler(max_length=2048))
+    sampler: Sampler = field(default_factory=lambda: Sampler(max_length=MAX_LENGTH))
     step_rule: StepRule = field(default_factory=StepRule)
     grader: Grader | None = None
     limit: int | None = None
@@ -73,6 +75,8 @@ def import_labels(config: ImportConfig) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {config.output!r} is not empty; choose another directory")
     name = config.name or config.format
+    if not config.sampler.max_length:
+        config = replace(config, sampler=replace(config.sampler, max_length=MAX_LENGTH))
     policy = load_policy(config.policy, config.step_rule)
     solutions = [s for row in read_solutions(config.data, config.format, config.limit) for s in row]
     if not solutions:
@@ -95,7 +99,7 @@ def import_labels(config: ImportConfig) -> None:
         "task": fingerprint,
         "task_spec": task_spec(Jsonl(config.step_rule, data=str(path), grader=grader)),
         "tokenizer": tokenizer_fingerprint(policy.tokenizer),
-        "policy": asdict(replace(config.policy, name=name)),
+        "policy": asdict(replace(policy.config, name=name)),
         "policy_fingerprint": policy.fingerprint,
         "rollout_policies": {name: digest(config.data)},
         "sampler": asdict(config.sampler),
@@ -114,7 +118,7 @@ def import_labels(config: ImportConfig) -> None:
         )
         print_health(write_health(records), output)
         write_data_card(records)
-    print(f"next: pav.train --labels '[{output}]' --trunk <model> --output runs/{name}.ckpt")
+    print_train_command(records)
 
 
 def encode(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from time import monotonic
@@ -19,6 +19,7 @@ from typing import Any
 from data_gen.pool import RemoteEngine
 from data_gen.store import Store
 from data_gen.strategies import Plan, Request, wanted
+from data_gen.watch import Watch, minutes_left, tokens_per_solution
 from pav.drive import drive
 from pav.engine import Engine, seed_of
 from pav.errors import UserError
@@ -27,6 +28,8 @@ from pav.policy import Policy, Sampler
 from pav.progress import Reporter
 from pav.steps import Stepper
 from pav.tasks.base import Problem, Split, Task
+
+REPORT_SECONDS = 2.0
 
 
 class OutOfTime(Exception):
@@ -106,6 +109,7 @@ class Labeler:
         seed: run seed; every request's seed is a hash of it and of the request's key.
         store: where finished solutions and rollouts go.
         deadline: on the monotonic clock; it ends the run.
+        watch: counts what is sampled, and may end the run.
     """
 
     task: Task
@@ -114,6 +118,7 @@ class Labeler:
     seed: int
     store: Store
     deadline: float = inf
+    watch: Watch = field(default_factory=Watch)
 
     async def trace(self, seed: Seed) -> Trace:
         """The seed solution: the store's, the given one, or a new sample."""
@@ -147,6 +152,8 @@ class Labeler:
             truncated=truncated,
         )
         self.store.add(trace)
+        if seed.given is None:
+            self.watch.see(trace)
         return trace
 
     async def rollouts(self, trace: Trace, problem: Problem) -> None:
@@ -167,25 +174,33 @@ class Labeler:
         grade = self.task.grade(roller.policy.text(prefix + ids), problem)
         # A truncated rollout is a failure, whatever its text says.
         correct = grade.correct and not truncated
-        self.store.add(
-            Completion(
-                key, problem.id, roller.name, index, prefix, ids, grade.answer, correct, truncated
-            )
+        completion = Completion(
+            key, problem.id, roller.name, index, prefix, ids, grade.answer, correct, truncated
         )
+        self.store.add(completion)
+        self.watch.see(completion)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Clock:
-    """Turned with the engines, so that time is up also where no worker answers or has started."""
+    """Turned with the engines, so that time is up also where no worker answers or has started.
+
+    Now and then it reports: the first solution of a large model may take many minutes.
+    """
 
     deadline: float
+    report: Callable[[], None]
+    next: float = 0.0
 
     @property
     def busy(self) -> bool:
-        return monotonic() >= self.deadline
+        return monotonic() >= min(self.deadline, self.next)
 
     def step(self) -> None:
-        raise OutOfTime
+        if monotonic() >= self.deadline:
+            raise OutOfTime
+        self.report()
+        self.next = monotonic() + REPORT_SECONDS
 
 
 def owed(rounds: list[list[Seed]], plan: Plan, store: Store, stepper: Stepper) -> list[list[Seed]]:
@@ -251,21 +266,29 @@ def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
         partial(job, number, seed) for number, seeds in enumerate(todo) for seed in seeds
     ]
     total = sum(map(len, rounds))
-    done = total - len(jobs)
+    done = before = total - len(jobs)
     engines = [r.engine for r in labeler.rollers]
-    started = monotonic()
+    watch, started = labeler.watch, monotonic()
+    sampled_before = sum(e.usage.generated for e in engines)
+    room = max(r.sampler.max_length for r in labeler.rollers)
     with Reporter("rollouts", total, "solutions") as reporter:
         reporter.update(done)
+
+        def report() -> None:
+            seconds = max(monotonic() - started, 1e-9)
+            tokens = sum(e.usage.generated + e.in_flight for e in engines) - sampled_before
+            each = tokens_per_solution(watch, labeler.plan, tokens, room)
+            left = minutes_left(len(jobs), done - before, tokens, seconds, each)
+            lines = [line for e in engines if isinstance(e, RemoteEngine) for line in e.lines]
+            note = f"{len(store.completions)} rollouts, {tokens / seconds:.0f} tokens/s"
+            reporter.update(done, f"{note}, {watch.shares}", lines, left)
 
         def advance(error: Exception | None) -> None:
             nonlocal done
             if error is not None:
                 raise error
             done += 1
-            tokens = sum(e.usage.generated for e in engines) / max(monotonic() - started, 1e-9)
-            lines = [line for e in engines if isinstance(e, RemoteEngine) for line in e.lines]
-            note = f"{len(store.completions)} rollouts, {tokens:.0f} tokens/s"
-            reporter.update(done, note, lines)
+            report()
 
         # The clock comes last: what an engine's step finished is kept.
-        drive([*engines, _Clock(labeler.deadline)], jobs, advance, concurrency)
+        drive([*engines, _Clock(labeler.deadline, report)], jobs, advance, concurrency)

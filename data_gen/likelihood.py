@@ -8,6 +8,7 @@ mixed with them: a log-probability is no chance of success.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from data_gen.forced_answer import Scorer, answer_ids, one_by_one, scorer_for
 from data_gen.runs import (
     Run,
     policy_config,
+    print_train_command,
     read_run,
     run_on_directories,
     task_of,
@@ -32,7 +34,8 @@ from data_gen.store import Store, replace_file
 from pav.errors import UserError
 from pav.interrupt import interruptible
 from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes
-from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
+from pav.opening import task_option
+from pav.policy import Policy, PolicyConfig, asked, like, load_policy, tokenizer_fingerprint
 from pav.progress import Reporter
 from pav.tasks.base import Problem, Task
 from pav.trunk import load_trunk
@@ -61,7 +64,7 @@ class LikelihoodConfig:
             One made with ``data_gen.rollouts --n_mc 0`` (and ``--seeds_from``) holds solutions
             alone.
         policy: the model that is asked; by default the run's base policy. Its tokenizer must be the
-            run's, its prompt may be its own.
+            run's; it is asked as the base policy was, unless it has a prompt of its own.
         task: the run's task, where it is not built in.
         device: where it runs; ``auto`` takes a GPU if there is one.
     """
@@ -76,7 +79,9 @@ def likelihood(config: LikelihoodConfig) -> None:
     """Write the table of likelihoods (see :class:`LikelihoodConfig`); the same command resumes."""
     run = read_run(config.labels)
     task = task_of(run, config.task)
-    policy = load_policy(config.policy or policy_config(run.manifest), task.step_rule)
+    base = policy_config(run.manifest)
+    given = config.policy or base
+    policy = load_policy(asked(like(given, base), task), task.step_rule)
     if tokenizer_fingerprint(policy.tokenizer) != run.manifest["tokenizer"]:
         raise UserError(
             f"policy {policy.config.model!r} has another tokenizer than labels {config.labels!r}; "
@@ -230,7 +235,9 @@ def _summary(run: Run, policy: Policy) -> None:
             first = np.mean([values[0] for values in ends])
             last = np.mean([values[-1] for values in ends])
             print(f"  {len(ends)} {label} solutions: {first:.2f} at step 0, {last:.2f} at the last")
-    print(f"next: data_gen.show {run.directory}, or pav.train --labels '[{run.directory}]'")
+    option = task_option(run.manifest["task_spec"])
+    print(f"next: data_gen.show {shlex.quote(str(run.directory))}{option}")
+    print_train_command(run)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
 from data_gen.likelihood import write_part
-from data_gen.runs import Run, part_of, read_run, run_on_directories
+from data_gen.runs import Run, part_of, print_train_command, read_run, run_on_directories
 from data_gen.store import MANIFEST, Store, replace_file
 from pav.errors import UserError
 from pav.interrupt import interruptible
@@ -84,7 +84,7 @@ def merge(config: MergeConfig) -> None:
         merged = Run(output, manifest, store.traces, store.completions, seconds=seconds)
         print_health(write_health(merged), output)
         write_data_card(merged)
-    print(f"next: pav.train --labels '[{config.output}]' --output runs/pav.ckpt")
+    print_train_command(merged)
 
 
 def _likelihoods(directories: list[Path]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,10 @@ import numpy as np
 from data_gen.label import Labeler, Roller, Seed, label
 from data_gen.rollouts import RolloutsConfig, loaded
 from data_gen.store import Store
+from data_gen.watch import watch_for
 from pav.journal import JOURNAL
 from pav.labels import Completion, Trace
+from pav.opening import block
 from pav.policy import Policy
 from pav.steps import Stepper
 
@@ -68,6 +71,7 @@ def print_plan(config: RolloutsConfig, policies: list[Policy], rounds: list[list
     steps = [len(t.step_ends) for t in pilot.traces]
     per_step = sum(t.step_ends[-1] for t in pilot.traces if t.step_ends) / max(1, sum(steps))
     empty = empty_share([t.ids for t in pilot.traces], policies[0].stepper)
+    _print_solutions(config, policies[0], pilot)
     print(
         f"pilot: {len(pilot.traces)} solutions, {len(pilot.completions)} rollouts, "
         f"{pilot.tokens} tokens in {pilot.seconds:.1f} s ({pilot.tokens / pilot.seconds:.0f} "
@@ -84,6 +88,31 @@ def print_plan(config: RolloutsConfig, policies: list[Policy], rounds: list[list
         share = min(1.0, config.hours / max(hours, 1e-9))
         print(f"  --hours {config.hours}: about {share * len(rounds):.1f} of {len(rounds)} rounds")
     print("nothing was written; the same command without --dry_run starts the run")
+
+
+def _print_solutions(config: RolloutsConfig, policy: Policy, pilot: Pilot) -> None:
+    """How the pilot's solutions and rollouts ended, and two of the solutions in full."""
+    watch = watch_for(config.task, stops=False)
+    sampled = [t for t in pilot.traces if not config.seeds_from]
+    for what, records in (("solutions", sampled), ("rollouts", pilot.completions)):
+        if not records:
+            continue
+        for record in records:
+            watch.count(record)
+        print(
+            f"pilot's {what}: {_mean([r.truncated for r in records]):.1%} truncated, "
+            f"{_mean([r.correct for r in records]):.1%} right, "
+            f"{_mean([r.answer is None for r in records]):.1%} without an answer"
+        )
+    # Of different writers, where there are some.
+    for trace in pilot.traces[:1] + pilot.traces[1:][-1:]:
+        state = "truncated" if trace.truncated else "right" if trace.correct else "wrong"
+        print(
+            f"a solution of {trace.policy}: {state}, answer {trace.answer!r} for {trace.gold!r}, "
+            f"{len(trace.step_ends)} steps\n{block(policy.text(trace.ids), most=None)}"
+        )
+    if doubt := watch.doubt():
+        print(f"WARNING: {doubt}", file=sys.stderr)
 
 
 def _first_of_each_writer(rounds: list[list[Seed]]) -> list[list[Seed]]:

@@ -78,7 +78,13 @@ class Finished:
 
 @dataclass(frozen=True)
 class Alive:
-    """A worker's engines step, though nothing has finished for a while."""
+    """A worker's engines step, though nothing has finished for a while.
+
+    Attributes:
+        tokens: by model, what the requests in work have so far.
+    """
+
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class Transport(Protocol):
 @dataclass
 class _Worker:
     held: list[dict[int, Call]]
+    in_flight: list[int]
     started: Started | None = None
     since: float = 0.0
     heard: float = 0.0
@@ -153,7 +160,7 @@ class Pool:
         self._queues: list[deque[Call]] = [deque() for _ in models]
         self._futures: dict[int, asyncio.Future[Sampled]] = {}
         self._next = 0
-        self._workers = [_Worker([{} for _ in models]) for _ in range(count)]
+        self._workers = [_Worker([{} for _ in models], [0 for _ in models]) for _ in range(count)]
         self.engines = [RemoteEngine(self, i) for i in range(len(models))]
         try:
             for worker in range(count):
@@ -176,6 +183,10 @@ class Pool:
             else f"worker {i}: starting"
             for i, w in enumerate(self._workers)
         ]
+
+    def in_flight(self, model: int) -> int:
+        """Tokens that requests in work have so far, as far as the workers have said."""
+        return sum(w.in_flight[model] for w in self._workers)
 
     def submit(self, model: int, ids: Sequence[int], sampler: Sampler, stop_ids: Sequence[int],
                max_tokens: int, seed: int) -> asyncio.Future[Sampled]:  # fmt: skip
@@ -203,7 +214,8 @@ class Pool:
                 case Started():
                     worker.started, worker.since, worker.tokens_here = message, monotonic(), 0
                 case Alive():
-                    pass
+                    for i, tokens in enumerate(message.tokens):
+                        worker.in_flight[i] = tokens
                 case Finished():
                     for request, answer in message.answers:
                         self._resolve(worker, request, answer)
@@ -246,6 +258,7 @@ class Pool:
             worker.rollouts += 1
             worker.tokens += len(answer.ids)
             worker.tokens_here += len(answer.ids)
+            worker.in_flight[model] = max(0, worker.in_flight[model] - len(answer.ids))
             usage = self.engines[model].usage
             usage.generated += len(answer.ids)
             usage.prefilled += answer.prefilled
@@ -261,6 +274,7 @@ class Pool:
             queue.extendleft(reversed(held.values()))
             held.clear()
         worker.started = None
+        worker.in_flight = [0 for _ in worker.held]
         worker.deaths.append(now)
         recent = sum(now - at < DEATH_SECONDS for at in worker.deaths)
         if recent >= DEATHS:
@@ -331,6 +345,11 @@ class RemoteEngine:
     def busy(self) -> bool:
         """Whether requests wait for a step; one engine of a pool turns it for all."""
         return self.model == 0 and self.pool.busy
+
+    @property
+    def in_flight(self) -> int:
+        """As of an :class:`~pav.engine.Engine`."""
+        return self.pool.in_flight(self.model)
 
     def step(self) -> None:
         """Turn the pool (see :meth:`Pool.step`)."""

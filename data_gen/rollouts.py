@@ -7,9 +7,10 @@ times; the share of right answers estimates Q (PAV paper, Eq. 1 and Section 4.2)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from math import inf
 from pathlib import Path
@@ -20,18 +21,27 @@ from data_gen.data_card import write_data_card
 from data_gen.health import print_health, write_health
 from data_gen.label import Labeler, OutOfTime, Roller, Seed, label, owed
 from data_gen.pool import WORKERS, Model, RemoteEngine
-from data_gen.runs import Run
+from data_gen.runs import Run, print_next
 from data_gen.seeds import digest, given_rounds
 from data_gen.store import Store
 from data_gen.strategies import Plan, Strategy
+from data_gen.watch import Doubtful, watch_for
 from data_gen.workers import open_pool
 from pav.cli import run
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.interrupt import interruptible
-from pav.policy import Policy, PolicyConfig, Sampler, asked, load_policy, tokenizer_fingerprint
+from pav.opening import print_opening, settle_cap, task_for
+from pav.policy import (
+    Policy,
+    PolicyConfig,
+    Sampler,
+    asked,
+    like,
+    load_policy,
+    tokenizer_fingerprint,
+)
 from pav.tasks.base import Problem, Split, Task, task_spec
-from pav.tasks.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,11 @@ class RolloutsConfig:
     Args:
         output: directory of the label run; the same command resumes it. A shard has one of its own
             in it.
-        task: problems and grader.
+        task: problems and grader. Without one, and with shipped models alone, the built-in tape.
         policy: the base policy, whose search the verifier will guide.
         prover: rollout policy whose advantages matter, or a list of several; all label the same
-            prefixes as the base policy does. By default the base policy itself.
+            prefixes as the base policy does. By default the base policy itself. Without a prompt of
+            its own it is asked as the base policy is.
         sampler: how all of them sample; stored with the labels.
         problems: training problems.
         skip: training and validation problems to leave out at the start (to split a run by hand).
@@ -71,6 +82,8 @@ class RolloutsConfig:
         seed: run seed; every request's seed is a hash of it and of the request's key.
         hours: stop after so many hours, sealed; the same command goes on.
         dry_run: print what the run would take, from a small pilot, and write nothing.
+        ignore_warnings: go on where most of the first few hundred solutions and rollouts are
+            truncated or without an answer, or none is right.
         workers: processes with engines of their own. They share the visible GPUs,
             ``engine.tensor_parallel_size`` each, or the cores; requests and seeds are those of one.
         ray: address of a Ray cluster that the workers run on (``auto``, ``host:port``), or
@@ -79,7 +92,8 @@ class RolloutsConfig:
     """
 
     output: str
-    task: Task = field(default_factory=Tape)
+    # None only until __post_init__ has seen which models are named.
+    task: Task = None  # type: ignore[assignment]
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     prover: PolicyConfig | list[PolicyConfig] | None = None
     sampler: Sampler = field(default_factory=Sampler)
@@ -98,11 +112,14 @@ class RolloutsConfig:
     seed: int = 0
     hours: float | None = None
     dry_run: bool = False
+    ignore_warnings: bool = False
     workers: int = 1
     ray: str | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        models = [policy.model for policy in self.policies]
+        object.__setattr__(self, "task", task_for(self.task, models))
         if self.n_seeds < 1 or self.n_mc < 0:
             raise UserError(
                 f"n_seeds is {self.n_seeds}, n_mc is {self.n_mc}; give at least one seed, and no "
@@ -134,9 +151,10 @@ class RolloutsConfig:
 
     @property
     def policies(self) -> list[PolicyConfig]:
-        """The rollout policies, the base first."""
+        """The rollout policies, the base first; provers have its prompt or their own."""
         given = self.prover if isinstance(self.prover, list) else [self.prover]
-        return [self.policy, *(p for p in given if p is not None and p != self.policy)]
+        provers = [like(p, self.policy) for p in given if p is not None]
+        return [self.policy, *(p for p in provers if p != self.policy)]
 
     @property
     def plan(self) -> Plan:
@@ -165,6 +183,7 @@ def rollouts(config: RolloutsConfig) -> None:
     deadline = inf if config.hours is None else monotonic() + config.hours * 3600
     policies = [load_policy(asked(p, config.task), config.task.step_rule) for p in config.policies]
     check_policies(policies)
+    config = replace(config, sampler=say_opening(config, policies))
     rounds = _rounds(config, policies)
     if config.dry_run:
         from data_gen.pilot import print_plan
@@ -174,22 +193,49 @@ def rollouts(config: RolloutsConfig) -> None:
         return
     manifest = _manifest(config, policies)
     fingerprints = {p.config.label: p.fingerprint for p in policies}
-    stopped = False
+    stopped, doubtful = False, None
     stepper = policies[0].stepper
+    watch = watch_for(config.task, stops=not config.ignore_warnings)
     with interruptible(), Store(config.directory, manifest) as store:
         if any(owed(rounds, config.plan, store, stepper)):
-            store.announce(sum(map(len, rounds)))
-            with loaded(config, policies) as rollers:
-                labeler = Labeler(config.task, rollers, config.plan, config.seed, store, deadline)
-                try:
+            try:
+                watch.recall([*store.traces.values(), *store.completions.values()], fingerprints)
+                store.announce(sum(map(len, rounds)))
+                with loaded(config, policies) as rollers:
+                    labeler = Labeler(
+                        config.task, rollers, config.plan, config.seed, store, deadline, watch
+                    )
                     label(labeler, rounds, config.concurrency * config.workers)
-                except OutOfTime:
-                    stopped = True
+            except OutOfTime:
+                stopped = True
+            except Doubtful as error:
+                doubtful = error
         left = [len(seeds) for seeds in owed(rounds, config.plan, store, stepper)]
         store.seal(fingerprints, owed=sum(left))
         records = Run(config.directory, manifest, store.traces, store.completions,
                       seconds=store.seconds)  # fmt: skip
         _summary(config, records, left, stopped)
+        if not doubtful:
+            print_next(records)
+    if doubtful:
+        raise UserError(
+            f"stopped early: {doubtful}. What is finished is sealed in {str(config.directory)!r}; "
+            "mend it and choose another output, or give the same command with --ignore_warnings "
+            "true to go on"
+        )
+
+
+def say_opening(config: RolloutsConfig, policies: list[Policy]) -> Sampler:
+    """Say what the run is about; the sampler, with a length cap where none is given."""
+    problems = _problems(config)
+    everything = [problem for _, problem in problems]
+    # That of all shards: labels of different samplers cannot be merged.
+    sampler, cap = settle_cap(config.sampler, config.task, policies, everything)
+    counts = Counter(split for split, _ in problems)
+    roles = [("policy" if i == 0 else "prover", p) for i, p in enumerate(policies)]
+    said = ", ".join(f"{n} {split}" for split, n in counts.items()) + " problems"
+    print_opening(config.task, said, roles, everything[0], sampler, cap)
+    return sampler
 
 
 @contextmanager
@@ -326,18 +372,6 @@ def _summary(config: RolloutsConfig, records: Run, left: list[int], stopped: boo
     print(f"{len(records.traces)} traces, {len(records.completions)} rollouts in {directory}")
     print_health(write_health(records), directory)
     write_data_card(records)
-    if config.shard is None:
-        following = f"pav.train --labels '[{directory}]' --output runs/pav.ckpt"
-        if config.branches:
-            following = f"data_gen.select_prover {directory}"
-        elif not config.n_mc and config.strategy != "adaptive":
-            following = f"data_gen.likelihood {directory}"
-        print(f"next: {following}")
-    else:
-        print(
-            "next, when all shards are there: "
-            f"data_gen.merge {config.output}/shard-* --output {config.output}_merged"
-        )
 
 
 def main() -> None:

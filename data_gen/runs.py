@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from data_gen.strategies import plan_of, wanted
 from pav.cli import Config, run
 from pav.errors import UserError
 from pav.labels import Completion, Key, Trace, count, own_endings, read_rows
+from pav.opening import task_option
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.steps import Stepper, StepRule
 from pav.tasks.base import Task
@@ -149,6 +151,38 @@ def stepper_of(run: Run) -> Stepper:
 def task_of(run: Run, given: Task | None) -> Task:
     """The task of a run; one that is not built in has to be given."""
     return resolve_task(run.manifest["task_spec"], given, f"labels {str(run.directory)!r}")
+
+
+def print_next(run: Run) -> None:
+    """Print what to do with the labels that a run of data_gen.rollouts has made."""
+    manifest, directory = run.manifest, shlex.quote(str(run.directory))
+    if manifest["shard"] is not None:
+        output = shlex.quote(str(run.directory.parent))
+        command = f"data_gen.merge {output}/shard-* --output {output}_merged"
+        print(f"next, when all shards are there: {command}")
+    elif manifest["branches"]:
+        print(f"next: data_gen.select_prover {directory}")
+    elif not manifest["n_mc"] and manifest["strategy"] != "adaptive":
+        print(f"next: data_gen.likelihood {directory}{task_option(manifest['task_spec'])}")
+    else:
+        print_train_command(run)
+
+
+def print_train_command(run: Run) -> None:
+    """Print the command that trains a verifier on the labels of a run."""
+    if {t.split for t in run.traces.values()} != {"train", "validation"}:
+        print("pav.train needs solutions of both splits; label some with validation_problems")
+        return
+    output, number = run.directory.parent / "pav.ckpt", 2
+    while output.exists():
+        output, number = output.with_name(f"pav_{number}.ckpt"), number + 1
+    # Served as the policy itself is, the trunk that it is by default takes no second engine.
+    dtype = policy_config(run.manifest).dtype
+    print(
+        f"next: pav.train --labels {shlex.quote(f'[{run.directory}]')} --output "
+        f"{shlex.quote(str(output))}{task_option(run.manifest['task_spec'])}"
+        + (f" --dtype {dtype}" if dtype != "float32" else "")
+    )
 
 
 def print_wide(table: Table) -> None:

@@ -126,9 +126,9 @@ def select_prover(config: SelectProverConfig) -> None:
     draw(found, run.base, chosen, directory / PICTURE)
     print(f"  {directory / RESULT}, {directory / PICTURE}")
     if chosen.startswith("bo") and chosen not in run.policies:
-        print(f"next: label with the base alone; search.beam --prover {chosen}")
+        print(f"to use it: label with the base alone, and search with --prover {chosen}")
     else:
-        print(f"next: data_gen.rollouts with {chosen} as prover")
+        print(f"to use it: label with {chosen} as the one prover, and without branches")
 
 
 def best_of(wanted: Sequence[int] | None, n: int) -> list[int]:

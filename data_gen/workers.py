@@ -101,7 +101,7 @@ async def _answer(
             finished.clear()
             said = monotonic()
         elif monotonic() - said > BEAT_SECONDS:
-            send(Alive())
+            send(Alive(tuple(engine.in_flight for engine in engines)))
             said = monotonic()
 
 

@@ -6,12 +6,15 @@ import logging
 import os
 import sys
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
+from inspect import isabstract
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -53,6 +56,17 @@ def _names_task(args: Sequence[str]) -> bool:
     return False
 
 
+def _print_help(parser: ArgumentParser, config_type: type) -> None:
+    """The parser's help, and the fields of settings that may be absent: it would show none."""
+    print(parser.format_help())
+    for name, kind in get_type_hints(config_type).items():
+        for part in get_args(kind):
+            if is_dataclass(part) and isinstance(part, type) and not isabstract(part):
+                fields = ArgumentParser(prog="", usage=SUPPRESS, add_help=False)
+                fields.add_class_arguments(part, name)
+                print(fields.format_help())
+
+
 def run(
     function: Callable[[Config], Any],
     config_type: type[Config],
@@ -74,6 +88,9 @@ def run(
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(config_type, as_group=False)
     args = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in args or "--help" in args:
+        _print_help(parser, config_type)
+        raise SystemExit(0)
     # "--task.data x.jsonl" alone means the built-in task that reads such a file.
     if any(a.startswith("--task.data") for a in args) and not any(
         a == "--task" or a.startswith("--task=") for a in args
@@ -82,6 +99,15 @@ def run(
     if _names_task(args) and "task" in config_type.__dataclass_fields__:  # type: ignore[attr-defined]
         # jsonargparse would carry the default task's settings over to the named one.
         parser.set_defaults({"task": None})
+    setting = next((a for a in args if a.startswith("--task.")), None)
+    task_field = config_type.__dataclass_fields__.get("task")  # type: ignore[attr-defined]
+    if setting and task_field and task_field.default is None and not _names_task(args):
+        print(
+            f"{prog}: error: {setting.partition('=')[0]} is a setting of a task, and none is named;"
+            " add it, e.g. --task Tape or --task Gsm8k",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
     # A policy or a reward model is mostly named by its model alone.
     # In search a prover is a head or bo<K>, which is text.
     fields = config_type.__dataclass_fields__  # type: ignore[attr-defined]

@@ -194,6 +194,15 @@ class Engine:
         """Requests that wait for a step."""
         return len(self._futures)
 
+    @property
+    def in_flight(self) -> int:
+        """Tokens that the requests in work have so far; for a progress line alone."""
+        try:
+            states = self._engine.output_processor.request_states.values()
+            return sum(s.detokenizer.num_output_tokens() for s in states if s.detokenizer)
+        except AttributeError:  # another version of vLLM may call them something else
+            return 0
+
     async def sample(
         self,
         ids: Sequence[int],

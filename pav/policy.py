@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from pav.errors import UserError
+from pav.hub import offline_if_unreachable
 from pav.steps import Stepper, StepRule, compile_rule
 from pav.tasks.base import Problem, Task
 
@@ -29,7 +30,8 @@ class Prompt:
 
     Args:
         template: user text; ``{question}`` is replaced. Raw policies are fed exactly this.
-        chat: wrap the text with the tokenizer's chat template.
+        chat: wrap the text with the tokenizer's chat template (by default not; a prover or trunk
+            without any setting here is asked as the policy is).
         system: system message (chat only).
         few_shot: (question, solution) pairs shown first.
         assistant_prefix: text that opens the assistant's turn (chat) or ends the prompt (raw).
@@ -37,7 +39,8 @@ class Prompt:
     """
 
     template: str = "{question}\n"
-    chat: bool = False
+    # None and False ask alike; only what is set makes a prompt one's own (see like).
+    chat: bool | None = None
     system: str | None = None
     few_shot: list[tuple[str, str]] = field(default_factory=list)
     assistant_prefix: str = ""
@@ -57,17 +60,18 @@ class Sampler:
         top_p: nucleus mass.
         top_k: 0 for all tokens.
         repetition_penalty: 1 for none.
-        max_length: cap on prompt + solution, in tokens.
+        max_length: cap on prompt + solution, in tokens; by default (0) the longest prompt and the
+            task's room for a solution.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    max_length: int = 160
+    max_length: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_length < 2:
+        if self.max_length and self.max_length < 2:
             raise UserError(f"sampler.max_length is {self.max_length}; give at least 2 tokens")
         # The upper limit is vLLM's.
         if not 0 < self.temperature <= 2:
@@ -115,6 +119,16 @@ def asked(policy: PolicyConfig, task: Task) -> PolicyConfig:
     return replace(policy, prompt=replace(policy.prompt, template=task.template))
 
 
+def like(policy: PolicyConfig, other: PolicyConfig) -> PolicyConfig:
+    """The policy with the prompt of ``other``, unless it has one of its own."""
+    return replace(policy, prompt=other.prompt) if policy.prompt == Prompt() else policy
+
+
+def settled(policy: PolicyConfig) -> PolicyConfig:
+    """The policy as it is recorded: nothing of its prompt is left open."""
+    return replace(policy, prompt=replace(policy.prompt, chat=bool(policy.prompt.chat)))
+
+
 def asset(name: str) -> Path:
     """Path of a shipped directory or file, e.g. ``asset('base')``."""
     return Path(str(resources.files("pav") / "assets" / name))
@@ -139,7 +153,10 @@ def model_path(model: str) -> str:
             f"no model at {model!r} (no config.json there); give a transformers directory, a hub "
             "id (owner/name) or a shipped model such as pav:base"
         )
-    return str(path) if (path / "config.json").exists() else model
+    if (path / "config.json").exists():
+        return str(path)
+    offline_if_unreachable()
+    return model
 
 
 @dataclass(frozen=True)
@@ -175,7 +192,9 @@ def load_policy(config: PolicyConfig, rule: StepRule) -> Policy:
     """Load tokenizer and step rule of ``config.model``."""
     path = model_path(config.model)
     tokenizer = load_tokenizer(path)
-    return Policy(config, path, tokenizer, compile_rule(rule, tokenizer, eos_ids(path, tokenizer)))
+    return Policy(
+        settled(config), path, tokenizer, compile_rule(rule, tokenizer, eos_ids(path, tokenizer))
+    )
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -184,7 +203,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load a tokenizer from {path!r}: {reason}") from error
+        there = "" if Path(path).is_dir() else "; give a directory that holds the model"
+        raise UserError(f"cannot load a tokenizer from {path!r}: {reason}{there}") from error
 
 
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

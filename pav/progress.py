@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 PLAIN_SECONDS = 60.0
 
@@ -28,10 +28,10 @@ class Reporter:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]} min left"),
                 TextColumn("{task.fields[note]}"),
             )
-            self.task = self.bar.add_task(what, total=total, note="")
+            self.task = self.bar.add_task(what, total=total, note="", left="?")
             bar = self.bar
             self.live = Live(get_renderable=lambda: Group(bar, *self.lines))
 
@@ -44,28 +44,33 @@ class Reporter:
         if self.bar:
             self.live.stop()
 
-    def update(self, done: int, note: str = "", lines: Sequence[str] = ()) -> None:
+    def update(
+        self, done: int, note: str = "", lines: Sequence[str] = (), left: float | None = None
+    ) -> None:
         """Say how far it is.
 
         Args:
             done: counts from the start of the work, resumed parts included.
             note: stands at the end of the line.
             lines: stand below the bar; on a terminal only.
+            left: expected minutes; by default from the rate so far.
         """
         if self.first is None:
             self.first = done
         self.lines = lines
-        if self.bar:
-            self.bar.update(self.task, completed=done, note=note)
-            return
         now = time.monotonic()
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        if left is None and rate > 0:
+            left = (self.total - done) / rate / 60
+        minutes = "?" if left is None else f"{left:.1f}"
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note, left=minutes)
+            return
         if now - self.last < PLAIN_SECONDS and done < self.total:
             return
         self.last = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = f"{(self.total - done) / rate / 60:.1f}" if rate > 0 else "?"
         print(
-            f"{self.what}: {done}/{self.total} {self.unit}, {rate:.2f}/s, {left} min left"
+            f"{self.what}: {done}/{self.total} {self.unit}, {rate:.2f}/s, {minutes} min left"
             + (f", {note}" if note else ""),
             flush=True,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -31,6 +32,7 @@ from pav.cli import run
 from pav.errors import UserError
 from pav.interrupt import interruptible
 from pav.lock import LOCK, Lock
+from pav.opening import task_option
 from pav.policy import Prompt, encode_prompt, load_tokenizer, model_path
 from pav.progress import LightningProgress
 from pav.tasks.base import Task, task_spec
@@ -261,12 +263,23 @@ def _sft(config: SftConfig, output: Path) -> None:
         print(
             f"right in a single sample: {right:.3f} of {config.eval_problems} validation problems"
         )
-    print(f"policy: {output}\nnext: data_gen.rollouts --policy {output} --output runs/labels")
+    task = task_option(task_spec(config.task), always=True)
+    usual = asdict(Prompt())
+    own = {k: v for k, v in asdict(config.prompt).items() if v != usual[k]}
+    prompt = "".join(
+        f" --policy.prompt.{k} {shlex.quote(v if isinstance(v, str) else json.dumps(v))}"
+        for k, v in own.items()
+    )
+    print(
+        f"policy: {output}\nnext: data_gen.rollouts --policy {shlex.quote(str(output))}{prompt}"
+        f"{task} --output runs/labels"
+    )
 
 
 def _refuse_other(config: SftConfig, output: Path, resuming: bool) -> None:
     """Write down what is trained; a run under another configuration is not resumed."""
     plain = json.loads(json.dumps(asdict(config) | {"task": task_spec(config.task)}))
+    plain["prompt"]["chat"] = bool(config.prompt.chat)
     path = output / "sft.json"
     if not resuming or not path.exists():
         path.write_text(json.dumps(plain, indent=1))

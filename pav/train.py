@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -40,17 +42,21 @@ from pav.labels import LabelSet, read_labels
 from pav.lock import Lock, beside
 from pav.lora import adapters_of, merge_into
 from pav.memory import GIB, MemoryPlan, Work, device_memory, plan_memory, shape_of, ways_out
+from pav.opening import print_opening, task_option
 from pav.policy import (
+    Policy,
     PolicyConfig,
     Prompt,
+    asked,
     load_policy,
     model_path,
+    settled,
     tokenizer_fingerprint,
     weights_digest,
 )
 from pav.reliability import draw
 from pav.report import fit_and_report, print_report
-from pav.tasks.base import Task, task_spec
+from pav.tasks.base import Problem, Task, task_spec
 from pav.train_config import TrainConfig
 from pav.trunk import HeadedTrunk, load_trunk
 from pav.verifier import (
@@ -100,14 +106,14 @@ def _train(config: TrainConfig) -> Card | None:
     task = resolve_task(labels.manifest["task_spec"], config.task, f"labels {config.labels[0]!r}")
     check_task(task, labels, config.labels[0])
     card = new_card(config, labels, task)
-    path = model_path(config.trunk)
+    path = model_path(card.trunk)
     policy = load_policy(
-        PolicyConfig(config.trunk, prompt=prompt_from(card.prompt), dtype=config.dtype),
+        PolicyConfig(card.trunk, prompt=prompt_from(card.prompt), dtype=config.dtype),
         task.step_rule,
     )
     if tokenizer_fingerprint(policy.tokenizer) != card.tokenizer:
         raise UserError(
-            f"trunk {config.trunk!r} has another tokenizer than the labels' policy "
+            f"trunk {card.trunk!r} has another tokenizer than the labels' policy "
             f"{card.policy['model']!r}; use a trunk of the same tokenizer"
         )
     cap = card.sampler["max_length"]
@@ -126,8 +132,9 @@ def _train(config: TrainConfig) -> Card | None:
         train_set, validation = hardened(train_set), hardened(validation)
     print(
         f"{len(train_set)} training and {len(validation)} validation solutions, heads "
-        f"{', '.join(card.heads)} on {config.trunk} ({config.trunk_mode})"
+        f"{', '.join(card.heads)} on {card.trunk} ({config.trunk_mode})"
     )
+    say_opening(task, policy, labels, card)
     gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     plan(config, path, [*train_set, *validation], gpu)
     if not config.dry_run:
@@ -175,16 +182,30 @@ def _train(config: TrainConfig) -> Card | None:
     if config.head == "mlp":
         print(
             f"an mlp head is not served by vLLM: what it buys is in {output.with_suffix('.json')}"
-            "\nnext: pav.train --head linear"
+            "\nthe same command with --head linear and another --output trains one that is"
         )
         return card
     directory, _ = ensure_export(load_verifier(str(output)), path)
     print(f"export for vLLM: {directory}")
-    following = (
-        "search.compare --help" if config.recipe == "orm" else f"search.beam --verifier {output}"
-    )
+    following = f"search.beam --verifier {shlex.quote(str(output))}{task_option(card.task)}"
+    if config.recipe == "orm":
+        following = "search.compare --help"
     print(f"next: {following}")
     return card
+
+
+def say_opening(task: Task, policy: Policy, labels: LabelSet, card: Card) -> None:
+    """Say on what, how asked, the trunk is trained."""
+    base = card.policy_config()
+    sampler = card.sampler_config()
+    if policy.config.prompt != base.prompt:
+        print(f"the trunk is asked with another prompt than the policy {base.model!r} was")
+    first = labels.traces[0]
+    counts = Counter({t.problem_id: t.split for t in labels.traces}.values())
+    said = ", ".join(f"{n} {split}" for split, n in sorted(counts.items())) + " problems"
+    problem = Problem(first.problem_id, first.question, first.gold)
+    cap = f"length cap: {sampler.max_length} tokens, prompt and solution"
+    print_opening(task, said, [("trunk", policy)], problem, sampler, cap)
 
 
 def trained_model(
@@ -251,7 +272,7 @@ def plan(config: TrainConfig, path: str, examples: list[Example], gpu: bool) -> 
     if planned.total > budget:
         ways = ways_out(shape, work, config.lora, budget)
         raise UserError(
-            f"training {config.trunk!r} needs about {planned}, and a device has "
+            f"training {path!r} needs about {planned}, and a device has "
             f"{budget / GIB:.1f} GiB (memory_gib); "
             + (f"these fit: {'; '.join(ways)}" if ways else "take a smaller trunk")
         )
@@ -274,12 +295,15 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
     base = PolicyConfig(**{**policy, "prompt": prompt_from(policy["prompt"])})
     is_pav = config.recipe != "orm"
     heads = heads_of(config, labels, base.label) if is_pav else [ORM]
-    prompt = config.prompt or base.prompt
-    digest = weights_digest(model_path(config.trunk))
+    prompt = base.prompt
+    if config.prompt is not None:
+        prompt = settled(asked(PolicyConfig(prompt=config.prompt), task)).prompt
+    trunk = config.trunk or base.model
+    digest = weights_digest(model_path(trunk))
     return Card(
         heads=heads,
         recipe="pav" if is_pav else "orm",
-        trunk=config.trunk,
+        trunk=trunk,
         trunk_digest=digest,
         frozen=config.frozen,
         prompt=asdict(prompt),

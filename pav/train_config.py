@@ -30,7 +30,8 @@ class TrainConfig:
         recipe: ``pav`` (heads q/<policy> and orm, on seed traces; lik/<policy> where the labels
             have a table of data_gen.likelihood), ``pqv`` (Q of the base policy and orm, searched
             with alpha 0) or ``orm`` (one head, on every graded completion).
-        trunk: model under the heads; the policy itself serves fused (no second model).
+        trunk: model under the heads; by default the labels' policy itself, which serves fused (no
+            second model).
         trunk_mode: ``frozen`` trains heads only, ``lora`` low-rank adapters, ``full`` everything.
         lora: adapters of ``trunk_mode: lora``.
         head: ``linear``, or ``mlp`` (one hidden layer, frozen trunks only) that vLLM cannot serve.
@@ -40,7 +41,7 @@ class TrainConfig:
             problems (the default of a trained trunk), or ``all``, of up to 1000 training
             solutions as well (that of a frozen one).
         task: needed only where the labels' task is not built in.
-        prompt: how the trunk is asked; by default as the policy was.
+        prompt: how the trunk is asked; by default as the labels' policy was.
         dtype: dtype the verifier is served in.
         alpha: default weight of the advantage in search, stored with the verifier (0 for a pqv).
         lr: peak learning rate; by default 0.01 frozen (0.001 for an mlp), 2e-4 lora, 2e-5 full.
@@ -69,7 +70,7 @@ class TrainConfig:
     labels: list[str]
     output: str = "runs/pav.ckpt"
     recipe: Literal["pav", "pqv", "orm"] = "pav"
-    trunk: str = "pav:strong"
+    trunk: str | None = None
     trunk_mode: Literal["frozen", "lora", "full"] = "frozen"
     lora: Lora = field(default_factory=Lora)
     head: HeadKind = "linear"

@@ -29,14 +29,13 @@ from pav.policy import (
     model_path,
     weights_digest,
 )
-from pav.tasks.base import Task
+from pav.tasks.base import BUILT_IN, Task
 from pav.trunk import HeadedTrunk, HeadKind, load_trunk
 
 # Of the checkpoint: raised when an older one would not load or would mean something else.
 FORMAT = 2
 ORM = "orm"
 LIK = "lik/"
-BUILT_IN = "pav.tasks."
 
 
 def q_head(policy: str) -> str:
@@ -115,7 +114,8 @@ class Card:
 
 def prompt_from(plain: dict[str, Any]) -> Prompt:
     """A :class:`Prompt` from plain data."""
-    return Prompt(**{**plain, "few_shot": [(q, a) for q, a in plain["few_shot"]]})
+    shots = [(q, a) for q, a in plain["few_shot"]]
+    return Prompt(**{**plain, "few_shot": shots, "chat": bool(plain["chat"])})
 
 
 @dataclass(frozen=True)

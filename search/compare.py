@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pav.cli import run
 from pav.errors import UserError
+from pav.opening import task_option
+from pav.policy import settled
 from pav.verifier import Verifier, load_verifier
 from search.efficiency import Ratio, print_ratios, ratios, write_ratios
 from search.investment import invested_flops
+from search.opened import say_opening
 from search.pick import check_pick
 from search.plan import CompareConfig, Investment, Method, Selectable
 from search.plot import plot_accuracy, plot_optimisation
@@ -21,7 +25,7 @@ from search.report import write_report
 from search.sampled import sample_points
 from search.select import Choice, choose, print_choice, write_choice
 from search.select import manifest as selected
-from search.session import open_session
+from search.session import capped, open_session, sibling_orm
 from search.sweep import Sweep, search_points
 
 __all__ = ["CompareConfig", "Investment", "Method", "compare", "main"]
@@ -31,6 +35,7 @@ def compare(config: CompareConfig) -> None:
     """Run the comparison (see :class:`~search.plan.CompareConfig`)."""
     verifiers = {m.verifier: load_verifier(m.verifier) for m in config.methods if m.verifier}
     first = next(iter(verifiers.values()))
+    config = replace(config, sampler=capped(config.sampler, first.card))
     # Before anything is searched: a mistyped label run must not cost the night.
     invested = _invested(config, verifiers)
     session = open_session(first, config.task, None, config.sampler, config.engine, config.workers)
@@ -50,6 +55,7 @@ def compare(config: CompareConfig) -> None:
     digests |= {model.config.model: model.digest for _, model in reward_models}
     with open_run(output, manifest(config, digests)):
         problems = session.problems(config.split, config.problems, config.skip)
+        say_opening(session, problems, config.split)
         sweep = with_choices(Sweep(config, verifiers, session, problems, output))
         points: list[Point] = []
         for method in sweep.config.methods:
@@ -58,7 +64,7 @@ def compare(config: CompareConfig) -> None:
         points += sample_points(sweep, points)
         session.shutdown()
         write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
-        _report(config, points, invested)
+        _report(config, points, invested, _following(verifiers))
         session.check()
 
 
@@ -95,7 +101,25 @@ def with_choices(sweep: Sweep) -> Sweep:
     return replace(sweep, config=replace(config, methods=methods))
 
 
-def _report(config: CompareConfig, points: list[Point], invested: dict[str, float]) -> None:
+def _following(verifiers: dict[str, Verifier]) -> str:
+    """A command to go on with: the first verifier of steps, and the ORM beside it."""
+    for name, verifier in verifiers.items():
+        if verifier.card.recipe != "pav":
+            continue
+        try:
+            sibling_orm(verifier.path)
+        except UserError:
+            baseline = ""
+        else:
+            baseline = " --baseline orm"
+        named = f"{shlex.quote(name)}{task_option(verifier.card.task)}"
+        return f"search.beam --verifier {named}{baseline} --n 8"
+    return "search.compare --help"
+
+
+def _report(
+    config: CompareConfig, points: list[Point], invested: dict[str, float], following: str
+) -> None:
     output = Path(config.output)
     order = {m.name: i for i, m in enumerate(config.methods)}
     points.sort(key=lambda p: (order[p.method], p.n))
@@ -123,8 +147,7 @@ def _report(config: CompareConfig, points: list[Point], invested: dict[str, floa
         f"results: {output}/compare.csv, compare.json, efficiency.json, compare.png, "
         "compare_n.png, compare_flops.png, optimisation.png, one .jsonl per run\n"
         f"report: {page}\n"
-        f"next: search.beam --verifier {config.methods[0].verifier or 'pav:reference'} "
-        "--baseline orm --n 8"
+        f"next: {following}"
     )
 
 
@@ -170,6 +193,8 @@ LATER = ("score", "duplicates", "weight", "resampling", "orm")
 
 
 def _plain(method: Method) -> dict[str, Any]:
+    if method.policy is not None:
+        method = replace(method, policy=settled(method.policy))
     # Later settings are absent where they are not used: runs of a version without are resumed.
     return {k: v for k, v in asdict(method).items() if k not in LATER or v is not None}
 

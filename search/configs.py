@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pav.engine import EngineConfig
 from pav.errors import UserError
-from pav.policy import PolicyConfig, Sampler, model_path, weights_digest
+from pav.policy import PolicyConfig, Sampler, model_path, settled, weights_digest
 from pav.tasks.base import Split, Task, task_spec
 from pav.verifier import Verifier
 from search.alphallm import WEIGHT
@@ -16,7 +16,7 @@ from search.beam import Duplicates
 from search.pick import Pick
 from search.rank import Score
 from search.reward_text import RewardModelConfig
-from search.session import Scoring
+from search.session import Scoring, capped
 from search.smc import Resampling, Weight
 from search.workers import check_workers
 
@@ -176,7 +176,11 @@ def manifest(config: SearchConfig, verifier: Verifier | None) -> dict[str, Any]:
             value = {**asdict(value), "digest": weights_digest(model_path(value.model))}
         elif isinstance(value, Task):
             value = task_spec(value)
-        elif is_dataclass(value) and not isinstance(value, type):
+        elif isinstance(value, PolicyConfig):
+            value = settled(value)
+        elif isinstance(value, Sampler) and verifier is not None:
+            value = capped(value, verifier.card)
+        if is_dataclass(value) and not isinstance(value, type):
             value = {k.name: str(getattr(value, k.name)) for k in fields(value)}
         plain[f.name] = value
     return plain

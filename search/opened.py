@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from pav.errors import UserError
+from pav.opening import print_opening, settle_cap, task_for
 from pav.policy import PolicyConfig, Sampler
-from pav.tasks.tape import Tape
+from pav.tasks.base import Problem
 from pav.verifier import Verifier, load_verifier
 from search.configs import SearchConfig, manifest, run_directory
 from search.pick import Pick, StepScore, check_pick
@@ -76,9 +77,10 @@ def open_search(config: SearchConfig, recipe: str | None) -> Opened:
             verifier, config.task, config.policy, config.sampler, config.engine, config.workers
         )
     elif config.orm is not None or (recipe is None and config.pick == "majority"):
+        policy = config.policy or PolicyConfig()
         session = plain_session(
-            config.task or Tape(),
-            config.policy or PolicyConfig(),
+            task_for(config.task, [policy.model]),
+            policy,
             config.sampler or Sampler(),
             config.engine,
             config.workers,
@@ -88,6 +90,7 @@ def open_search(config: SearchConfig, recipe: str | None) -> Opened:
             "no verifier is named; give --verifier with a checkpoint of pav.train (or "
             "pav:reference), or --orm with a reward model"
         )
+    say_opening(session, session.problems(config.split, config.problems), config.split)
     card: Defaults | None = verifier.card if verifier else None
     if config.orm is not None:
         card = session.reward_model(config.orm)
@@ -96,6 +99,14 @@ def open_search(config: SearchConfig, recipe: str | None) -> Opened:
         named = config.verifier if config.orm is None else config.orm.model
         check_pick(rule, card.heads, card.base_head, str(named))
     return Opened(session, verifier, card, rule)
+
+
+def say_opening(session: Session, problems: list[Problem], split: str) -> None:
+    """Say what is searched, and settle the length cap where neither user nor verifier gave one."""
+    policy = session.policy
+    session.sampler, cap = settle_cap(session.sampler, session.task, [policy], problems)
+    said = f"{len(problems)} {split} problems"
+    print_opening(session.task, said, [("policy", policy)], problems[0], session.sampler, cap)
 
 
 def card_of(opened: Opened) -> Defaults:

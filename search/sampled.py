@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pav.errors import UserError
-from pav.policy import Policy, load_policy
+from pav.policy import Policy, PolicyConfig, asked, like, load_policy
 from pav.tasks.base import Problem
 from search.cost import Cost
 from search.grow import together
@@ -27,11 +27,18 @@ from search.points import Point, make_point
 from search.records import Candidate, Record
 from search.reward_models import RewardModel
 from search.scoring import NOTHING, Scorer, StepScorer
+from search.session import Session
 from search.solve import beam_settings, failed, repick, traces_record
 from search.sweep import Sweep, rule_of
 
 # What values a sample set.
 Ranker = Scorer | RewardModel
+
+
+def _other(chosen: PolicyConfig, session: Session) -> Policy:
+    """Another policy; asked as the session's is, unless it has a prompt of its own."""
+    policy = asked(like(chosen, session.policy.config), session.task)
+    return load_policy(policy, session.task.step_rule)
 
 
 def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
@@ -42,7 +49,7 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
     points: list[Point] = []
     for chosen in {_policy_key(m): m.policy for m in methods}.values():
         own = [m for m in methods if m.policy == chosen]
-        other = None if chosen is None else load_policy(chosen, session.task.step_rule)
+        other = None if chosen is None else _other(chosen, session)
         label = session.policy.config.label if chosen is None else chosen.label
         # A small first set tells how long a trace is; its traces are the first of the full set.
         few = min(4, max(config.n))

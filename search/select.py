@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from rich.table import Table
 from pav.cli import run
 from pav.engine import EngineConfig
 from pav.errors import UserError
+from pav.opening import task_option
 from pav.policy import Sampler
 from pav.tasks.base import Task
 from pav.verifier import Card
+from search.opened import say_opening
 from search.pick import Pick
 from search.plan import CompareConfig, Method, Selectable, Selection
 from search.points import Point
 from search.records import open_run
-from search.session import Scoring, load_checked, open_session
+from search.session import Scoring, capped, load_checked, open_session
 from search.sweep import Sweep, search_points
 from search.workers import check_workers
 
@@ -91,6 +94,7 @@ class Choice:
 def select(config: SelectConfig) -> None:
     """Choose, write the choice and print the flags (see :class:`SelectConfig`)."""
     verifier = load_checked(config.verifier, "pav")
+    config = replace(config, sampler=capped(config.sampler, verifier.card))
     session = open_session(
         verifier, config.task, None, config.sampler, config.engine, config.workers
     )
@@ -110,6 +114,8 @@ def select(config: SelectConfig) -> None:
         "method": asdict(method),
     }
     with open_run(output, known | manifest(config.select, config.selection)):
+        problems = session.problems("validation", config.selection.problems)
+        say_opening(session, problems, "validation")
         sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
         choice = choose(sweep, method, config.select, config.selection)
         session.shutdown()
@@ -118,7 +124,8 @@ def select(config: SelectConfig) -> None:
         flags = [f"--{k} {v}" for k, v in _chosen(choice).items()]
         print(
             f"results: {output}/choice.yaml, select.csv, one .jsonl per run\n"
-            f"next: search.beam --verifier {config.verifier} {' '.join(flags)}"
+            f"next: search.beam --verifier {shlex.quote(config.verifier)}"
+            f"{task_option(verifier.card.task)} {' '.join(flags)}"
         )
         session.check()
 

@@ -20,8 +20,11 @@ from pav.policy import (
     PolicyConfig,
     Prompt,
     Sampler,
+    asked,
+    like,
     load_policy,
     model_path,
+    settled,
     tokenizer_fingerprint,
     weights_digest,
 )
@@ -233,7 +236,7 @@ def plain_session(
     task: Task, policy: PolicyConfig, sampler: Sampler, engine: EngineConfig, workers: int = 1
 ) -> Session:
     """Session without a verifier of ours that would remember task, policy and sampler."""
-    loaded = load_policy(policy, task.step_rule)
+    loaded = load_policy(asked(policy, task), task.step_rule)
     return Session(task, loaded, sampler, engine, _workers(workers, engine))
 
 
@@ -264,9 +267,12 @@ def open_session(
                 f"the policy of {source} is not at {remembered.model!r} any more; name its new "
                 "place with --policy"
             ) from error
-    if policy is not None and policy.prompt == Prompt() != remembered.prompt:
-        print(f"policy {policy.model!r} is asked with the prompt that {source} remembers")
-        policy = replace(policy, prompt=remembered.prompt)
+    if policy is not None and policy.prompt != Prompt():
+        policy = asked(policy, found)
+    elif policy is not None:
+        policy = like(policy, remembered)
+        if policy.prompt not in (Prompt(), settled(PolicyConfig()).prompt):
+            print(f"policy {policy.model!r} is asked with the prompt that {source} remembers")
     chosen = load_policy(policy or remembered, found.step_rule)
     if tokenizer_fingerprint(chosen.tokenizer) != card.tokenizer:
         raise UserError(
@@ -280,10 +286,17 @@ def open_session(
             f"{chosen.config.model!r} (fingerprints {card.policy_fingerprint} and "
             f"{chosen.fingerprint})"
         )
-    used = sampler or card.sampler_config()
+    used = capped(sampler, card) or card.sampler_config()
     if asdict(used) != card.sampler:
         warn(f"{source} was made for sampler {card.sampler}, searching with {asdict(used)}")
     return Session(found, chosen, used, engine, _workers(workers, engine))
+
+
+def capped(sampler: Sampler | None, card: Card) -> Sampler | None:
+    """A given sampler, whose length cap is the verifier's where it has none of its own."""
+    if sampler is None or sampler.max_length:
+        return sampler
+    return replace(sampler, max_length=card.sampler["max_length"])
 
 
 def sibling_orm(path: Path) -> str:

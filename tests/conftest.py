@@ -162,7 +162,7 @@ def _make_verifier(
     frozen: bool = True,
     task: Task = Tape(),  # noqa: B008 (frozen)
     prompt: Prompt = Prompt(),  # noqa: B008
-    sampler: Sampler = Sampler(),  # noqa: B008
+    sampler: Sampler = Sampler(max_length=160),  # noqa: B008
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> HeadedTrunk:
     from pav.train import save

@@ -28,7 +28,8 @@ COMMANDS: dict[str, tuple[Any, type]] = {
     "search.beam": (beam, BeamConfig),
     "search.best_of_n": (best_of_n, BestOfNConfig),
 }
-SMALL = ["--problems", "2", "--validation_problems", "2", "--n_seeds", "2",
+TAPE = ["--task", "Tape"]
+SMALL = [*TAPE, "--problems", "2", "--validation_problems", "2", "--n_seeds", "2",
          "--sampler.max_length", "40", "--engine.kv_gib", "0.02"]  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def test_baseline_that_is_not_there(
 
 def test_missing_policy(refused: Callable[..., str], world: World, tmp_path: Path) -> None:
     out = ["--output", str(tmp_path / "out")]
-    said = refused("data_gen.rollouts", "--policy", "./nowhere", *out)
+    said = refused("data_gen.rollouts", "--policy", "./nowhere", *TAPE, *out)
     assert said.startswith("no model at './nowhere' (no config.json there); give a transformers")
     said = refused("data_gen.rollouts", "--policy", "pav:nothing", *out)
     assert said.startswith("no shipped model 'pav:nothing'; there are ")
@@ -125,7 +126,7 @@ def test_tokenizers_that_do_not_match(
     refused: Callable[..., str], world: World, tmp_path: Path
 ) -> None:
     said = refused("data_gen.rollouts", "--policy", world.policy, "--prover", world.chat,
-                   "--output", str(tmp_path / "labels"))  # fmt: skip
+                   *TAPE, "--output", str(tmp_path / "labels"))  # fmt: skip
     assert said.startswith(f"prover {world.chat!r} has another tokenizer than policy ")
     assert said.endswith("choose a prover of the same tokenizer")
     said = refused("pav.train", "--labels", f"[{world.labels}]", "--trunk", world.chat,
@@ -159,7 +160,7 @@ def test_delimiter_that_the_tokenizer_never_produces(
     refused: Callable[..., str], world: World, tmp_path: Path
 ) -> None:
     said = refused("data_gen.rollouts", "--policy", world.policy, "--output", str(tmp_path / "x"),
-                   "--task.step_rule.delimiter", "§§")  # fmt: skip
+                   *TAPE, "--task.step_rule.delimiter", "§§")  # fmt: skip
     assert said.startswith("step_rule.delimiter '§§' is in no single token of the tokenizer ")
     assert "choose a delimiter that the tokenizer produces" in said
     assert not (tmp_path / "x").exists()
@@ -206,7 +207,9 @@ def test_output_that_holds_something_else_is_left_alone(
     refused: Callable[..., str], world: World, tmp_path: Path, command: str
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    start = ["--policy", world.policy] if command[0] == "d" else ["--verifier", world.verifier]
+    start = (
+        ["--policy", world.policy, *TAPE] if command[0] == "d" else ["--verifier", world.verifier]
+    )
     said = refused(command, *start, "--output", str(tmp_path))
     assert f"output {str(tmp_path)!r} is not empty" in said and "'thesis.tex'" in said
     assert "choose another" in said
@@ -248,7 +251,7 @@ def test_output_that_cannot_be_written_is_found_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("")
     start = {
-        "data_gen.rollouts": ["--policy", world.policy],
+        "data_gen.rollouts": ["--policy", world.policy, *TAPE],
         "search.beam": ["--verifier", world.verifier],
         "pav.train": [
             "--labels",

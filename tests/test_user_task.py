@@ -23,6 +23,7 @@ from pav.train import TrainConfig, train
 from pav.verifier import load_verifier
 from search.commands import BeamConfig, beam
 from search.records import read
+from tests.following import printed
 
 REPOSITORY = Path(__file__).parents[1]
 MY_TASK = '''
@@ -60,8 +61,8 @@ class MyTask(Task):
 '''
 TASK = ["--task", "my_task.MyTask", "--task.step_rule.max_tokens", "8", "--task.largest", "20"]
 CHAT = ["--policy", "./chat", "--policy.prompt.chat", "true", "--policy.prompt.system", "Add."]
-SMALL = ["--sampler.max_length", "88", "--engine.kv_gib", "0.05", "--n_seeds", "3",
-         "--problems", "24", "--validation_problems", "12"]  # fmt: skip
+SMALL = ["--ignore_warnings", "true", "--sampler.max_length", "88", "--engine.kv_gib", "0.05",
+         "--n_seeds", "3", "--problems", "24", "--validation_problems", "12"]  # fmt: skip
 
 
 @pytest.fixture
@@ -104,13 +105,16 @@ def test_users_own_task_and_chat_model_go_from_rollouts_to_search(directory: Pat
     for t in labels.traces:
         starts = [0, *t.step_ends]
         assert all(b - a <= 8 for a, b in zip(starts, t.step_ends, strict=False))
-    trained = command("pav.train", *TASK, "--labels", "[labels]", "--trunk", "./chat",
-                      "--output", "pav.ckpt", "--max_epochs", "2")  # fmt: skip
+    # The start says how the model is asked; every command prints the next one, task included.
+    assert "policy: ./chat (chat prompt), float32\nfirst prompt of policy:\n" in made.stdout
+    assert "  | <|im_start|>system\n  | Add.<|im_end|>\n" in made.stdout
+    (training,) = printed(made.stdout)
+    trained = command(*training, "--max_epochs", "2")
     assert trained.returncode == 0, trained.stderr
     card = load_verifier("pav.ckpt").card
     assert card.heads == ["q/chat", "orm"] and card.prompt["system"] == "Add."
-    searched = command("search.beam", *TASK, "--verifier", "pav.ckpt", "--n", "2",
-                       "--problems", "3", "--engine.kv_gib", "0.05")  # fmt: skip
+    (search,) = printed(trained.stdout)
+    searched = command(*search, "--n", "2", "--problems", "3", "--engine.kv_gib", "0.05")
     said = searched.stderr.splitlines()
     errors = [line for line in said if line.startswith("search.beam: error:")]
     assert searched.returncode == (2 if errors else 0), searched.stderr

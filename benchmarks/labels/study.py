@@ -97,7 +97,7 @@ class StudyConfig:
     directory: str = "runs/labels"
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig("pav:prover"))
     task: Tape = field(default_factory=Tape)
-    sampler: Sampler = field(default_factory=Sampler)
+    sampler: Sampler = field(default_factory=lambda: Sampler(max_length=160))
     replicates: int = 3
     problems: int = 128
     seed: int = 0

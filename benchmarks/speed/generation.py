@@ -39,8 +39,9 @@ from data_gen.strategies import Plan
 from pav.cli import run
 from pav.engine import Engine, EngineConfig, seed_of
 from pav.labels import prefix_key, prefixes
-from pav.policy import PolicyConfig, load_policy
+from pav.policy import PolicyConfig, Sampler, load_policy
 
+SAMPLER = Sampler(max_length=160)
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.generation"
 # n_mc -> (times the usual loop, at least; solutions per problem).
 CASES = {4: (8.0, 2), 16: (3.0, 1)}
@@ -100,12 +101,13 @@ def generation(config: GenerationConfig) -> None:
     """Measure and write (see the module)."""
     rows: list[dict[str, Any]] = []
     metrics: list[dict[str, Any]] = []
-    labels = RolloutsConfig(output="", policy=config.policy, engine=config.engine)
+    labels = RolloutsConfig(output="", policy=config.policy, sampler=SAMPLER, engine=config.engine)
     policies = [load_policy(config.policy, labels.task.step_rule)]
     with loaded(labels, policies) as rollers:
         for n_mc, (least, n_seeds) in CASES.items():
             labels = RolloutsConfig(
-                output="", policy=config.policy, validation_problems=0, n_mc=n_mc, n_seeds=n_seeds,
+                output="", policy=config.policy, sampler=SAMPLER, validation_problems=0,
+                n_mc=n_mc, n_seeds=n_seeds,
                 problems=config.problems // 2 if n_seeds == 1 else config.problems,
             )  # fmt: skip
             turns = _case(labels, rollers[0], rounds_of(labels, policies), config)

@@ -26,8 +26,9 @@ from data_gen.rollouts import _rounds as rounds_of
 from data_gen.store import Store
 from pav.cli import run
 from pav.labels import Completion, Trace, prefix_key
-from pav.policy import PolicyConfig, load_policy
+from pav.policy import PolicyConfig, Sampler, load_policy
 
+SAMPLER = Sampler(max_length=160)
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.workers"
 
 
@@ -76,7 +77,8 @@ class Made:
 def workers(config: WorkersConfig) -> None:
     """Measure and write (see the module)."""
     one = RolloutsConfig(
-        output="", policy=config.policy, problems=config.problems, validation_problems=0,
+        output="", policy=config.policy, sampler=SAMPLER, problems=config.problems,
+        validation_problems=0,
         n_seeds=2, n_mc=4, dry_run=True,
     )  # fmt: skip
     policies = [load_policy(config.policy, one.task.step_rule)]

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal
 from pav.steps import StepRule
 
 Split = Literal["train", "validation", "test"]
+# Where the tasks are that a file's word is enough to import.
+BUILT_IN = "pav.tasks."
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Task(ABC):
     # How policies are asked whose prompt.template is left as it is; no setting of the task.
     template: ClassVar[str] = "{question}\n"
 
+    # Room for a solution, in tokens, where sampler.max_length is not given; no setting of the task.
+    max_solution_tokens: ClassVar[int] = 1024
+
     @property
     def name(self) -> str:
         """What the task is called in output."""
@@ -71,6 +76,10 @@ class Task(ABC):
 
         ``search.serve`` calls it in several threads at a time.
         """
+
+    def length_cap(self, longest_prompt: int) -> int:
+        """Cap on prompt and solution, in tokens, where ``sampler.max_length`` is not given."""
+        return longest_prompt + self.max_solution_tokens
 
     def forced_answer(self, problem: Problem) -> str:
         """Text with which a solution would end if it gave the reference answer at once.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pav.errors import UserError
 from pav.grading import Grader, grade_text, reference
+from pav.hub import offline_if_unreachable
 from pav.tasks.base import Grade, Problem, Split, Task, problem_id, split_of, task_spec
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]*){0,2}")
@@ -184,13 +185,22 @@ def _file_rows(field: str, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _hub_rows(field: str, name: str, config: str | None, split: str) -> Any:
+    if not Path(name).is_dir():
+        offline_if_unreachable()
     import datasets
 
     try:
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the hub's client raises errors of half a dozen packages
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = f"task.{field} {name!r} (config {config}, split {split})"
+        if isinstance(error, ConnectionError):
+            raise UserError(
+                f"{what} is not in the cache ({datasets.config.HF_DATASETS_CACHE}), and the hub "
+                "cannot be reached; give a local file (--task.data problems.jsonl, and --task.test "
+                "where the task has one), or name the cache that holds it in HF_DATASETS_CACHE"
+            ) from error
         raise UserError(
-            f"task.{field} {name!r} (config {config}, split {split}) cannot be loaded from the "
-            f"hub: {reason}; give owner/name:config:split, or the path of a .jsonl file"
+            f"{what} cannot be loaded from the hub: {reason}; give owner/name:config:split, or the "
+            "path of a .jsonl file"
         ) from error

@@ -125,6 +125,10 @@ class Tape(Task):
         answer = str(int(match[1]))
         return Grade(answer=answer, correct=answer == problem.gold)
 
+    def length_cap(self, longest_prompt: int) -> int:
+        """Of prompt and solution together, as the shipped labels and verifiers have it."""
+        return 160
+
     def forced_answer(self, problem: Problem) -> str:
         """The last line of a right solution."""
         return f"A{problem.gold}"

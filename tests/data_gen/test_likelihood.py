@@ -105,7 +105,7 @@ def run(tiny_model: Callable[..., Path], tmp_path: Path) -> RolloutsConfig:
     file = tmp_path / "traces.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     return RolloutsConfig(
-        str(tmp_path / "run"), policy=PolicyConfig(str(tiny_model("llama")), name="base"),
+        str(tmp_path / "run"), Tape(), PolicyConfig(str(tiny_model("llama")), name="base"),
         sampler=Sampler(max_length=64), problems=3, validation_problems=0, n_mc=0,
         seeds_from=str(file),
     )  # fmt: skip

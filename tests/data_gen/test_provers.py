@@ -45,6 +45,7 @@ from pav.errors import UserError
 from pav.labels import Completion, Trace, prefix_key, prefixes, read_labels
 from pav.policy import PolicyConfig, Sampler, load_policy
 from pav.steps import Stepper, StepRule
+from pav.tasks.tape import Tape
 from pav.train import TrainConfig, new_card
 
 NAMES = ["base", "prover", "other"]
@@ -71,6 +72,8 @@ def pilot(siblings: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     policies = {name: PolicyConfig(str(path), name=name) for name, path in siblings.items()}
     config = RolloutsConfig(
         output=str(tmp_path_factory.mktemp("labels") / "pilot"),
+        task=Tape(),
+        ignore_warnings=True,
         policy=policies["base"],
         prover=[policies["prover"], policies["other"]],
         sampler=Sampler(max_length=48),

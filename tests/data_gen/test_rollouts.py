@@ -56,6 +56,8 @@ def config(
     """Two random policies; a third of their solutions are cut by the cap."""
     return RolloutsConfig(
         output=str(tmp_path_factory.mktemp("labels") / "run"),
+        task=Tape(),
+        ignore_warnings=True,
         policy=PolicyConfig(str(tiny_model("llama")), name="base"),
         prover=PolicyConfig(str(prover), name="prover"),
         sampler=Sampler(max_length=48),
@@ -151,6 +153,41 @@ def test_truncated_rollout_counts_as_truncated_and_as_a_failure(
     assert any(c.truncated for c in right.completions)
     for row in tables(generous.output)["labels"]:
         assert row["k"] == row["n"] - row["truncated"]
+
+
+def test_run_that_is_no_use_stops_early_sealed_and_goes_on_where_told_to(
+    config: RolloutsConfig,
+    labels: LabelSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Random policies: a third is cut, and next to nothing else gives an answer."""
+    monkeypatch.setattr("data_gen.watch.LOOKS", (60,))
+    monkeypatch.setattr("data_gen.label.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("pav.progress.PLAIN_SECONDS", 0.0)
+    strict = replace(config, output=str(tmp_path / "run"), ignore_warnings=False)
+    told = r"stopped early: in \d+ of \d+ finished .* found no answer.* --ignore_warnings true"
+    with pytest.raises(UserError, match=told):
+        rollouts(strict)
+    said = capsys.readouterr().out
+    assert re.search(r"rollouts: 0/35 solutions, .* [\d.]+ min left, \d+ rollouts, .* cut, ", said)
+    assert "next: " not in said
+    part = read_labels([strict.output])
+    made = len(part.traces) + len(part.completions)
+    assert 60 <= made < len(labels.traces) + len(labels.completions)
+    # The same command sees it before it loads an engine.
+    with monkeypatch.context() as patch:
+        patch.setattr("data_gen.rollouts.loaded", None)
+        with pytest.raises(UserError, match=f"of {made} finished"):
+            rollouts(strict)
+    rollouts(replace(strict, ignore_warnings=True))
+    resumed = read_labels([strict.output])
+
+    def keys(labels: LabelSet) -> set[tuple[str, str, int]]:
+        return {(c.prefix_key, c.policy, c.index) for c in labels.completions}
+
+    assert keys(resumed) == keys(labels) and len(resumed.traces) == len(labels.traces)
 
 
 def test_seeded_run_repeated_elsewhere_gives_identical_tables(
@@ -302,6 +339,20 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     for figure in ("steps per trace", "tokens per step", "of the steps empty", "MB of tables"):
         assert re.search(rf"[\d.]+%? {figure}", said), figure
     assert re.search(r"[\d.]+ hours at the pilot's rate", said)
+    for what in ("solutions", "rollouts"):
+        ended = rf"pilot's {what}: [\d.]+% truncated, [\d.]+% right, [\d.]+% without an answer"
+        assert re.search(ended, said), what
+    # Two solutions in full, by both writers, line by line.
+    policy = load_policy(config.policy, config.task.step_rule)
+    for writer in ("base", "prover"):
+        shown = re.search(
+            rf"a solution of {writer}: (?:truncated|wrong), .* \d+ steps\n((?:  \| .*\n)+)", said
+        )
+        assert shown is not None, said
+        text = shown[1].replace("  | ", "")
+        assert text.rstrip("\n") in {
+            policy.text(t.ids).rstrip("\n") for t in labels.traces if t.policy == writer
+        }
 
 
 def test_shards_are_disjoint_and_together_ask_for_what_one_run_asks_for(

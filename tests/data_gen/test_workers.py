@@ -43,6 +43,7 @@ from pav.journal import JOURNAL, journal_lines
 from pav.policy import PolicyConfig, Sampler
 from pav.processes import Died, placement
 from pav.progress import Reporter
+from pav.tasks.tape import Tape
 
 Asked = Counter[tuple[tuple[int, ...], int, int]]
 
@@ -53,6 +54,8 @@ def config(
 ) -> RolloutsConfig:
     return RolloutsConfig(
         output=str(tmp_path_factory.mktemp("labels") / "one"),
+        task=Tape(),
+        ignore_warnings=True,
         policy=PolicyConfig(str(tiny_model("llama")), name="base"),
         sampler=Sampler(max_length=48),
         problems=40,
@@ -296,6 +299,21 @@ def test_worker_that_says_it_is_alive_is_given_all_the_time_it_needs(
     monkeypatch.setattr(transport, "receive", receive)
     assert len(sampled(transport, 20, 1)) == 20
     assert "WARNING" not in capsys.readouterr().err
+
+
+def test_what_workers_have_in_work_is_known_before_anything_has_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transport = Scripted(Random(0))
+    said = iter([[(0, Started(1, "here")), (1, Started(2, "here"))], [(0, Alive((70,)))],
+                 [(1, Alive((30,)))]])  # fmt: skip
+    monkeypatch.setattr(transport, "receive", lambda _: next(said))
+    pool = Pool(transport, [Model("nowhere", "float32", 48, EngineConfig())], 2, None)
+    seen = []
+    for _ in range(3):
+        pool.step()
+        seen.append(pool.engines[0].in_flight)
+    assert seen == [0, 70, 100]
 
 
 def test_hours_hold_while_no_worker_has_started(

@@ -51,6 +51,7 @@ def write_labels(
         "tokenizer": tokenizer_fingerprint(policy.tokenizer),
         "policy": asdict(policy.config),
         "policy_fingerprint": policy.fingerprint,
+        "rollout_policies": dict.fromkeys(policies, "fingerprint"),
         "sampler": asdict(SAMPLER),
     }
     rng = Random(0)

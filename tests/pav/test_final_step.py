@@ -111,6 +111,7 @@ def test_labels_and_their_workers_stop_at_the_final_step(
 ) -> None:
     config = RolloutsConfig(
         task=Tape(step_rule=RULE),
+        ignore_warnings=True,
         output=str(tmp_path / "one"),
         policy=PolicyConfig(str(tiny_model("llama")), name="base"),
         sampler=Sampler(max_length=48),
