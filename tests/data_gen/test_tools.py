@@ -551,7 +551,7 @@ def test_tools_need_no_hub(made: Path, tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "next: pav.train --labels" in done.stdout
+    assert "pav.train needs solutions of both splits" in done.stdout
     assert (tmp_path / "merged" / "labels").is_dir()
 
 
