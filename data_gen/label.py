@@ -22,11 +22,12 @@ from data_gen.strategies import Plan, Request, wanted
 from pav.drive import drive
 from pav.engine import Engine, seed_of
 from pav.errors import UserError
+from pav.guarded import GuardedGrader
 from pav.labels import Completion, Trace, prefix_key
 from pav.policy import Policy, Sampler
 from pav.progress import Reporter
 from pav.steps import Stepper
-from pav.tasks.base import Problem, Split, Task
+from pav.tasks.base import Problem, Split
 
 
 class OutOfTime(Exception):
@@ -100,7 +101,7 @@ class Labeler:
     """What labels a solution.
 
     Attributes:
-        task: the grader.
+        grader: the task's.
         rollers: rollout policies, the base first.
         plan: how rollouts are spent; names the same policies.
         seed: run seed; every request's seed is a hash of it and of the request's key.
@@ -108,7 +109,7 @@ class Labeler:
         deadline: on the monotonic clock; it ends the run.
     """
 
-    task: Task
+    grader: GuardedGrader
     rollers: list[Roller]
     plan: Plan
     seed: int
@@ -131,7 +132,7 @@ class Labeler:
                 seed_of(self.seed, "seed", seed.writer, key, seed.index),
             )
         policy = self.rollers[0].policy
-        grade = self.task.grade(policy.text(ids), problem)
+        grade = self.grader.grade(policy.text(ids), problem)
         trace = Trace(
             trace_id=seed.trace_id,
             problem_id=problem.id,
@@ -164,7 +165,7 @@ class Labeler:
         ids, truncated = await roller.finish(
             prompt, prefix, seed_of(self.seed, "rollout", roller.name, key, index)
         )
-        grade = self.task.grade(roller.policy.text(prefix + ids), problem)
+        grade = self.grader.grade(roller.policy.text(prefix + ids), problem)
         # A truncated rollout is a failure, whatever its text says.
         correct = grade.correct and not truncated
         self.store.add(
@@ -227,6 +228,7 @@ def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
 
     Raises:
         OutOfTime: at the deadline; what is in flight is dropped.
+        GraderFailed: if the grader fails too often.
         UserError: if the store cannot be written.
     """
     store = labeler.store

@@ -24,6 +24,7 @@ from data_gen.interrupt import interruptible
 from data_gen.runs import Run, policy_config, read_run, run_on_directories, task_of
 from data_gen.store import Store, replace_file
 from pav.errors import UserError
+from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, guarded
 from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.progress import Reporter
@@ -118,7 +119,11 @@ def _check(task: Task, run: Run, trace: Trace) -> None:
         return  # answer_ids says so
     text = task.forced_answer(problem)
     grades = any(t.answer is not None for t in run.traces.values())
-    if grades and not task.grade(text, problem).correct:
+    if not grades:
+        return
+    with guarded(task, run.directory / GRADER_LOG, DEFAULT_TIMEOUT) as grader:
+        grade = grader.grade(text, problem)
+    if not grade.correct:
         raise UserError(
             f"the forced answer {text[:60]!r} of problem {problem.id} is wrong by the grader of "
             f"task {task.name!r}; define forced_answer(problem) in the task as its solutions end"

@@ -29,6 +29,7 @@ from data_gen.workers import open_pool
 from pav.cli import run
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
+from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, GraderFailed, check_timeout, guarded
 from pav.policy import Policy, PolicyConfig, Sampler, asked, load_policy, tokenizer_fingerprint
 from pav.tasks.base import Problem, Split, Task, task_spec
 from pav.tasks.tape import Tape
@@ -70,6 +71,8 @@ class RolloutsConfig:
         concurrency: seed solutions in flight per worker, each with the rollouts of its prefixes.
         seed: run seed; every request's seed is a hash of it and of the request's key.
         hours: stop after so many hours, sealed; the same command goes on.
+        grade_timeout: seconds that a grader of your own may take for one answer, which then counts
+            as wrong; null for no limit. Its process is ended and started anew.
         dry_run: print what the run would take, from a small pilot, and write nothing.
         workers: processes with engines of their own. They share the visible GPUs,
             ``engine.tensor_parallel_size`` each, or the cores; requests and seeds are those of one.
@@ -97,6 +100,7 @@ class RolloutsConfig:
     concurrency: int = 256
     seed: int = 0
     hours: float | None = None
+    grade_timeout: float | None = DEFAULT_TIMEOUT
     dry_run: bool = False
     workers: int = 1
     ray: str | None = None
@@ -127,6 +131,7 @@ class RolloutsConfig:
             raise UserError(f"prover_share is {self.prover_share}; give a share from 0 to 1")
         if self.hours is not None and self.hours <= 0:
             raise UserError(f"hours is {self.hours}; give a time above 0, or leave it out")
+        check_timeout(self.grade_timeout)
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}; give 1 or more")
         if self.shard is not None:
@@ -179,12 +184,23 @@ def rollouts(config: RolloutsConfig) -> None:
     with interruptible(), Store(config.directory, manifest) as store:
         if any(owed(rounds, config.plan, store, stepper)):
             store.announce(sum(map(len, rounds)))
-            with loaded(config, policies) as rollers:
-                labeler = Labeler(config.task, rollers, config.plan, config.seed, store, deadline)
+            log = config.directory / GRADER_LOG
+            with (
+                loaded(config, policies) as rollers,
+                guarded(config.task, log, config.grade_timeout) as grader,
+            ):
+                labeler = Labeler(grader, rollers, config.plan, config.seed, store, deadline)
                 try:
                     label(labeler, rounds, config.concurrency * config.workers)
                 except OutOfTime:
                     stopped = True
+                except GraderFailed as error:
+                    store.seal(fingerprints)
+                    raise UserError(
+                        f"{error}. What is finished is sealed; when the grader is mended, "
+                        f"data_gen.regrade {config.directory} grades it anew and the same command "
+                        "goes on"
+                    ) from error
         store.seal(fingerprints)
         left = [len(seeds) for seeds in owed(rounds, config.plan, store, stepper)]
         records = Run(config.directory, manifest, store.traces, store.completions,
