@@ -115,7 +115,9 @@ def clock(latex: str) -> Clock | None:
 def quantities(latex: str) -> Quantities | None:
     """Two and more numbers with a unit each, all different; the last may go without."""
     text = latex.translate(SIGNS).replace("\\ ", " ").replace("\\,", " ").replace("~", " ").strip()
-    amounts, units, at = [], [], 0
+    amounts: list[PlainNumber] = []
+    units: list[str] = []
+    at = 0
     while at < len(text):
         match = _QUANTITY.match(text, at)
         number = plain_number(match["amount"]) if match else None

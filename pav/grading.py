@@ -47,8 +47,6 @@ _GOES_ON = re.compile(
 )
 # ... unless its digits come in groups.
 _GROUPED = re.compile(r"[0-9]{1,3}(?:[ \u00a0\u2009\u202f][0-9]{3})+(?![0-9])")
-_SCALE = re.compile(r"\s*(hundred|thousand|million|billion|trillion)\b")
-_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # Spellings of one sign.
 _SYNONYMS = {
     **dict.fromkeys(["\\dfrac", "\\tfrac", "\\cfrac"], "\\frac"),
@@ -141,11 +139,9 @@ def _canonical(match: re.Match[str] | None) -> str | None:
     digits = whole.replace(",", "") + decimals
     if fraction or len(digits) > MAX_DIGITS or len(exponent) > 4:
         return None
-    scale = _SCALE.match(match.string, match.end())
-    shift = _POWERS[scale[1]] if scale else 0
     # Digits and exponent are bounded, so this is a string of at most about 1100 characters; string
     # work, not arithmetic, because Decimal rounds to its context's precision.
-    plain = format(Decimal(f"{sign}{digits}e{int(exponent[1:] or 0) + shift}"), "f")
+    plain = format(Decimal(sign + digits + exponent), "f")
     if "." in plain:
         plain = plain.rstrip("0").rstrip(".")
     negative = plain.startswith("-")
@@ -247,10 +243,9 @@ def _grade_answer(latex: str, gold: str | None) -> Grade:
     plain = normalise(latex) or None
     same = bool(gold and plain == normalise(gold))
     vote = None if found is None else str(found)
-    if found is not None and type(found) is type(wanted):
-        return Grade(vote, same or _are_equal(found, wanted))
-    if isinstance(found or wanted, Clock) and not (found or wanted).could_be_ratio:
-        return Grade(vote or plain, same)
+    equal = _are_equal(found, wanted)
+    if equal is not None:
+        return Grade(vote or plain, same or equal)
     # The gold answer has been read before, this spelling of it may be new.
     formula, reference = readable(gold if same and gold else latex), readable(gold or "")
     reply = compare(f"\\boxed{{{formula}}}", reference) if formula else {}
@@ -269,7 +264,17 @@ def _without_algebra(latex: str) -> Form | None:
     return None
 
 
-def _are_equal(found: Form, wanted: Form | None) -> bool:
-    if isinstance(found, PlainNumber):
-        return isinstance(wanted, PlainNumber) and equal_numbers(found, wanted)
-    return found.equals(wanted)
+def _are_equal(found: Form | None, wanted: Form | None) -> bool | None:
+    """Whether two answers that need no algebra are equal; None where that takes algebra."""
+    match found, wanted:
+        case PlainNumber() as number, PlainNumber() as other:
+            return equal_numbers(number, other)
+        case Choice() as letter, Choice() as other:
+            return letter.equals(other)
+        case Clock() as time, Clock() as other:
+            return time.equals(other)
+        case Quantities() as amounts, Quantities() as other:
+            return amounts.equals(other)
+        case (Clock() as time, _) | (_, Clock() as time):
+            return None if time.could_be_ratio else False
+    return None

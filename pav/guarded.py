@@ -146,7 +146,7 @@ class GuardedGrader:
         )
         self._in_process = True
 
-    def _failed(self, text: str, problem: Problem, error: Exception) -> None:
+    def _failed(self, text: str, problem: Problem, error: Exception | SystemExit) -> None:
         self.errors += 1
         said = str(error) if isinstance(error, _Raised) else f"{type(error).__name__}: {error}"
         where = ""
@@ -264,7 +264,7 @@ def serve() -> None:
             signal.setitimer(signal.ITIMER_REAL, 2 * limit[0] + 5)
             grade = _checked(task[0].grade(text, problem))
             return {"answer": grade.answer, "correct": grade.correct}
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             trace = io.StringIO()
             traceback.print_exc(file=trace)
             return {"raised": f"{type(error).__name__}: {error}", "traceback": trace.getvalue()}

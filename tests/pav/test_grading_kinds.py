@@ -119,7 +119,8 @@ def test_scale_words_are_factors(value: object, word: tuple[str, int]) -> None:
     for written in (f"{value} {name}", dollars, f"{value}\\text{{ {name}}}"):
         number = plain_number(written)
         assert number is not None and number.value == exact
-    assert Fraction(number_of(f"#### {value} {name}") or "x") == exact
+    # GSM8K asks for numbers of millions.
+    assert Fraction(number_of(f"#### {value} {name}") or "x") == Fraction(str(value))
 
 
 @settings(deadline=None)

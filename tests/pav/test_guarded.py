@@ -100,7 +100,7 @@ def test_grader_that_raises_hangs_or_dies_counts_as_wrong_and_the_next_answer_is
     assert f"the grader failed for 6 of 14 answers, which count as wrong; tracebacks: {log}" in said
     logged = log.read_text()
     assert "the answer is 7; it must be text or None" in logged
-    assert "exit code 3" in logged and "exit code -11" in logged
+    assert "SystemExit: 3" in logged and "exit code -11" in logged
     # The grader's own line, though it ran elsewhere.
     assert "in grade\n    return Grade(text, int(text) + self.offset" in logged
     assert "grading problem p1, text 'no digits'\nTraceback" in logged
