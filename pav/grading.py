@@ -193,7 +193,8 @@ def _is_joint(text: str, start: int, end: int) -> bool:
 
 def _joined(contents: list[str]) -> str:
     """The contents of boxes as one answer; those that say the same count once."""
-    return ", ".join({normalise(c): c.strip() for c in contents if c.strip()}.values())
+    said = {str(plain_number(c) or normalise(c)): c.strip() for c in contents if c.strip()}
+    return ", ".join(said.values())
 
 
 def last_line(text: str) -> str | None:
