@@ -15,7 +15,7 @@ import pytest
 
 from data_gen.regrade import RegradeConfig, regrade
 from data_gen.rollouts import RolloutsConfig, rollouts
-from data_gen.store import JOURNAL
+from data_gen.runs import read_run
 from pav import guarded as module
 from pav.engine import EngineConfig
 from pav.errors import UserError
@@ -218,7 +218,7 @@ def test_label_run_with_a_broken_grader_stops_sealed_and_goes_on_once_it_is_mend
         rollouts(config)
     assert "\n" not in str(raised.value)
     assert "KeyError: 'my own bug'" in Path("run", GRADER_LOG).read_text()
-    assert not Path("run", JOURNAL).read_bytes()
+    assert read_run("run").sealed
     before = read_labels(["run"])
     assert before.traces and not any(t.correct for t in before.traces)
     assert capfd.readouterr().err.count("which counts as wrong: KeyError: 'my own bug'") == 3
