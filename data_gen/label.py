@@ -23,11 +23,12 @@ from data_gen.watch import Watch, minutes_left, tokens_per_solution
 from pav.drive import drive
 from pav.engine import Engine, seed_of
 from pav.errors import UserError
+from pav.guarded import GuardedGrader
 from pav.labels import Completion, Trace, prefix_key
 from pav.policy import Policy, Sampler
 from pav.progress import Reporter
 from pav.steps import Stepper
-from pav.tasks.base import Problem, Split, Task
+from pav.tasks.base import Problem, Split
 
 REPORT_SECONDS = 2.0
 
@@ -103,7 +104,7 @@ class Labeler:
     """What labels a solution.
 
     Attributes:
-        task: the grader.
+        grader: the task's.
         rollers: rollout policies, the base first.
         plan: how rollouts are spent; names the same policies.
         seed: run seed; every request's seed is a hash of it and of the request's key.
@@ -112,7 +113,7 @@ class Labeler:
         watch: counts what is sampled, and may end the run.
     """
 
-    task: Task
+    grader: GuardedGrader
     rollers: list[Roller]
     plan: Plan
     seed: int
@@ -136,7 +137,7 @@ class Labeler:
                 seed_of(self.seed, "seed", seed.writer, key, seed.index),
             )
         policy = self.rollers[0].policy
-        grade = self.task.grade(policy.text(ids), problem)
+        grade = self.grader.grade(policy.text(ids), problem)
         trace = Trace(
             trace_id=seed.trace_id,
             problem_id=problem.id,
@@ -171,7 +172,7 @@ class Labeler:
         ids, truncated = await roller.finish(
             prompt, prefix, seed_of(self.seed, "rollout", roller.name, key, index)
         )
-        grade = self.task.grade(roller.policy.text(prefix + ids), problem)
+        grade = self.grader.grade(roller.policy.text(prefix + ids), problem)
         # A truncated rollout is a failure, whatever its text says.
         correct = grade.correct and not truncated
         completion = Completion(
@@ -242,6 +243,7 @@ def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
 
     Raises:
         OutOfTime: at the deadline; what is in flight is dropped.
+        GraderFailed: if the grader fails too often.
         UserError: if the store cannot be written.
     """
     store = labeler.store

@@ -32,6 +32,7 @@ from data_gen.runs import (
 )
 from data_gen.store import Store, replace_file
 from pav.errors import UserError
+from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, guarded
 from pav.interrupt import interruptible
 from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes, two_askers
 from pav.opening import task_option
@@ -138,7 +139,11 @@ def _check(task: Task, run: Run, trace: Trace) -> None:
         return  # answer_ids says so
     text = task.forced_answer(problem)
     grades = any(t.answer is not None for t in run.traces.values())
-    if grades and not task.grade(text, problem).correct:
+    if not grades:
+        return
+    with guarded(task, run.directory / GRADER_LOG, DEFAULT_TIMEOUT) as grader:
+        grade = grader.grade(text, problem)
+    if not grade.correct:
         raise UserError(
             f"the forced answer {text[:60]!r} of problem {problem.id} is wrong by the grader of "
             f"task {task.name!r}; define forced_answer(problem) in the task as its solutions end"

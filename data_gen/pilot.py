@@ -15,6 +15,7 @@ from data_gen.label import Labeler, Roller, Seed, label
 from data_gen.rollouts import RolloutsConfig, loaded
 from data_gen.store import Store
 from data_gen.watch import watch_for
+from pav.guarded import guarded
 from pav.journal import JOURNAL
 from pav.labels import Completion, Trace
 from pav.opening import block
@@ -133,9 +134,12 @@ def _pilot(config: RolloutsConfig, rollers: list[Roller], rounds: list[list[Seed
         plan, factor = replace(plan, n_mc=1), plan.n_mc
     with TemporaryDirectory() as name:
         directory = Path(name)
-        with Store(directory, {}) as store:
+        with (
+            Store(directory, {}) as store,
+            guarded(config.task, None, config.grade_timeout) as grader,
+        ):
             started = monotonic()
-            labeler = Labeler(config.task, rollers, plan, config.seed, store)
+            labeler = Labeler(grader, rollers, plan, config.seed, store)
             label(labeler, rounds, config.concurrency)
             seconds = monotonic() - started
             journal_bytes = (directory / JOURNAL).stat().st_size

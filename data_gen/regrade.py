@@ -13,6 +13,7 @@ from data_gen.health import print_health, write_health
 from data_gen.runs import Run, base_policy, part_of, read_run, run_on_directories, task_of
 from data_gen.store import MANIFEST, Store, replace_file
 from pav.errors import UserError
+from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, check_timeout, guarded
 from pav.interrupt import interruptible
 from pav.labels import Completion, Trace
 from pav.progress import Reporter
@@ -29,10 +30,16 @@ class RegradeConfig:
         labels: directory of the run (``data_gen.regrade DIR`` is short for ``--labels DIR``).
         task: the task with its mended grader; by default that of the run, as its code is now. Its
             steps must be the run's.
+        grade_timeout: seconds that a grader of your own may take for one answer, which then counts
+            as wrong; null for no limit.
     """
 
     labels: str
     task: Task | None = None
+    grade_timeout: float | None = DEFAULT_TIMEOUT
+
+    def __post_init__(self) -> None:
+        check_timeout(self.grade_timeout)
 
 
 def regrade(config: RegradeConfig) -> None:
@@ -51,14 +58,19 @@ def regrade(config: RegradeConfig) -> None:
     problems = {
         t.problem_id: Problem(t.problem_id, t.question, t.gold) for t in run.traces.values()
     }
-    with interruptible(), Store(run.directory, run.manifest) as store:
+    log = run.directory / GRADER_LOG
+    with (
+        interruptible(),
+        Store(run.directory, run.manifest) as store,
+        guarded(task, log, config.grade_timeout) as grader,
+    ):
         total = len(store.traces) + len(store.completions)
         with Reporter("regrading", total, "solutions") as reporter:
 
             def graded(records: Iterable[tuple[Record, list[int]]], done: int) -> list[Record]:
                 out = []
                 for record, ids in records:
-                    grade = task.grade(policy.text(ids), problems[record.problem_id])
+                    grade = grader.grade(policy.text(ids), problems[record.problem_id])
                     correct = grade.correct and not record.truncated
                     out.append(replace(record, answer=grade.answer, correct=correct))
                     reporter.update(done + len(out))

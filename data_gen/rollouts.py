@@ -31,6 +31,7 @@ from pav.cli import run
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.gpu_memory import share_gpu
+from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, GraderFailed, check_timeout, guarded
 from pav.interrupt import interruptible
 from pav.loading import check_model
 from pav.opening import print_opening, settle_cap, task_for
@@ -85,6 +86,8 @@ class RolloutsConfig:
         concurrency: seed solutions in flight per worker, each with the rollouts of its prefixes.
         seed: run seed; every request's seed is a hash of it and of the request's key.
         hours: stop after so many hours, sealed; the same command goes on.
+        grade_timeout: seconds that a grader of your own may take for one answer, which then counts
+            as wrong; null for no limit. Its process is ended and started anew.
         dry_run: print what the run would take, from a small pilot, and write nothing.
         ignore_warnings: go on where most of the first few hundred solutions and rollouts are
             truncated or without an answer, or none is right.
@@ -115,6 +118,7 @@ class RolloutsConfig:
     concurrency: int = 256
     seed: int = 0
     hours: float | None = None
+    grade_timeout: float | None = DEFAULT_TIMEOUT
     dry_run: bool = False
     ignore_warnings: bool = False
     workers: int = 1
@@ -148,6 +152,7 @@ class RolloutsConfig:
             raise UserError(f"prover_share is {self.prover_share}; give a share from 0 to 1")
         if self.hours is not None and self.hours <= 0:
             raise UserError(f"hours is {self.hours}; give a time above 0, or leave it out")
+        check_timeout(self.grade_timeout)
         if self.workers < 1:
             raise UserError(f"workers is {self.workers}; give 1 or more")
         if self.shard is not None:
@@ -205,30 +210,41 @@ def rollouts(config: RolloutsConfig) -> None:
         # Before the directory is this run's: another model would be another run.
         for p in policies:
             check_model(p.path, p.config.dtype, config.sampler.max_length, config.engine)
-    stopped, doubtful = False, None
+    stopped, doubtful, broken = False, None, None
     stepper = policies[0].stepper
     watch = watch_for(config.task, stops=not config.ignore_warnings)
     with interruptible(), Store(config.directory, manifest) as store:
         if any(owed(rounds, config.plan, store, stepper)):
+            log = config.directory / GRADER_LOG
             try:
                 watch.recall([*store.traces.values(), *store.completions.values()], fingerprints)
                 store.announce(sum(map(len, rounds)))
-                with loaded(config, policies) as rollers:
+                with (
+                    loaded(config, policies) as rollers,
+                    guarded(config.task, log, config.grade_timeout) as grader,
+                ):
                     labeler = Labeler(
-                        config.task, rollers, config.plan, config.seed, store, deadline, watch
+                        grader, rollers, config.plan, config.seed, store, deadline, watch
                     )
                     label(labeler, rounds, config.concurrency * config.workers)
             except OutOfTime:
                 stopped = True
             except Doubtful as error:
                 doubtful = error
+            except GraderFailed as error:
+                broken = error
         left = [len(seeds) for seeds in owed(rounds, config.plan, store, stepper)]
         store.seal(fingerprints, owed=sum(left))
         records = Run(config.directory, manifest, store.traces, store.completions,
                       seconds=store.seconds)  # fmt: skip
         _summary(config, records, left, stopped)
-        if not doubtful:
+        if not (doubtful or broken):
             print_next(records)
+    if broken:
+        raise UserError(
+            f"{broken}. What is finished is sealed; when the grader is mended, data_gen.regrade "
+            f"{config.directory} grades it anew and the same command goes on"
+        ) from broken
     if doubtful:
         raise UserError(
             f"stopped early: {doubtful}. What is finished is sealed in {str(config.directory)!r}; "

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pav.guarded import interrupted
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -36,12 +38,14 @@ def interruptible() -> Iterator[None]:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             raise KeyboardInterrupt from None
+        interrupted.set()
         # Between two tasks: raised inside one, asyncio would report it once more for that task.
         loop.call_soon_threadsafe(_interrupt)
 
     def second(number: int, _: Any) -> None:
         os._exit(128 + number)
 
+    interrupted.clear()
     handled = [s for s in SIGNALS if before[s] is not signal.SIG_IGN]
     for s in handled:
         signal.signal(s, first)
@@ -50,3 +54,4 @@ def interruptible() -> Iterator[None]:
     finally:
         for s in handled:
             signal.signal(s, before[s])
+        interrupted.clear()

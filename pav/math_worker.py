@@ -9,16 +9,14 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import select
-import subprocess
-import sys
 import threading
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
+from pav import helper_process
 from pav.errors import UserError
+from pav.helper_process import START_SECONDS, Helper
 
 # Longer answers are no answers: nothing that a reference holds comes near.
 MAX_ANSWER = 1000
@@ -27,72 +25,23 @@ MAX_ANSWER = 1000
 SECONDS = 5.0
 WAIT_FACTOR = 20.0
 MEMORY = 2 << 30
-START_SECONDS = 300.0
-
-# The worker runs this very copy of the package, wherever it was imported from.
-_START = (
-    "import sys; a = sys.argv[1]; a in sys.path or sys.path.insert(0, a); "
-    "import pav.math_worker; pav.math_worker.serve()"
-)
-
-
-class Worker:
-    """A process that runs math-verify; it dies when it is over its limits, or with its parent."""
-
-    def __init__(self) -> None:
-        # A plain command and JSON lines: multiprocessing would import the user's main module anew
-        # (vLLM and all) and read pickles from a process that computes what a model wrote.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, str(Path(__file__).parents[1])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        if self.receive(START_SECONDS) is None:
-            self.stop()
-            raise UserError(
-                "the process that grades with math-verify does not start; "
-                "pip install math-verify, or choose task.grader boxed"
-            )
-
-    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        """The reply, or None if the process died or took longer than ``seconds``."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-        except OSError:
-            return None
-        return self.receive(seconds)
-
-    def receive(self, seconds: float) -> dict[str, Any] | None:
-        """One line from the process, or None."""
-        assert self.process.stdout is not None
-        poll = select.poll()
-        poll.register(self.process.stdout, select.POLLIN)
-        # Replies are single short writes: once there is one byte, the line is there.
-        if not poll.poll(seconds * 1000):
-            return None
-        line = self.process.stdout.readline()
-        return dict(json.loads(line)) if line.endswith(b"\n") else None
-
-    def stop(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.communicate()
-
 
 # By process id: a forked child must not share its parent's pipe.
-workers: dict[int, Worker] = {}
+workers: dict[int, Helper] = {}
 _lock = threading.Lock()
 
 
 # The same answer comes again and again, also the one that takes all its time.
 @lru_cache(maxsize=1 << 16)
-def compare(text: str, gold: str) -> dict[str, Any]:
-    """What math-verify reads at the end of ``text``, and whether that is the answer ``gold``.
+def compare(text: str, gold: str, boxed: bool = True) -> dict[str, Any]:
+    """What math-verify reads in ``text``, and whether that is the answer ``gold``.
 
     Compared are expressions only, never the strings that they were read from.
+
+    Args:
+        text: ``\\boxed{<formula>}``, or a text that ends with an answer.
+        gold: a formula.
+        boxed: whether it is the former. A formula that cannot be read is no answer then.
 
     Returns:
         ``answer``, equal for most answers that are equal (None if nothing was read), and
@@ -104,15 +53,26 @@ def compare(text: str, gold: str) -> dict[str, Any]:
     with _lock:
         worker = workers.get(os.getpid())
         if worker is None or worker.process.poll() is not None:
-            worker = workers[os.getpid()] = Worker()
-        request = {"text": text, "gold": gold, "seconds": SECONDS}
+            worker = workers[os.getpid()] = _start()
+        request = {"text": text, "gold": gold, "boxed": boxed, "seconds": SECONDS}
         reply = None
         try:
-            reply = worker.ask(request, SECONDS * WAIT_FACTOR)
+            reply = worker.ask(json.dumps(request).encode(), SECONDS * WAIT_FACTOR)
         finally:  # also on Ctrl-C: a late reply must not answer the next request
             if reply is None:
                 _stop()
         return reply or {}
+
+
+def _start() -> Helper:
+    worker = Helper("pav.math_worker", "serve", quiet=True)
+    if worker.receive(START_SECONDS) is None:
+        worker.stop()
+        raise UserError(
+            "the process that grades with math-verify does not start; "
+            "pip install math-verify, or choose task.grader boxed"
+        )
+    return worker
 
 
 @atexit.register
@@ -124,65 +84,83 @@ def _stop() -> None:
 
 
 def serve() -> None:
-    """The worker's loop: one JSON request a line on stdin, one JSON reply a line on stdout."""
+    """What the worker does: one JSON request a line on stdin, one JSON reply a line on stdout."""
     import resource
     import signal
 
-    from math_verify import parse, verify
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    # Whatever a library prints must not land among the replies.
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    from pav.math_equal import same
+
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(ImportError, AttributeError):  # another version of the parser is only slower
         parse_in_two_stages()
 
-    @lru_cache(maxsize=4096)
-    def parsed(text: str) -> list[Any]:
-        return list(parse(text, parsing_timeout=None, fallback_mode="no_fallback"))
+    # Its own way with units drops all that follows the first one; ours are gone by now.
+    spelling = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
+    )
+    formula = LatexExtractionConfig(normalization_config=spelling)
 
-    def judge(text: str, gold: str) -> dict[str, Any]:
-        found = parsed(text)
+    @lru_cache(maxsize=4096)
+    def parsed(text: str, boxed: bool) -> list[Any]:
+        # Numbers outside of formulas are looked for in texts only, and the last match decides:
+        # else a number would be taken out of a formula that cannot be read.
+        return list(
+            parse(
+                text,
+                [formula] if boxed else [formula, ExprExtractionConfig()],
+                fallback_mode="no_fallback",
+                extraction_mode="first_match",
+                parsing_timeout=None,
+            )
+        )
+
+    def judge(text: str, gold: str, boxed: bool) -> dict[str, Any]:
+        found = parsed(text, boxed)
         if not found:
             return {"answer": None, "correct": False}
-        wanted = parsed(f"\\boxed{{{gold}}}") if gold else []
-        correct = bool(wanted) and bool(
-            verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True)
-        )
+        wanted = parsed(f"\\boxed{{{gold}}}", True) if gold else []
+        correct = bool(wanted) and same(wanted[0], found[0])
         answer = canonical(found[0])
         return {"answer": answer if len(answer) <= MAX_ANSWER else None, "correct": correct}
 
-    def reply(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message).encode() + b"\n")
-        replies.flush()
-
-    reply({})
-    for line in sys.stdin.buffer:
+    def answer(line: bytes) -> dict[str, Any]:
         request = json.loads(line)
         # The timer counts processor time and its signal ends the process, also within C code.
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         try:
-            message = judge(request["text"], request["gold"])
+            return judge(request["text"], request["gold"], request["boxed"])
         except Exception:  # whatever sympy makes of a model's output, the answer is wrong
-            message = {"answer": None, "correct": False}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        reply(message)
+            return {"answer": None, "correct": False}
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    helper_process.serve(answer)
 
 
 def canonical(expression: Any) -> str:
     """An answer as text: evaluated, decimals as fractions, ``x=5`` as ``5``."""
     import sympy
+    from sympy.core.relational import Relational
+
+    def value(part: Any) -> Any:
+        # An equation would be evaluated to whether it holds.
+        if isinstance(part, Relational):
+            return part.func(*map(value, part.args), evaluate=False)
+        if isinstance(part, sympy.And | sympy.FiniteSet | sympy.Tuple):
+            return part.func(*map(value, part.args))
+        try:
+            done = part.doit()
+            return sympy.nsimplify(done, rational=True) if done.has(sympy.Float) else done
+        except Exception:  # what cannot be evaluated stays as it was written
+            return part
 
     if isinstance(expression, sympy.Eq) and expression.lhs.is_Symbol:
         expression = expression.rhs
-    try:
-        value = expression.doit()
-        if value.has(sympy.Float):
-            value = sympy.nsimplify(value, rational=True)
-    except Exception:  # what cannot be evaluated stays as it was written
-        value = expression
-    return str(value)
+    return str(value(expression))
 
 
 def parse_in_two_stages() -> None:

@@ -30,6 +30,7 @@ from transformers import (
 from pav.checkpoints import LastCheckpoint, Stopped
 from pav.cli import run
 from pav.errors import UserError
+from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, guarded
 from pav.interrupt import interruptible
 from pav.lock import LOCK, Lock
 from pav.opening import task_option
@@ -37,7 +38,7 @@ from pav.policy import Prompt, encode_prompt, load_tokenizer, model_path
 from pav.progress import LightningProgress
 from pav.prompts import PROMPTS, check_prompts
 from pav.rendered import rendering
-from pav.tasks.base import Task, task_spec
+from pav.tasks.base import Problem, Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
 
 IGNORE = -100
@@ -324,7 +325,7 @@ def accuracy(
     problems = list(islice(config.task.problems("validation"), config.eval_problems))
     torch.manual_seed(config.seed)
     model.eval()
-    right = 0
+    graded: list[tuple[str, Problem]] = []
     for i in range(0, len(problems), 250):
         part = problems[i : i + 250]
         prompts = [encode_prompt(tokenizer, config.prompt, p.question) for p in part]
@@ -341,7 +342,9 @@ def accuracy(
             pad_token_id=pad,
         )
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        right += sum(config.task.grade(t, p).correct for t, p in zip(texts, part, strict=True))
+        graded += zip(texts, part, strict=True)
+    with guarded(config.task, Path(config.output) / GRADER_LOG, DEFAULT_TIMEOUT) as grader:
+        right = sum(grader.grade(text, problem).correct for text, problem in graded)
     return right / len(problems)
 
 

@@ -40,7 +40,15 @@ def compare(config: CompareConfig) -> None:
     config = replace(config, sampler=capped(config.sampler, first.card))
     # Before anything is searched: a mistyped label run must not cost the night.
     invested = _invested(config, verifiers)
-    session = open_session(first, config.task, None, config.sampler, config.engine, config.workers)
+    session = open_session(
+        first,
+        config.task,
+        None,
+        config.sampler,
+        config.engine,
+        config.workers,
+        config.grade_timeout,
+    )
     for verifier in verifiers.values():
         if verifier.card.policy_fingerprint != first.card.policy_fingerprint:
             raise UserError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pav.engine import EngineConfig
 from pav.errors import UserError
+from pav.guarded import DEFAULT_TIMEOUT, check_timeout
 from pav.policy import PolicyConfig, Sampler, model_path, settled, weights_digest
 from pav.tasks.base import Split, Task, task_spec
 from pav.verifier import Verifier
@@ -44,6 +45,8 @@ class SearchConfig:
             or a PRM (see search/reward_text.py).
         concurrency: problems at a time, of each worker.
         workers: processes that search, each with engines of its own; they share the GPUs or cores.
+        grade_timeout: seconds that a grader of your own may take for one answer, which then counts
+            as wrong; null for no limit.
         engine: device settings.
     """
 
@@ -63,12 +66,14 @@ class SearchConfig:
     orm: RewardModelConfig | None = None
     concurrency: int = 32
     workers: int = 1
+    grade_timeout: float | None = DEFAULT_TIMEOUT
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.problems < 1:
             raise UserError(f"n is {self.n}, problems is {self.problems}; both must be positive")
         check_workers(self.workers)
+        check_timeout(self.grade_timeout)
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def manifest(config: SearchConfig, verifier: Verifier | None) -> dict[str, Any]:
     plain: dict[str, Any] = {"verifier_digest": "" if verifier is None else verifier.digest}
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.name in ("output", "concurrency", "workers"):
+        if f.name in ("output", "concurrency", "workers", "grade_timeout"):
             continue
         if isinstance(value, RewardModelConfig):
             value = {**asdict(value), "digest": weights_digest(model_path(value.model))}

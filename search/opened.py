@@ -75,7 +75,13 @@ def open_search(config: SearchConfig, recipe: str | None) -> Opened:
             config.verifier
         )  # fmt: skip
         session = open_session(
-            verifier, config.task, config.policy, config.sampler, config.engine, config.workers
+            verifier,
+            config.task,
+            config.policy,
+            config.sampler,
+            config.engine,
+            config.workers,
+            config.grade_timeout,
         )
     elif config.orm is not None or (recipe is None and config.pick == "majority"):
         policy = config.policy or PolicyConfig()
@@ -85,6 +91,7 @@ def open_search(config: SearchConfig, recipe: str | None) -> Opened:
             config.sampler or Sampler(),
             config.engine,
             config.workers,
+            config.grade_timeout,
         )
     else:
         raise UserError(

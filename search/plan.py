@@ -7,6 +7,7 @@ from typing import Literal
 
 from pav.engine import EngineConfig
 from pav.errors import UserError
+from pav.guarded import DEFAULT_TIMEOUT, check_timeout
 from pav.policy import PolicyConfig, Sampler
 from pav.tasks.base import Split, Task
 from search.beam import Duplicates
@@ -145,6 +146,8 @@ class CompareConfig:
         sampler: another sampler than the verifiers were made for (warns).
         concurrency: problems at a time, of each worker.
         workers: processes that search, each with engines of its own; they share the GPUs or cores.
+        grade_timeout: seconds that a grader of your own may take for one answer, which then counts
+            as wrong; null for no limit.
         max_traces: upper limit on the solutions of a best-of-N sample set.
         title: of the plot.
         select: choose ``alpha``, ``K`` (the prover) or both on validation problems first, for every
@@ -165,6 +168,7 @@ class CompareConfig:
     sampler: Sampler | None = None
     concurrency: int = 32
     workers: int = 1
+    grade_timeout: float | None = DEFAULT_TIMEOUT
     max_traces: int = 128
     title: str = ""
     select: list[Selectable] = field(default_factory=list)
@@ -174,6 +178,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check_workers(self.workers)
+        check_timeout(self.grade_timeout)
         names = [m.name for m in self.methods]
         if len(set(names)) != len(names) or not names:
             raise UserError(f"methods are called {names}; give at least one, all names different")

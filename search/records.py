@@ -82,6 +82,7 @@ class Record:
         steps: one list per round of [parent, kept, score, text] for every scored child.
         nodes: one list per round, beside ``steps``.
         error: why the problem failed; counts as wrong.
+        ungraded: candidates for which the grader failed; they count as wrong.
     """
 
     problem_id: str
@@ -109,6 +110,7 @@ class Record:
     steps: list[list[tuple[int, bool, float, str]]] = field(default_factory=list)
     nodes: list[list[Node]] = field(default_factory=list)
     error: str | None = None
+    ungraded: int = 0
 
 
 def append(path: Path, record: Record) -> None:

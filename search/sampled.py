@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from pav.errors import UserError
+from pav.guarded import log_error
 from pav.policy import Policy, PolicyConfig, asked, like, load_policy
 from pav.tasks.base import Problem
 from search.cost import Cost
+from search.failures import ERRORS
 from search.grow import together
 from search.pick import EVERY_STEP, Pick
 from search.plan import Method
@@ -172,7 +174,7 @@ def _scored_sets(
         scored, took = sweep.session.run(
             path,
             sweep.problems,
-            partial(score_record, scorer, every_step=every_step),
+            partial(score_record, scorer, path.parent / ERRORS, every_step=every_step),
             sweep.config.concurrency,
             f"scoring by {name}, seed {seed}",
             {r.problem_id: r for r in records},
@@ -184,9 +186,12 @@ def _scored_sets(
 
 
 async def score_record(
-    scorer: StepScorer, problem: Problem, record: Record, every_step: bool
+    scorer: StepScorer, log: Path, problem: Problem, record: Record, every_step: bool
 ) -> Record:
-    """The record with its finished candidates valued by ``scorer``; failed where that raises."""
+    """The record with its finished candidates valued by ``scorer``.
+
+    Failed where that raises; the traceback goes to ``log``.
+    """
     cost = Cost()
     try:
         scored = replace(
@@ -195,6 +200,7 @@ async def score_record(
     except UserError:
         raise
     except Exception as error:
+        log_error(log, f"scoring the samples of problem {problem.id}", error)
         scored = failed(record, error)
     sampler = {k: v for k, v in record.settings.items() if k == "sampler"}
     reading = {k: v for k, v in asdict(cost).items() if k.startswith("verifier_")}

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from pav.cli import run
 from pav.engine import EngineConfig
 from pav.errors import UserError
+from pav.guarded import DEFAULT_TIMEOUT, check_timeout
 from pav.policy import PolicyConfig, Sampler
 from pav.tasks.base import Task
 from search.chat import ApiError, chunks, completion, parse_chat
@@ -49,6 +50,8 @@ class ServeConfig:
         max_concurrent: searches at a time; one more is told to come again.
         max_prompt_tokens: longest prompt; by default what leaves room for a solution.
         timeout: seconds after which a search is given up.
+        grade_timeout: seconds that a grader of your own may take for one answer, which then has no
+            vote; null for no limit.
         samples: children per place and step of the beam (C).
         alpha: weight of the advantage; by default the verifier's.
         prover: head or bo<K>; by default the verifier's.
@@ -70,6 +73,7 @@ class ServeConfig:
     max_concurrent: int = 32
     max_prompt_tokens: int | None = None
     timeout: float = 300.0
+    grade_timeout: float | None = DEFAULT_TIMEOUT
     samples: int = 3
     alpha: float | None = None
     prover: str | None = None
@@ -83,6 +87,7 @@ class ServeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        check_timeout(self.grade_timeout)
         for name in ("max_n", "max_concurrent", "timeout", "samples"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; give a positive number")
@@ -189,7 +194,16 @@ def make_app(service: Service) -> FastAPI:
 def open_kitchen(config: ServeConfig) -> Kitchen:
     """Load verifiers and every engine."""
     verifier = load_checked(config.verifier, "pav")
-    session = open_session(verifier, config.task, config.policy, config.sampler, config.engine)
+    session = open_session(
+        verifier,
+        config.task,
+        config.policy,
+        config.sampler,
+        config.engine,
+        grade_timeout=config.grade_timeout,
+    )
+    # Answers that cannot be graded have no vote; the searches go on.
+    session.grader.stops = False
     session.grade_in_thread = True
     name = config.orm
     if name is None:

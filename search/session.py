@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import InitVar, asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.export import ensure_export
 from pav.gpu_memory import share_gpu
+from pav.guarded import DEFAULT_TIMEOUT, GuardedGrader
 from pav.loading import ON_CPU, check_model
 from pav.policy import (
     Dtype,
@@ -36,7 +37,14 @@ from pav.prompts import Rendering
 from pav.rendered import rendered, warn_clock, warn_other_prompt
 from pav.tasks.base import Problem, Split, Task
 from pav.verifier import Card, Verifier, load_verifier, prompt_from, resolve_task, trunk_path
-from search.failures import check_truncation, troubles, truncated_share
+from search.failures import (
+    ERRORS,
+    check_failures,
+    check_truncation,
+    failed_shares,
+    troubles,
+    truncated_share,
+)
 from search.records import Record, append, read, read_seconds, rewrite, write_seconds
 from search.reward_models import RewardModel
 from search.reward_text import RewardModelConfig
@@ -61,6 +69,8 @@ class Session:
         readers: third-party reward models, by model directory.
         trunks: trunks of verifiers as they are asked, by checkpoint and directory.
         cut: search -> share of what it sampled that was cut by the length cap.
+        failed: search -> how much of it failed.
+        grader: the task's.
         grade_in_thread: grade beside the engines' loop, not in it. Where others wait for it.
         expected: (model, dtype) of every engine that will be loaded, by what it serves; on a GPU
             all of them share it.
@@ -75,8 +85,14 @@ class Session:
     readers: dict[str, RewardModel] = field(default_factory=dict)
     trunks: dict[tuple[Path, str], Policy] = field(default_factory=dict)
     cut: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, dict[str, float]] = field(default_factory=dict)
     grade_in_thread: bool = False
     expected: dict[str, tuple[str, Dtype]] = field(default_factory=dict)
+    grade_timeout: InitVar[float | None] = DEFAULT_TIMEOUT
+    grader: GuardedGrader = field(init=False)
+
+    def __post_init__(self, grade_timeout: float | None) -> None:
+        self.grader = GuardedGrader(self.task, timeout=grade_timeout)
 
     def __getstate__(self) -> dict[str, Any]:
         # What arrives at a worker is a session that has engines, and scorers that have trunks.
@@ -240,7 +256,8 @@ class Session:
         """Search what ``path`` lacks; (records in problem order, seconds of all starts).
 
         Seconds are NaN where an earlier start died before it could write down its own. A problem
-        whose search raised counts as wrong, is named at the end, and is owed at the next start.
+        whose search or grader raised counts as wrong, is named at the end, and is owed at the next
+        start; the tracebacks are in :data:`~search.failures.ERRORS` beside ``path``.
 
         Args:
             path: file of records.
@@ -251,10 +268,11 @@ class Session:
             samples: records by problem.
 
         Raises:
-            UserError: if the search raised for every problem.
+            UserError: if the search raised for every problem, or the grader for too many answers.
         """
+        self.grader.log = path.parent / ERRORS
         found = read(path)
-        done = {r.problem_id: r for r in found if r.error is None}
+        done = {r.problem_id: r for r in found if r.error is None and not r.ungraded}
         if len(done) < len(found):
             rewrite(path, list(done.values()))
         owed = [p for p in problems if p.id not in done]
@@ -285,6 +303,7 @@ class Session:
         records = [done[p.id] for p in problems]
         for trouble in troubles(records, path, self.sampler.max_length):
             warn(f"{what}: {trouble}")
+        self.failed[what] = failed_shares(records)
         if samples is None:
             self.cut[what] = truncated_share(records)
         return records, seconds
@@ -293,12 +312,14 @@ class Session:
         """The last thing a command does, when its results are written and shown.
 
         Raises:
-            UserError: if the length cap decided them.
+            UserError: if failures or the length cap decided them.
         """
+        check_failures(self.failed)
         check_truncation(self.cut, self.sampler.max_length)
 
     def shutdown(self) -> None:
         """Free all devices."""
+        self.grader.close()
         if self.workers:
             self.workers.close()
             return
@@ -309,12 +330,18 @@ class Session:
 
 
 def plain_session(
-    task: Task, policy: PolicyConfig, sampler: Sampler, engine: EngineConfig, workers: int = 1
+    task: Task,
+    policy: PolicyConfig,
+    sampler: Sampler,
+    engine: EngineConfig,
+    workers: int = 1,
+    grade_timeout: float | None = DEFAULT_TIMEOUT,
 ) -> Session:
     """Session without a verifier of ours that would remember task, policy and sampler."""
     loaded = load_policy(asked(policy, task), task.step_rule)
     warn_clock(loaded)
-    return Session(task, loaded, sampler, engine, _workers(workers, engine))
+    placed = _workers(workers, engine)
+    return Session(task, loaded, sampler, engine, placed, grade_timeout=grade_timeout)
 
 
 def _workers(count: int, engine: EngineConfig) -> Workers | None:
@@ -328,6 +355,7 @@ def open_session(
     sampler: Sampler | None,
     engine: EngineConfig,
     workers: int = 1,
+    grade_timeout: float | None = DEFAULT_TIMEOUT,
 ) -> Session:
     """Session for what a verifier remembers; what is given overrides it, with a warning."""
     card = verifier.card
@@ -369,7 +397,8 @@ def open_session(
     used = capped(sampler, card) or card.sampler_config()
     if asdict(used) != card.sampler:
         warn(f"{source} was made for sampler {card.sampler}, searching with {asdict(used)}")
-    return Session(found, chosen, used, engine, _workers(workers, engine))
+    placed = _workers(workers, engine)
+    return Session(found, chosen, used, engine, placed, grade_timeout=grade_timeout)
 
 
 def capped(sampler: Sampler | None, card: Card) -> Sampler | None:

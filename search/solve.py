@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pav.errors import UserError
+from pav.guarded import log_error
 from pav.policy import Policy
 from pav.tasks.base import Grade, Problem
 from search.alphallm import alphallm
@@ -51,11 +52,14 @@ def beam_settings(
 async def graded(
     session: Session, problem: Problem, candidates: Sequence[Candidate]
 ) -> list[Candidate]:
-    """Candidates with text, answer and grade; an unfinished one is never right."""
+    """Candidates with text, answer and grade; an unfinished one is never right.
+
+    One for which the grader fails counts as wrong.
+    """
     texts = [session.policy.text(c.ids) for c in candidates]
 
     def read() -> list[Grade]:
-        return [session.task.grade(text, problem) for text in texts]
+        return [session.grader.grade(text, problem) for text in texts]
 
     grades = await asyncio.to_thread(read) if session.grade_in_thread else read()
     return [
@@ -75,7 +79,7 @@ async def searched(
     head: str,
     search: Callable[[Cost], Awaitable[Found]],
 ) -> Record:
-    """The graded record of one search. Where it raises, it counts as wrong: see ``error``.
+    """The graded record of one search. Where it raises, it failed: see ``error`` and the log.
 
     Args:
         session: policy, task and engines.
@@ -96,11 +100,14 @@ async def searched(
     record = Record(problem.id, problem.question, problem.gold, method, n, seed, settings)
     try:
         found = await search(cost)
+        before = session.grader.errors
         candidates = await graded(session, problem, found.candidates)
+        ungraded = session.grader.errors - before
         chosen = pick(candidates, settings["pick"], head, score)
     except UserError:
         raise
     except Exception as error:
+        log_error(session.grader.log, f"{method} of problem {problem.id}", error)
         return replace(failed(record, error), **asdict(cost))
     return replace(
         record,
@@ -112,6 +119,7 @@ async def searched(
         merged=found.merged,
         steps=found.steps,
         nodes=found.nodes,
+        ungraded=ungraded,
         **asdict(cost),
     )
 

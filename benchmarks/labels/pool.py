@@ -23,6 +23,7 @@ from data_gen.label import Labeler, Seed, label
 from data_gen.rollouts import RolloutsConfig, loaded
 from data_gen.store import Store
 from pav.cli import run
+from pav.guarded import GuardedGrader
 from pav.interrupt import interruptible
 from pav.policy import Policy, asked, load_policy, tokenizer_fingerprint
 from pav.tasks.base import Problem, task_spec
@@ -47,7 +48,7 @@ def fill(config: StudyConfig, arms: Sequence[Arm] = ARMS) -> None:
             def sample(arm: Arm, problems: Sequence[Problem], number: int) -> None:
                 seeds = [Seed("train", problem, name, number) for problem in problems]
                 plan = replays.plan(arm)
-                labeler = Labeler(config.task, rollers, plan, config.seed, store)
+                labeler = Labeler(GuardedGrader(config.task), rollers, plan, config.seed, store)
                 label(labeler, [seeds], CONCURRENCY)
 
             for number in range(REFERENCE_SEEDS):

@@ -38,6 +38,7 @@ from data_gen.store import Store
 from data_gen.strategies import Plan
 from pav.cli import run
 from pav.engine import Engine, EngineConfig, seed_of
+from pav.guarded import GuardedGrader
 from pav.labels import prefix_key, prefixes
 from pav.policy import PolicyConfig, Sampler, load_policy
 
@@ -131,7 +132,7 @@ def _case(
     for number in range(config.turns):
         ways = {}
         with TemporaryDirectory() as name, Store(Path(name), {}) as store:
-            labeler = Labeler(labels.task, [roller], labels.plan, labels.seed, store)
+            labeler = Labeler(GuardedGrader(labels.task), [roller], labels.plan, labels.seed, store)
 
             def work(labeler: Labeler = labeler, store: Store = store) -> int:
                 before = engine.usage.generated

@@ -33,6 +33,7 @@ from data_gen.store import Store
 from data_gen.strategies import plan_of
 from pav.cli import run
 from pav.engine import EngineConfig, Sampled, Usage
+from pav.guarded import GuardedGrader
 from pav.policy import Sampler
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.overhead"
@@ -104,7 +105,9 @@ def _simulated(made: Run, workers: int, problems: int, rate: float) -> dict[str,
         engine = Pool(simulation, [model], workers, None).engines[0]
     with TemporaryDirectory() as name, Store(Path(name), {}) as store:
         roller = Roller(policy, engine, sampler)
-        labeler = Labeler(task, [roller], plan_of(made.manifest), made.manifest["seed"], store)
+        labeler = Labeler(
+            GuardedGrader(task), [roller], plan_of(made.manifest), made.manifest["seed"], store
+        )
         simulation.started = started = time.process_time()
         label(labeler, rounds, 256 * max(1, workers))
         cpu = time.process_time() - started - simulation.own

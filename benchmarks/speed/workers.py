@@ -25,6 +25,7 @@ from data_gen.rollouts import RolloutsConfig, loaded
 from data_gen.rollouts import _rounds as rounds_of
 from data_gen.store import Store
 from pav.cli import run
+from pav.guarded import GuardedGrader
 from pav.labels import Completion, Trace, prefix_key
 from pav.policy import PolicyConfig, Sampler, load_policy
 
@@ -116,7 +117,7 @@ def _made(config: RolloutsConfig, rollers: list[Roller]) -> Made:
         engine.reset_prefix_cache()
     rounds = rounds_of(config, [roller.policy for roller in rollers])
     with TemporaryDirectory() as name, Store(Path(name), {}) as store:
-        labeler = Labeler(config.task, rollers, config.plan, config.seed, store)
+        labeler = Labeler(GuardedGrader(config.task), rollers, config.plan, config.seed, store)
         before, started = engine.usage.generated, time.perf_counter()
         label(labeler, rounds, config.concurrency * config.workers)
         seconds = time.perf_counter() - started

@@ -80,9 +80,10 @@ class Task(ABC):
 
     @abstractmethod
     def grade(self, text: str, problem: Problem) -> Grade:
-        """Grade the text of a whole solution (prompt excluded). Must not raise on any text.
+        """Grade the text of a whole solution (prompt excluded).
 
-        ``search.serve`` calls it in several threads at a time.
+        What it raises for counts as wrong (``pav/guarded.py``). Graders of users are called in
+        processes of their own, several at a time by ``search.serve``.
         """
 
     def length_cap(self, longest_prompt: int) -> int:

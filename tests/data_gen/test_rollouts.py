@@ -145,7 +145,8 @@ def test_truncated_rollout_counts_as_truncated_and_as_a_failure(
     cut = [c for c in labels.completions if c.truncated]
     assert sum(r["truncated"] for r in rows) == len(cut) > 0
 
-    generous = replace(config, task=AllRight(), output=str(tmp_path / "run"), n_seeds=2, problems=2)
+    generous = replace(config, task=AllRight(), output=str(tmp_path / "run"), n_seeds=2, problems=2,
+                       grade_timeout=None)  # fmt: skip
     rollouts(generous)
     right = read_labels([generous.output])
     assert {c.correct == (not c.truncated) for c in right.completions} == {True}
@@ -504,7 +505,7 @@ def test_steps_over_an_unscored_cut_are_failures_as_they_are_in_search(
 ) -> None:
     rule = StepRule(max_tokens=6, score_cut=False)
     cut = replace(config, task=AllRight(step_rule=rule), output=str(tmp_path / "run"), problems=2,
-                  validation_problems=0)  # fmt: skip
+                  validation_problems=0, grade_timeout=None)  # fmt: skip
     rollouts(cut)
     found = read_labels([cut.output])
     policy = load_policy(config.policy, rule)

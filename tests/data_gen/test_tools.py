@@ -157,7 +157,7 @@ def test_regrading_after_a_planted_bug_gives_the_tables_of_a_run_without_it(
     monkeypatch.setattr(Buggy, "grade", Tape.grade)
     with pytest.raises(UserError, match="which is not built in and is not imported on a file's"):
         regrade(RegradeConfig(str(run)))
-    regrade(RegradeConfig(str(run), ill))
+    regrade(RegradeConfig(str(run), ill, None))
     assert tables(run) == tables(sound)
     said = capsys.readouterr().out
     # 5 distinct prefixes: of 10 rollouts of base 5 were wrongly graded, of prover all.
@@ -165,7 +165,7 @@ def test_regrading_after_a_planted_bug_gives_the_tables_of_a_run_without_it(
     assert f"rollouts: {15 * even} grades changed ({15 * even} wrong -> right, 0 right" in said
     assert f"labels: {10 * even} counts hold a changed grade" in said
     assert json.loads((run / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
-    regrade(RegradeConfig(str(run), ill))
+    regrade(RegradeConfig(str(run), ill, None))
     assert "traces: 0 grades changed" in capsys.readouterr().out
     # pav.train takes them as before, and the run goes on as before.
     assert len(read_labels([str(run), str(sound)]).traces) == 12
@@ -203,8 +203,8 @@ def test_death_while_regrading_is_mended_by_the_same_command(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "_write", dying)
         with pytest.raises(KeyboardInterrupt):
-            regrade(RegradeConfig(str(run), ill))
-    regrade(RegradeConfig(str(run), ill))
+            regrade(RegradeConfig(str(run), ill, None))
+    regrade(RegradeConfig(str(run), ill, None))
     assert tables(run) == tables(sound)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from pav.errors import UserError
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.steps import StepRule
 from pav.tasks.base import Problem
+from pav.tasks.tape import Tape
 from pav.verifier import load_verifier
 from search import grow
 from search.beam import BeamResult, BeamSettings, Duplicates, beam_search, divided
@@ -482,9 +482,8 @@ def test_truncated_children_are_kept_apart_and_counted(policy: Policy) -> None:
 def test_none_finished_counts_as_wrong(policy: Policy) -> None:
     cap = len(policy.encode(PROBLEM)) + 4
     scripted = Scripted(policy, {"": ["1\n", "1\n"], "1\n": ["A2", "A2"]})
-    task = SimpleNamespace(grade=lambda *_: SimpleNamespace(answer="2", correct=True))
     scripted_any: Any = scripted
-    session = Session(task, policy, Sampler(max_length=cap), ENGINE)  # type: ignore[arg-type]
+    session = Session(Tape(), policy, Sampler(max_length=cap), ENGINE)
     session.sampling_engine = lambda *_: scripted_any  # type: ignore[method-assign]
     settings = BeamSettings(2, 1, 0.0, "q/prover", "q/base")
     record = asyncio.run(beam_record(session, scripted_any, settings, "last", "beam", 0, PROBLEM))

@@ -29,7 +29,7 @@ from search.commands import AlphaLlmConfig, BeamConfig, DvtsConfig, SmcConfig
 from search.compare import CompareConfig, Method, compare
 from search.cost import Cost
 from search.dvts import dvts
-from search.failures import truncated_share
+from search.failures import ERRORS, truncated_share
 from search.grow import Found, together
 from search.oracle import by_oracle, pass_at
 from search.rank import Score, check_prover, prover_q, step_score
@@ -395,7 +395,9 @@ def test_problem_that_raises_counts_as_wrong_is_named_and_tried_again(
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(solve, "beam_search", failing(solve.beam_search, lambda p: p == worst))
-        commands.beam(config)
+        # A bug is no wrong answer: results are shown, and the command fails.
+        with pytest.raises(UserError, match=r"beam N=2: 25.0% of the problems failed .*errors.log"):
+            commands.beam(config)
     said = capsys.readouterr()
     records = {r.problem_id: r for r in read(path)}
     assert len(records) == 4
@@ -407,6 +409,9 @@ def test_problem_that_raises_counts_as_wrong_is_named_and_tried_again(
     assert all(records[p] == sound[p] for p in records)
     assert f"WARNING: beam N=2: 1 of 4 problems failed ({worst}: ZeroDivisionError" in said.err
     assert "4 test problems" in said.out
+    logged = (tmp_path / "run" / ERRORS).read_text()
+    assert f"beam of problem {worst}\nTraceback" in logged
+    assert 'raise ZeroDivisionError("by\\nnothing")' in logged
     # The same command tries it again, and the file ends with one line per problem.
     commands.beam(config)
     again = {r.problem_id: r for r in read(path)}
