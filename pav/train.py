@@ -152,7 +152,7 @@ def _train(config: TrainConfig) -> Card | None:
     card = fit_and_report(card, model.eval(), judged, known, labels, policy, task, base_name)
     save(card, model.cpu(), output, adapters)
     shutil.rmtree(working, ignore_errors=True)
-    print_report(card)
+    print_report(card, config.verbose)
     # Undefined metrics are NaN here and null there: NaN is no JSON.
     plain = json.loads(json.dumps(card.validation), parse_constant=lambda _: None)
     output.with_suffix(".json").write_text(json.dumps(plain, indent=1))

@@ -25,6 +25,7 @@ from pav.policy import (
     tokenizer_fingerprint,
     weights_digest,
 )
+from pav.printable import one_line
 from pav.progress import Reporter
 from pav.tasks.base import Problem, Split, Task
 from pav.verifier import Card, Verifier, load_verifier, prompt_from, resolve_task, trunk_path
@@ -309,4 +310,4 @@ def load_checked(name: str, recipe: str) -> Verifier:
 
 def warn(message: str) -> None:
     """A warning that stands out in a log."""
-    print(f"WARNING: {message}", file=sys.stderr)
+    print(f"WARNING: {one_line(message)}", file=sys.stderr)
