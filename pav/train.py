@@ -157,7 +157,10 @@ def _train(config: TrainConfig) -> Card | None:
     plain = json.loads(json.dumps(card.validation), parse_constant=lambda _: None)
     output.with_suffix(".json").write_text(json.dumps(plain, indent=1))
     draw(card.validation, output.with_suffix(".png"), f"{output.name}: validation")
-    print(f"verifier: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    print(
+        f"verifier: {output} ({output.stat().st_size / 1e3:.0f} kB); all metrics: "
+        f"{output.with_suffix('.json')}, {output.with_suffix('.png')}"
+    )
     if config.head == "mlp":
         print(
             f"an mlp head is not served by vLLM: what it buys is in {output.with_suffix('.json')}"

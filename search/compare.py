@@ -116,7 +116,7 @@ def _report(config: CompareConfig, points: list[Point], invested: dict[str, floa
     found = ratios(points, invested)
     write_ratios(found, output / "efficiency.json")
     what = counted(points, config.split)
-    title = f"{config.title} ({what})" if config.title else what
+    title = f"{config.title}: {what}" if config.title else what
     plot_accuracy(points, "policy_tokens", output / "compare.png", title)
     plot_accuracy(points, "n", output / "compare_n.png", title)
     plot_accuracy(points, "flops", output / "compare_flops.png", title)

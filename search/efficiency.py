@@ -204,7 +204,7 @@ def ratio_title(found: Sequence[Ratio]) -> str:
 def print_ratios(found: Sequence[Ratio]) -> None:
     """A table of the ratios."""
     if found:
-        print_table(ratio_title(found), ratio_rows(found), 150)
+        print_table(ratio_title(found), ratio_rows(found))
 
 
 def said(found: Sequence[Ratio]) -> str:

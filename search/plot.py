@@ -73,7 +73,8 @@ def plot_accuracy(
         )
     if not shown:
         axes.text(0.5, 0.5, "costs unknown", ha="center", transform=axes.transAxes)
-    _finish(axes, LABELS[axis], [_spent(p, axis) for p in shown])
+    also = " (best-of-N also at what every beam spends)" if any(p.matching for p in shown) else ""
+    _finish(axes, LABELS[axis] + also, [_spent(p, axis) for p in shown])
     if axis == "flops":
         axes.set_xscale("log", base=10)
         axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
@@ -129,6 +130,7 @@ def plot_optimisation(points: Sequence[Point], path: Path, title: str) -> None:
         above.set_title(method, fontsize=9)
         if math.isnan(own[0].believed_PS.mean()):
             below.text(0.5, 0.5, "no verifier", ha="center", transform=below.transAxes)
+            below.set_axis_off()
     for i in range(len(methods), rows * columns):
         for axes in grid[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]:
             axes.set_visible(False)
@@ -166,7 +168,7 @@ def _finish(axes: Any, label: str, x: Sequence[float]) -> None:
         # So that a power of two is among the ticks.
         axes.set_xlim(min(x) / 2, max(x) * 2)
     axes.set_xlabel(label)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.25)
 
 

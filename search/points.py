@@ -284,14 +284,14 @@ def print_points(
     """
     title = counted(points, split)
     rows = [shown_row(row) for row in csv_rows(points)] if verbose else short_rows(points)
-    print_table(f"{title}; costs per problem" if verbose else f"accuracy, {title}", rows, 200 if verbose else 150)
+    print_table(f"{title}; costs per problem" if verbose else f"accuracy, {title}", rows)
     if not verbose:
         widest = {d["a"]: d["a_n"] for d in sorted(differences, key=lambda d: d["a_n"])}
         differences = [
             d for d in differences if d["kind"] == "equal tokens" and d["a_n"] == widest[d["a"]]
         ]
     what = "paired differences" if verbose else "paired differences at equal policy tokens"
-    print_table(what, difference_rows(differences), 150)
+    print_table(what, difference_rows(differences))
 
 
 def csv_rows(points: Sequence[Point]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ EXPLAINED = {
     "MFLOPs policy + verifier": "forward passes of both, mean per problem",
     "difference": "of the accuracies of this and of what is subtracted, on the same problems, with "
     "its 95% interval",
-    "p": "exact McNemar test: how often so many problems would be won by chance",
+    "p": "exact McNemar test: the chance of so many wins or losses if both were equally good",
 }
 
 
@@ -69,14 +69,8 @@ def explained(columns: Iterable[str]) -> dict[str, str]:
     return {c: EXPLAINED[c] for c in named if c in EXPLAINED}
 
 
-def print_table(title: str, rows: Sequence[dict[str, str]], width: int = 120) -> None:
-    """Print rows that share their columns, and what these mean; nothing where there is none.
-
-    Args:
-        title: above the table.
-        rows: column -> text.
-        width: of a line where output is a file.
-    """
+def print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
+    """Print rows that share their columns, and what these mean; nothing where there is none."""
     if not rows:
         return
     table = Table(title=cell(title), title_justify="left")
@@ -85,8 +79,9 @@ def print_table(title: str, rows: Sequence[dict[str, str]], width: int = 120) ->
     for row in rows:
         table.add_row(*map(cell, row.values()))
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = width
+    if not console.is_terminal:  # lines are as long as they need to be
+        console.width = 200
     console.print(table)
     for column, meaning in explained(rows[0]).items():
         console.print(cell(f"  {column}: {meaning}"))
+    console.print()

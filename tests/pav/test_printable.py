@@ -58,7 +58,7 @@ def safe(text: str) -> bool:
 def test_tables_errors_and_progress_show_what_they_were_given(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    print_table(EVIL, [{"method": EVIL, EVIL: "1"}], 300)
+    print_table(EVIL, [{"method": EVIL, EVIL: "1"}])
     table = capsys.readouterr().out
     assert safe(table) and table.count("[red]x[/red] [/]") == 3
 
