@@ -46,6 +46,7 @@ from pav.policy import (
     tokenizer_fingerprint,
     weights_digest,
 )
+from pav.printable import one_line
 from pav.reliability import draw
 from pav.report import fit_and_report, print_report
 from pav.tasks.base import Task, task_spec
@@ -112,7 +113,7 @@ def _train(config: TrainConfig) -> Card | None:
         train_set, validation = hardened(train_set), hardened(validation)
     print(
         f"{len(train_set)} training and {len(validation)} validation solutions, heads "
-        f"{', '.join(card.heads)} on {config.trunk} ({config.trunk_mode})"
+        f"{one_line(', '.join(card.heads))} on {config.trunk} ({config.trunk_mode})"
     )
     gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     plan(config, path, [*train_set, *validation], gpu)

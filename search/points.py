@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Point:
         """Whether it is a search and not a sample set."""
         return "samples" in self.settings
 
-    @property
+    @cached_property
     def accuracy(self) -> Interval:
         """Accuracy with its 95% interval over problems."""
         return bootstrap(self.correct_PS)
