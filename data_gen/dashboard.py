@@ -10,8 +10,11 @@ import numpy as np
 
 def draw(health: dict[str, Any], path: Path) -> None:
     """Write the dashboard of ``health`` to ``path`` (PNG)."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    # Names hold dollar signs; they are no formulas.
+    matplotlib.rcParams["text.parse_math"] = False
     policies = health["policies"]
     rows = -(-(4 + len(policies)) // 3)
     figure = Figure(figsize=(15, 4.2 * rows), layout="constrained")
@@ -55,6 +58,7 @@ def _histogram(axis: Any, name: str, steps: list[dict[str, Any]]) -> None:
         shares /= shares.sum(axis=1, keepdims=True)
         bins = shares.shape[1]
         from matplotlib import colormaps
+        from matplotlib.ticker import MaxNLocator
 
         colours = colormaps["RdYlGn"](np.linspace(0.05, 0.95, bins))
         bottom = np.zeros(len(x))
@@ -67,6 +71,7 @@ def _histogram(axis: Any, name: str, steps: list[dict[str, Any]]) -> None:
             fontsize=8, ncols=bins + 1, loc="upper center", bbox_to_anchor=(0.5, -0.11),
             handlelength=1, columnspacing=0.8,
         )  # fmt: skip
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for s in (steps[0], steps[-1]):
             axis.annotate(f"{s['prefixes']}", (s["step"], 1.01), ha="center", fontsize=8)
     axis.set(
@@ -77,7 +82,10 @@ def _histogram(axis: Any, name: str, steps: list[dict[str, Any]]) -> None:
 
 
 def _first_errors(axis: Any, policies: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     width = 0.8 / len(policies)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for i, (name, p) in enumerate(policies.items()):
         steps = np.array([int(s) for s in p["first_error"]], dtype=float)
         label = f"{name} ({p['wrong_without_error_step']:.0%} of wrong seeds have none)"

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_gen.runs import Run
 from pav.labels import Completion, Trace, prefix_key
+from pav.printable import one_line
 
 HEALTH = "health.json"
 DASHBOARD = "health.png"
@@ -204,13 +205,13 @@ def base_accuracy(
 
 def print_health(health: dict[str, Any], directory: Path) -> None:
     """The figures that decide whether labels are fit for use; warnings on stderr."""
-    for name, s in health["seeds"].items():
+    for name, s in _named(health["seeds"]):
         print(
             f"  seeds of {name}: {s['right']:.3f} of {s['solutions']} right, "
             f"{s['truncated']:.1%} truncated, {s['unparsed']:.1%} without answer, "
             f"{s['duplicates']:.1%} duplicates"
         )
-    for name, p in health["policies"].items():
+    for name, p in _named(health["policies"]):
         if not p["rollouts"]:
             if p["prefixes"]:
                 print(f"  {name}: endings of its solutions label {p['prefixes']} prefixes")
@@ -236,8 +237,13 @@ def print_health(health: dict[str, Any], directory: Path) -> None:
     print(f"  health: {directory / HEALTH}, {directory / DASHBOARD}")
 
 
+def _named(by_policy: dict[str, Any]) -> list[tuple[str, Any]]:
+    # A run's policies may have been named elsewhere.
+    return [(one_line(name), figures) for name, figures in by_policy.items()]
+
+
 def _warn(message: str) -> None:
-    print(f"WARNING: {message}", file=sys.stderr)
+    print(f"WARNING: {one_line(message)}", file=sys.stderr)
 
 
 def _mean(values: Iterable[float]) -> float:

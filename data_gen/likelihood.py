@@ -37,6 +37,7 @@ from pav.interrupt import interruptible
 from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes, two_askers
 from pav.opening import task_option
 from pav.policy import Policy, PolicyConfig, asked, like, load_policy, tokenizer_fingerprint
+from pav.printable import one_line
 from pav.progress import Reporter
 from pav.rendered import refuse_clock, rendered
 from pav.tasks.base import Problem, Task
@@ -181,7 +182,8 @@ def _write(
                 if scorer is None:
                     scorer = scorer_for(model, ids, cuts, answer)
                     if scorer is one_by_one:
-                        print(f"{policy.config.model} cannot read boundaries together; one by one")
+                        model_name = one_line(policy.config.model)
+                        print(f"{model_name} cannot read boundaries together; one by one")
                 values = scorer(model, ids, cuts, answer)
                 rows += [
                     {
@@ -239,8 +241,8 @@ def _summary(run: Run, policy: Policy) -> None:
     name = policy.config.label
     traces = list(run.traces.values())
     print(
-        f"{sum(policy == name for _, policy in found)} likelihoods under {name} of the prefixes of "
-        f"{len(traces)} solutions in {run.directory / LIKELIHOODS}"
+        f"{sum(policy == name for _, policy in found)} likelihoods under {one_line(name)} of the "
+        f"prefixes of {len(traces)} solutions in {run.directory / LIKELIHOODS}"
     )
     for label, chosen in (
         ("right", [t for t in traces if t.correct]),

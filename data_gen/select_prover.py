@@ -26,6 +26,7 @@ from data_gen.runs import (
 from data_gen.store import replace_file
 from pav.advantage import best_of_k_from_counts
 from pav.errors import UserError
+from pav.printable import cell, one_line
 from pav.tasks.base import Task
 
 MOST_K = 32
@@ -106,7 +107,7 @@ def select_prover(config: SelectProverConfig) -> None:
             "WARNING: few states have two labelled next steps (step 0 has one per seed); label a "
             "pilot with branches of 1 or more for the others"
         )
-    print(f"recommended: {chosen}: {reason}")
+    print(one_line(f"recommended: {chosen}: {reason}"))
     directory = Path(config.labels)
     result = {
         "recommended": chosen,
@@ -250,7 +251,7 @@ def _table(found: Sequence[Candidate], base: str, chosen: str) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for c in found:
         note = " (the base itself)" if c.name == base else " <-" if c.name == chosen else ""
-        table.add_row(c.name + note, f"{c.success:.3f}", *(_figure(c, s) for s in STATISTICS))
+        table.add_row(cell(c.name + note), f"{c.success:.3f}", *(_figure(c, s) for s in STATISTICS))
     return table
 
 

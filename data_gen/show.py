@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.table import Table
-from rich.text import Text
 
 from data_gen.likelihood import read_likelihood
 from data_gen.runs import Run, base_policy, print_wide, read_run, run_on_directories, task_of
 from pav.errors import UserError
 from pav.labels import Trace, count, own_endings, prefix_key
 from pav.policy import Policy
+from pav.printable import cell, printable
 from pav.tasks.base import Task
 
 
@@ -44,11 +44,12 @@ def show(config: ShowConfig) -> None:
         own_endings(run.manifest, traces),
     )
     likelihoods = read_likelihood(run.directory)
-    print(f"problem {traces[0].problem_id} ({traces[0].split}), answer {traces[0].gold}")
-    print(traces[0].question)
+    first = traces[0]
+    print(printable(f"problem {first.problem_id} ({first.split}), answer {first.gold}"))
+    print(printable(first.question))
     for trace in traces:
         state = "truncated" if trace.truncated else "right" if trace.correct else "wrong"
-        print(f"\n{trace.policy} {trace.seed_index}: {state}, answer {trace.answer}")
+        print(printable(f"\n{trace.policy} {trace.seed_index}: {state}, answer {trace.answer}"))
         print_wide(_table(trace, policy, list(run.policies), counts, likelihoods))
 
 
@@ -79,11 +80,11 @@ def _table(
     table.add_column("text", overflow="fold")
     for name in names:
         for column in (f"{name} k/n", "Q", "A"):
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(cell(column), justify="right", no_wrap=True)
     liked = list(dict.fromkeys(name for _, name in likelihoods))
     for name in liked:
         for column in (f"lik/{name}", "progress"):
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(cell(column), justify="right", no_wrap=True)
     before: dict[str, float | None] = dict.fromkeys(names)
     likely: dict[str, float | None] = dict.fromkeys(liked)
     ends = [0, *trace.step_ends]
@@ -108,10 +109,10 @@ def _table(
             row.append("" if value is None else f"{value:.2f}")
             row.append("" if value is None or last is None else f"{value - last:+.2f}")
             likely[name] = value
-        table.add_row(*map(Text, row))
+        table.add_row(*map(cell, row))
     tail = trace.ids[ends[-1] :]
     if tail:
-        table.add_row("", Text(policy.text(tail) + " (no whole step)"))
+        table.add_row("", cell(policy.text(tail) + " (no whole step)"))
     return table
 
 

@@ -14,6 +14,7 @@ from data_gen.runs import Run, print_wide, read_run, run_on_directories, stepper
 from data_gen.strategies import plan_of, wanted
 from pav.errors import UserError
 from pav.journal import JOURNAL
+from pav.printable import cell, one_line
 from pav.unfinished import said
 
 RECENT = 600.0
@@ -44,21 +45,21 @@ def status(config: StatusConfig) -> None:
         run = read_run(directory)
         if partial := run.manifest.get("partial"):
             partly[directory] = partial
-        table.add_row(*_row(run))
+        table.add_row(*map(cell, _row(run)))
         for kind, records in (("seeds", run.traces), ("rollouts", run.completions)):
             for record in records.values():
-                cell = right.setdefault(f"{kind} of {record.policy}", [0, 0, 0])
-                cell[0] += record.correct
-                cell[1] += 1
-                cell[2] += record.truncated
+                tally = right.setdefault(f"{kind} of {record.policy}", [0, 0, 0])
+                tally[0] += record.correct
+                tally[1] += 1
+                tally[2] += record.truncated
     print_wide(table)
     for directory, partial in partly.items():
         print(f"{directory} is partial: {said(partial)}")
     for directory in config.labels:
         for line in worker_lines(Path(directory)):
-            print(line)
+            print(one_line(line))
     for name, (k, n, cut) in sorted(right.items()):
-        print(f"{name}: {k / n:.3f} of {n} right, {cut / n:.1%} truncated")
+        print(f"{one_line(name)}: {k / n:.3f} of {n} right, {cut / n:.1%} truncated")
 
 
 def _row(run: Run) -> list[str]:

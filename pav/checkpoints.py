@@ -27,7 +27,7 @@ from pav.train_config import TrainConfig
 from pav.verifier import Card
 
 # Settings that a resumed run may change: they do not change what is trained.
-_FREE = {"checkpoint_minutes", "logger", "memory_gib", "dry_run"}
+_FREE = {"checkpoint_minutes", "logger", "memory_gib", "verbose", "dry_run"}
 
 
 class Stopped(Exception):

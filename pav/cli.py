@@ -21,16 +21,22 @@ from jsonargparse import ArgumentParser
 
 import pav.tasks
 from pav.errors import UserError
+from pav.printable import one_line
 
 Config = TypeVar("Config")
 
 
 def quiet() -> None:
     """Keep other libraries' start-up chatter out of the way of one-line errors and progress."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for text in (".*treespec.*", ".*in eval mode at the start.*", ".*many workers.*"):
+    for text in (
+        ".*treespec.*",
+        ".*in eval mode at the start.*",
+        ".*many workers.*",
+        # A run's own, with its settings, before the first checkpoint; what is resumed we say.
+        "Checkpoint directory .* exists and is not empty",
+    ):
         warnings.filterwarnings("ignore", text)
     for name in ("torch._library.triton", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -137,13 +143,13 @@ def run(
         config = config_type(**vars(values))
         function(config)
     except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except ValueError as error:
         # jsonargparse wraps what a setting's own check raises.
         if not isinstance(error.__cause__, UserError):
             raise
-        print(f"{prog}: error: {error.__cause__}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error.__cause__)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command resumes", file=sys.stderr)

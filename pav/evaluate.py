@@ -23,6 +23,7 @@ from pav.labels import LabelSet, read_labels
 from pav.lock import Lock, beside
 from pav.measure import measure
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
+from pav.printable import one_line
 from pav.reliability import draw
 from pav.rendered import warn_other_prompt
 from pav.report import first_half, label_facts, print_metrics
@@ -51,6 +52,7 @@ class EvaluateConfig:
             ``<verifier>-on-<labels>.json`` in the directory of the labels.
         task: needed only where the verifier's task is not built in.
         trunk: new place of the trunk, if it moved.
+        verbose: print every metric, not the short table (all are in the output).
     """
 
     verifier: str
@@ -59,6 +61,7 @@ class EvaluateConfig:
     output: str | None = None
     task: Task | None = None
     trunk: str | None = None
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         if self.output is not None and not self.output.endswith(".json"):
@@ -105,7 +108,7 @@ def _evaluate(
     judged = judge(card.heads, examples, scored, labels, policy, task)
     metrics = measure(judged, q, everything, fitted) | {"data": label_facts(labels)}
     title = f"{config.verifier} on {', '.join(config.labels)}, {config.split} problems"
-    print_metrics(metrics, title)
+    print_metrics(metrics, title, config.verbose)
     _print_shift(card.validation, metrics)
     try:
         plain = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
@@ -170,7 +173,8 @@ def _print_shift(before: dict[str, Any], now: dict[str, Any]) -> None:
         old = before.get(name)
         if name.endswith("/surprise") and isinstance(old, dict) and m["rows"]:
             print(
-                f"{name}: AUC {m['auc']:.3f} here, {old['auc']:.3f} on its own validation; "
+                f"{one_line(name)}: AUC {m['auc']:.3f} here, {old['auc']:.3f} on its own "
+                "validation; "
                 f"calibration error {m['calibration_error']:.3f}, {old['calibration_error']:.3f}; "
                 f"mean Q {m['mean_q']:.3f} for {m['mean_right']:.3f} right"
             )

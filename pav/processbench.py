@@ -25,6 +25,7 @@ from pav.encoding import encode_steps
 from pav.errors import UserError
 from pav.evaluate import load_on_trunk
 from pav.policy import Policy
+from pav.printable import cell, one_line
 from pav.processbench_data import Solution, read_subsets
 from pav.processbench_f1 import UNREADABLE, Scores, f1_row, first_wrong, pick_threshold
 from pav.steps import scoring_position
@@ -225,10 +226,12 @@ def _key(solution: Solution) -> tuple[str, tuple[str, ...]]:
 
 def _report(result: dict[str, Any]) -> None:
     title = f"{result['verifier']}: {result['head']}, {result['score']} < {result['threshold']:.4g}"
-    table = Table("subset", "with error", "found", "without", "called right", "F1", title=title)
+    table = Table(
+        "subset", "with error", "found", "without", "called right", "F1", title=cell(title)
+    )
     for row in result["subsets"]:
         table.add_row(
-            row["subset"] + (" (threshold picked here)" if row["threshold_picked_here"] else ""),
+            cell(row["subset"] + (" (threshold picked here)" * row["threshold_picked_here"])),
             str(row["n_error"]),
             _percent(row["error_accuracy"]),
             str(row["n_correct"]),
@@ -250,7 +253,7 @@ def _percent(value: float | None) -> str:
 
 
 def _warn(message: str) -> None:
-    print(f"WARNING: {message}", file=sys.stderr)
+    print(f"WARNING: {one_line(message)}", file=sys.stderr)
 
 
 def _write(config: ProcessBenchConfig, result: dict[str, Any]) -> None:

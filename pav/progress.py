@@ -11,6 +11,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pav.printable import cell, one_line
+
 PLAIN_SECONDS = 60.0
 
 
@@ -18,22 +20,22 @@ class Reporter:
     """Reports ``done`` of ``total`` units with rate and time left. Use as a context manager."""
 
     def __init__(self, what: str, total: int, unit: str) -> None:
-        self.what, self.total, self.unit = what, total, unit
+        self.what, self.total, self.unit = one_line(what), total, unit
         self.start = self.last = time.monotonic()
         self.first: int | None = None
         self.bar: Progress | None = None
         self.lines: Sequence[str] = ()
         if Console().is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[left]} min left"),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
-            self.task = self.bar.add_task(what, total=total, note="", left="?")
+            self.task = self.bar.add_task(self.what, total=total, note="", left="?")
             bar = self.bar
-            self.live = Live(get_renderable=lambda: Group(bar, *self.lines))
+            self.live = Live(get_renderable=lambda: Group(bar, *map(cell, self.lines)))
 
     def __enter__(self) -> Reporter:
         if self.bar:
@@ -57,7 +59,7 @@ class Reporter:
         """
         if self.first is None:
             self.first = done
-        self.lines = lines
+        note, self.lines = one_line(note), lines
         now = time.monotonic()
         rate = (done - self.first) / max(now - self.start, 1e-9)
         if left is None and rate > 0:

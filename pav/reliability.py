@@ -19,6 +19,7 @@ def draw(metrics: dict[str, Any], path: Path, title: str = "") -> bool:
     Returns:
         Whether there was anything to draw.
     """
+    import matplotlib
     from matplotlib.figure import Figure
 
     heads = [
@@ -28,6 +29,8 @@ def draw(metrics: dict[str, Any], path: Path, title: str = "") -> bool:
     ]
     if not heads:
         return False
+    # Names hold dollar signs; they are no formulas.
+    matplotlib.rcParams["text.parse_math"] = False
     figure = Figure(figsize=(4.2 * len(heads) + 0.4, 7.6), layout="constrained")
     axes = figure.subplots(2, len(heads), squeeze=False)
     for (above, below), head in zip(axes.T, heads, strict=True):
@@ -45,8 +48,9 @@ def _reliability(axis: Any, head: str, metrics: dict[str, Any]) -> None:
         m = metrics[f"{head}/{mode}"]
         n, q, right = (np.array(m["bins"][key]) for key in ("n", "q", "right"))
         # Of the share of right rollouts; those of a prefix are not independent of each other.
-        error = 1.96 * np.sqrt(right * (1 - right) / n)
+        low, high = np.array([wilson(*pair) for pair in zip(right, n, strict=True)]).T
         label = f"{mode}: Brier {m['brier']:.3f}, ECE {m['calibration_error']:.3f}"
+        error = np.maximum([right - low, high - right], 0)
         axis.errorbar(q, right, error, fmt="o-", color=colour, markersize=4, label=label)
     share = np.array(metrics[f"{head}/surprise"]["bins"]["n"], dtype=float)
     share /= share.sum()
@@ -58,6 +62,8 @@ def _reliability(axis: Any, head: str, metrics: dict[str, Any]) -> None:
 
 
 def _steps(axis: Any, head: str, metrics: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     found = metrics[f"{head}/surprise"]["steps"]
     if not found["step"]:
         axis.axis("off")
@@ -69,5 +75,14 @@ def _steps(axis: Any, head: str, metrics: dict[str, Any]) -> None:
     axis.plot(
         found["step"], found["calibration_error"], "s-", color="tab:red", markersize=4, label="ECE"
     )
-    axis.set(xlabel="step", ylim=(-0.02, 1.02))
+    axis.set(xlabel="step", ylabel="AUC, ECE", ylim=(-0.02, 1.02))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8)
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """95% interval of a share of ``n`` trials: within 0 and 1, and wider than nothing at them."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(share * n), round(n)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

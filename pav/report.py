@@ -18,6 +18,7 @@ from pav.judged import MODES, judge
 from pav.labels import LabelSet
 from pav.measure import measure
 from pav.policy import Policy
+from pav.printable import cell, one_line
 from pav.tasks.base import Task
 from pav.verifier import ORM, Card, HeadedTrunk
 
@@ -89,7 +90,7 @@ def first_half(problem_id: str) -> bool:
 
 
 def _warn(message: str) -> None:
-    print(f"WARNING: {message}; raise validation_problems", file=sys.stderr)
+    print(f"WARNING: {one_line(message)}; raise validation_problems", file=sys.stderr)
 
 
 def label_facts(labels: LabelSet) -> dict[str, Any]:
@@ -166,12 +167,12 @@ def default_pick(picks: dict[str, float]) -> str:
     return best if picks[best] > picks[ORM] + noise else ORM
 
 
-def print_report(card: Card) -> None:
-    """The validation metrics as tables."""
-    print_metrics(card.validation, "validation, the half that calibration did not see")
+def print_report(card: Card, verbose: bool) -> None:
+    """The validation metrics as tables (see :func:`print_metrics`)."""
+    print_metrics(card.validation, "validation, the half that calibration did not see", verbose)
     if "picks" in card.validation:
         picks = ", ".join(f"{k} {card.validation['picks'][k]:.3f}" for k in PICKS)
-        Console().print(f"final pick among seed traces: {picks}; default: {card.pick}")
+        print(f"right by final pick among seed traces: {picks}; default: {one_line(card.pick)}")
 
 
 _COLUMNS = {
@@ -188,29 +189,58 @@ _COLUMNS = {
 }
 
 
-def print_metrics(metrics: dict[str, Any], title: str) -> None:
-    """What :func:`pav.measure.measure` found, compactly; ``ceiling`` is what n allows."""
+_SHORT = ("rows", "auc", "brier", "brier_constant", "calibration_error")
+_EXPLAINED = {
+    "rows": "prefixes that the figures are of; their rollouts are the truth",
+    "auc": "chance that a right rollout's prefix has a higher Q than a wrong one's; .5 is a coin",
+    "spearman": "rank correlation of Q with the share of right rollouts",
+    "brier": "mean squared error of Q against single rollouts: the lower the better",
+    "brier_constant": "the Brier score of one Q for all, the mean",
+    "reliability": "part of Brier that calibration could mend",
+    "resolution": "part of the constant's Brier that Q explains",
+    "calibration_error": "mean distance of Q from the share of right rollouts",
+    "sign": "steps whose advantage has the right sign: at least, to at most, given the noise",
+    "correlation": "of the advantage with the change of the share of right rollouts",
+}
+
+
+def print_metrics(metrics: dict[str, Any], title: str, verbose: bool) -> None:
+    """What :func:`pav.measure.measure` found, as tables with their columns explained.
+
+    Args:
+        metrics: that it found.
+        title: of the first table.
+        verbose: every calibrator, column, step and kind of slip, and the ceiling that the number
+            of rollouts allows; else each head as it is served.
+    """
+    columns = {k: v for k, v in _COLUMNS.items() if verbose or k in _SHORT}
     console = Console(highlight=False)
     if not console.is_terminal:  # a log: lines are as long as they need to be
         console.width = 140
     advantage = metrics.get("advantage", {})
-    table = Table(title=title)
+    table = Table(title=cell(title))
     table.add_column("head / calibrator")
-    for column in _COLUMNS.values():
+    for column in columns.values():
         table.add_column(column, justify="right")
     for name, m in metrics.items():
         if not (isinstance(m, dict) and "auc" in m) or not m["rows"]:
             continue
         if name.endswith("/ceiling") and np.isnan(m["brier"]):
             continue
+        if not verbose and not name.endswith("/surprise"):
+            continue
         # An advantage's correlation stands beside its sign; that of Q is in the file.
         values = m | {"sign": np.nan, "correlation": np.nan} | advantage.get(name, {})
         values["rows"] = m["rows"]
-        cells = {k: _shown(values[k]) for k in _COLUMNS}
-        if "sign_low" in values and values["sign"] == values["sign"]:
+        cells = {k: _shown(values[k]) for k in columns}
+        if "sign" in cells and "sign_low" in values and values["sign"] == values["sign"]:
             cells["sign"] = f"{values['sign_low']:.2f} to {values['sign']:.2f}"
-        table.add_row(name, *cells.values())
+        table.add_row(cell(name), *cells.values())
     console.print(table)
+    for key, column in columns.items():
+        console.print(cell(f"  {column}: {_EXPLAINED[key]}"))
+    if not verbose:
+        return
     noisy = [
         name.removesuffix("/ceiling")
         for name, m in metrics.items()
@@ -219,16 +249,17 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
         and np.isnan(m["brier"])
     ]
     if noisy:
-        console.print(
-            f"no ceiling for {', '.join(noisy)}: one rollout per prefix says nothing of its noise "
-            "(n_mc 2 and more does)"
+        names = one_line(", ".join(noisy))
+        print(
+            f"no ceiling for {names}: one rollout per prefix says nothing of its noise (n_mc 2 and "
+            "more does)"
         )
     _print_steps(console, metrics)
     errors = {n: m for n, m in metrics.get("first_error", {}).items() if isinstance(m, dict)}
     for name, m in errors.items():
         if m["traces"]:
-            console.print(
-                f"first error by {metrics['first_error']['truth']}, {name}: found in "
+            print(
+                f"first error by {metrics['first_error']['truth']}, {one_line(name)}: found in "
                 f"{_shown(m['error'])} of faulty solutions, none seen in {_shown(m['clean'])} of "
                 f"the others, F1 {_shown(m['f1'])} (Q below {m['threshold']:.2f})"
             )
@@ -256,7 +287,7 @@ def _print_steps(console: Console, metrics: dict[str, Any]) -> None:
         return
     table = Table(title="by step, with surprise")
     for heading in ("step", *columns):
-        table.add_column(heading, justify="right")
+        table.add_column(cell(heading), justify="right")
     for step in steps:
         table.add_row(str(step), *(_shown(c.get(step, np.nan)) for c in columns.values()))
     console.print(table)
@@ -269,7 +300,7 @@ def _print_slips(console: Console, slips: dict[str, Any]) -> None:
     table = Table(title="AUC of 'no slip so far': all, by step, by kind of first slip")
     table.add_column("")
     for column in slips:
-        table.add_column(column)
+        table.add_column(cell(column))
     for name in names:
-        table.add_row(name, *(_shown(by[name]) for by in slips.values()))
+        table.add_row(cell(name), *(_shown(by[name]) for by in slips.values()))
     console.print(table)

@@ -54,6 +54,7 @@ from pav.policy import (
     tokenizer_fingerprint,
     weights_digest,
 )
+from pav.printable import one_line
 from pav.prompts import PROMPTS
 from pav.reliability import draw
 from pav.rendered import refuse_clock, rendered
@@ -136,7 +137,7 @@ def _train(config: TrainConfig) -> Card | None:
         train_set, validation = hardened(train_set), hardened(validation)
     print(
         f"{len(train_set)} training and {len(validation)} validation solutions, heads "
-        f"{', '.join(card.heads)} on {card.trunk} ({config.trunk_mode})"
+        f"{one_line(', '.join(card.heads))} on {one_line(card.trunk)} ({config.trunk_mode})"
     )
     say_opening(task, policy, labels, card)
     gpu = config.accelerator != "cpu" and torch.cuda.is_available()
@@ -177,12 +178,15 @@ def _train(config: TrainConfig) -> Card | None:
     card = fit_and_report(card, model.eval(), judged, known, labels, policy, task, base_name)
     save(card, model.cpu(), output, adapters)
     shutil.rmtree(working, ignore_errors=True)
-    print_report(card)
+    print_report(card, config.verbose)
     # Undefined metrics are NaN here and null there: NaN is no JSON.
     plain = json.loads(json.dumps(card.validation), parse_constant=lambda _: None)
     output.with_suffix(".json").write_text(json.dumps(plain, indent=1))
     draw(card.validation, output.with_suffix(".png"), f"{output.name}: validation")
-    print(f"verifier: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    print(
+        f"verifier: {output} ({output.stat().st_size / 1e3:.0f} kB); all metrics: "
+        f"{output.with_suffix('.json')}, {output.with_suffix('.png')}"
+    )
     if config.head == "mlp":
         print(
             f"an mlp head is not served by vLLM: what it buys is in {output.with_suffix('.json')}"

@@ -65,6 +65,7 @@ class TrainConfig:
         logger: where losses and metrics go, in ``<output>.logs/``.
         checkpoint_minutes: time between checkpoints to resume from.
         memory_gib: memory of a device to plan for; by default what the device has.
+        verbose: print every metric, not the short table (all are in ``<output>.json``).
         dry_run: plan, load, one training and one validation batch; writes nothing.
     """
 
@@ -100,6 +101,7 @@ class TrainConfig:
     logger: Literal["none", "tensorboard", "wandb"] = "none"
     checkpoint_minutes: float = 10.0
     memory_gib: float | None = None
+    verbose: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:

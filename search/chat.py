@@ -65,14 +65,24 @@ class Chat:
 _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
     "logprobs": (False,),
+    "top_logprobs": (0,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
+    "min_p": (0,),
     "logit_bias": ({},),
-    "stop": ([],),
+    "stop": ([], ""),
     "tools": ([],),
+    # Without a tool, which is refused, neither says anything.
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "reasoning_effort": ("none",),
 }
 
 
@@ -106,7 +116,7 @@ def parse_chat(body: Any, sampler: Sampler) -> Chat:
     if max_tokens is not None and max_tokens < 1:
         raise ApiError(400, f"max_tokens is {max_tokens}; give at least 1", "max_tokens")
     # The verifier was made for one sampler: another would make its values wrong.
-    for name in ("temperature", "top_p"):
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
         value, fixed = given.pop(name, None), getattr(sampler, name)
         if value is not None and value != fixed:
             raise ApiError(
@@ -129,6 +139,8 @@ def _take(given: dict[str, Any], name: str, kind: type, default: Any) -> Any:
 
 
 def _question(messages: Any) -> str:
+    if isinstance(messages, list):
+        messages = [m for m in messages if not _says_nothing(m)]
     if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0], dict):
         raise ApiError(
             400,
@@ -136,15 +148,29 @@ def _question(messages: Any) -> str:
             "verifier's own, and a search has no earlier turns",
             "messages",
         )
-    role, content = messages[0].get("role"), messages[0].get("content")
+    role, content = messages[0].get("role"), _text(messages[0].get("content"))
     if role != "user":
         raise ApiError(400, f"the message has role {role!r}; only 'user' is known", "messages")
-    if isinstance(content, list):
-        texts = [p.get("text") if isinstance(p, dict) else None for p in content]
-        content = "".join(texts) if all(isinstance(t, str) for t in texts) else None  # type: ignore[arg-type]
-    if not isinstance(content, str) or not content.strip():
+    if content is None or not content.strip():
         raise ApiError(400, "the message's content must be text", "messages")
     return content
+
+
+def _says_nothing(message: Any) -> bool:
+    """Whether it is the empty system message that some clients always send."""
+    if not isinstance(message, dict) or message.get("role") not in ("system", "developer"):
+        return False
+    content = message.get("content")
+    text = "" if content is None else _text(content)
+    return text is not None and not text.strip()
+
+
+def _text(content: Any) -> str | None:
+    """A message's content, given whole or in parts; None if it is not text alone."""
+    if isinstance(content, list):
+        texts = [p.get("text") if isinstance(p, dict) else None for p in content]
+        return "".join(texts) if all(isinstance(t, str) for t in texts) else None  # type: ignore[arg-type]
+    return content if isinstance(content, str) else None
 
 
 def completion(chat: Chat, record: Record, prompt_tokens: int) -> dict[str, Any]:

@@ -12,16 +12,27 @@ from pav.cli import run
 from pav.errors import UserError
 from pav.opening import task_option
 from pav.policy import load_policy, settled
+from pav.printable import one_line
 from pav.prompts import PROMPTS, Rendering
 from pav.rendered import rendered
 from pav.verifier import Verifier, load_verifier
-from search.efficiency import Ratio, print_ratios, ratios, write_ratios
+from search.efficiency import Ratio, print_ratios, ratios, said, write_ratios
+from search.headline import headline
 from search.investment import invested_flops
 from search.opened import say_opening
 from search.pick import check_pick
 from search.plan import CompareConfig, Investment, Method, Selectable
 from search.plot import plot_accuracy, plot_optimisation
-from search.points import PICKS, Point, paired, print_points, write_csv, write_picks
+from search.points import (
+    PICKS,
+    Point,
+    counted,
+    csv_rows,
+    paired,
+    print_points,
+    write_csv,
+    write_picks,
+)
 from search.records import MANIFEST, open_run
 from search.report import write_report
 from search.sampled import sample_points
@@ -161,26 +172,34 @@ def _report(
     (output / "compare.json").write_text(json.dumps(differences, indent=1))
     found = ratios(points, invested)
     write_ratios(found, output / "efficiency.json")
-    count, seeds = points[0].correct_PS.shape
-    counted = f"{count} {config.split} problems, {seeds} seed(s)"
-    title = f"{config.title} ({counted})" if config.title else counted
+    what = counted(points, config.split)
+    title = f"{config.title}: {what}" if config.title else what
     plot_accuracy(points, "policy_tokens", output / "compare.png", title)
     plot_accuracy(points, "n", output / "compare_n.png", title)
     plot_accuracy(points, "flops", output / "compare_flops.png", title)
     plot_optimisation(points, output / "optimisation.png", title)
+    result = headline(csv_rows(points), differences)
+    (output / "headline.txt").write_text(result + "\n", encoding="utf-8")
     page = write_report(output)
-    print_points(points, differences, config.split)
-    print_ratios(found)
-    if uncounted := _uncounted(config, found, invested):
+    print_points(points, differences, config.split, config.verbose)
+    if config.verbose or invested:
+        print_ratios(found)
+    uncounted = _uncounted(config, found, invested)
+    if uncounted and (config.verbose or invested):
         print(
             f"what {', '.join(uncounted)} cost to label and to train is unknown (no checkpoint "
             "holds it), so no break-even is shown; name the label runs under investments"
         )
+    ns = sorted({p.n for p in points if not p.matching})
+    methods = len({p.method for p in points})
     print(
-        f"results: {output}/compare.csv, compare.json, efficiency.json, compare.png, "
-        "compare_n.png, compare_flops.png, optimisation.png, one .jsonl per run\n"
-        f"report: {page}\n"
-        f"next: {following}"
+        one_line(f"compared: {methods} methods at N {', '.join(map(str, ns))}: {title}"),
+        one_line(f"result: {result}"),
+        *([one_line(f"compute: {said(found)}")] if found else []),
+        f"look at: {page} (in a browser), compare.png and optimisation.png beside it; all rows: "
+        "compare.csv, compare.json, efficiency.json, or this command with --verbose true",
+        one_line(f"next: {following}"),
+        sep="\n",
     )
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from search.points import Point, baseline
+from search.table import print_table
 
+RISING = "with more samples the baseline might be better still"
 RESAMPLES = 2000
 AXES = {
     "traces": lambda p: float(p.traces),
@@ -168,34 +168,56 @@ def write_ratios(found: Sequence[Ratio], path: Path) -> None:
     path.write_text(json.dumps([asdict(r) for r in found], indent=1))
 
 
-def print_ratios(found: Sequence[Ratio]) -> None:
-    """A table of the ratios."""
-    if not found:
-        return
-    table = Table(
-        title=f"budget of {found[0].baseline} at its best ({found[0].target:.3f}) "
-        "over the budget at which the method is as good"
-    )
+def ratio_rows(found: Sequence[Ratio]) -> list[dict[str, str]]:
+    """The ratios as a table shows them."""
     with_investment = any(r.invested is not None for r in found)
-    for column in ("method", "budget in", "of baseline", "of method", "ratio [95%]"):
-        table.add_column(column)
-    if with_investment:
-        table.add_column("with labels and training")
-        table.add_column("breaks even at")
+    rows = []
     for r in found:
-        row = [
-            r.method,
-            r.axis,
-            f"{r.baseline_budget:.4g}",
-            "never as good" if r.budget is None else f"{r.budget:.4g}",
-            f"{'>= ' if r.at_least else ''}{r.ratio:.2f} [{r.low:.2f}, {r.high:.2f}]",
-        ]
+        row = {
+            "method": r.method,
+            "budget in": r.axis,
+            "of baseline": f"{r.baseline_budget:.4g}",
+            "of method": "never as good" if r.budget is None else f"{r.budget:.4g}",
+            "ratio [95%]": _ratio_text(r),
+        }
         if with_investment:
             shared, even = r.ratio_with_investment, r.break_even_problems
-            row.append("" if shared is None else f"{shared:.3g}")
+            row["with labels and training"] = "" if shared is None else f"{shared:.3g}"
             never = "" if r.invested is None else "never"
-            row.append(never if even is None else f"{even:.3g} problems")
-        table.add_row(*row)
-    Console(width=150).print(table)
-    if found[0].rising:
-        print(f"{found[0].baseline} is best at its largest N: more samples might be better still")
+            row["breaks even at"] = never if even is None else f"{even:.3g} problems"
+        rows.append(row)
+    return rows
+
+
+def _ratio_text(r: Ratio) -> str:
+    return f"{'>= ' if r.at_least else ''}{r.ratio:.2f} [{r.low:.2f}, {r.high:.2f}]"
+
+
+def ratio_title(found: Sequence[Ratio]) -> str:
+    """What the table of ratios is of."""
+    return (
+        f"budget of {found[0].baseline} at its best ({found[0].target:.3f}) over the budget at "
+        "which the method is as good" + (f"; {RISING}" if found[0].rising else "")
+    )
+
+
+def print_ratios(found: Sequence[Ratio]) -> None:
+    """A table of the ratios."""
+    if found:
+        print_table(ratio_title(found), ratio_rows(found))
+
+
+def said(found: Sequence[Ratio]) -> str:
+    """What the first method's ratios say, in a sentence; empty without ratios."""
+    own = [r for r in found if r.method == found[0].method and r.axis != "traces"]
+    if not own:
+        return ""
+    goal = f"{own[0].baseline} at its best ({own[0].target:.3f}".replace("(0.", "(.") + ")"
+    if all(r.budget is None for r in own):
+        return f"{own[0].method} is nowhere as good as {goal}"
+    spent = " and ".join(
+        f"{_ratio_text(r)} times fewer {r.axis}" for r in own if r.budget is not None
+    )
+    return f"to be as good as {goal}, {own[0].method} needs {spent}" + (
+        f"; {RISING}" if own[0].rising else ""
+    )

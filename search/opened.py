@@ -173,5 +173,4 @@ def print_rows(rows: list[Row], directory: Path, split: str) -> None:
             )
         )
     print_table(f"{len(rows[0].records)} {split} problems", table)
-    print("tokens are means per problem; seconds are nan for a resumed run")
     print(f"records: {directory}\nreport: {write_report(directory)}\nnext: search.compare --help")

@@ -150,6 +150,7 @@ class CompareConfig:
             as wrong; null for no limit.
         max_traces: upper limit on the solutions of a best-of-N sample set.
         title: of the plot.
+        verbose: print all rows and columns, not the short tables (every row is in compare.csv).
         select: choose ``alpha``, ``K`` (the prover) or both on validation problems first, for every
             beam that does not set them.
         selection: how they are chosen.
@@ -171,6 +172,7 @@ class CompareConfig:
     grade_timeout: float | None = DEFAULT_TIMEOUT
     max_traces: int = 128
     title: str = ""
+    verbose: bool = False
     select: list[Selectable] = field(default_factory=list)
     selection: Selection = field(default_factory=Selection)
     investments: list[Investment] = field(default_factory=list)

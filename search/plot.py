@@ -14,9 +14,11 @@ from search.points import Point, oracle_points
 from search.stats import Interval, bootstrap
 
 matplotlib.use("Agg")
+# Names hold dollar signs; they are no formulas.
+matplotlib.rcParams["text.parse_math"] = False
 
-# Methods that pick from the same candidates often lie on each other.
 MARKERS = "os^Dv*PX"
+STYLES: tuple[Any, ...] = ("--", (0, (6, 2, 1, 2)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 LABELS = {
     "n": "N (width of a beam, number of solutions)",
     "policy_tokens": "policy tokens per problem",
@@ -29,7 +31,8 @@ def plot_accuracy(
 ) -> None:
     """Write a PNG: accuracy with 95% intervals over ``axis``, one line per method.
 
-    The dotted line is pass@N of independent samples of the base policy, which pay no verifier.
+    The grey line is pass@N of independent samples of the base policy, which pay no verifier. Over
+    what is spent best-of-N is also shown at the costs of every beam, whatever N that takes.
 
     Args:
         points: all methods at all N; those of unknown cost are left out.
@@ -39,34 +42,39 @@ def plot_accuracy(
     """
     from matplotlib import pyplot as plt
 
-    shown = [p for p in points if not math.isnan(_spent(p, axis))]
+    # A count that matches what a beam spent has no place over N.
+    kept = [p for p in points if axis != "n" or not p.matching]
+    shown = [p for p in kept if not math.isnan(_spent(p, axis))]
     figure, axes = plt.subplots(figsize=(8.5, 6.2), layout="constrained")
     colours = plt.get_cmap("tab10").colors
     methods = list(dict.fromkeys(p.method for p in points))
+    samplers = [m for m in methods if not any(p.is_beam for p in points if p.method == m)]
     for i, method in enumerate(methods):
         own = sorted((p for p in shown if p.method == method), key=lambda p: _spent(p, axis))
-        if own:
-            # Beside each other where methods spend exactly the same.
-            shift = 1.02 ** (i - len(methods) / 2) if axis == "n" else 1.0
-            x = [_spent(p, axis) * shift for p in own]
-            solid = own[0].is_beam
-            _line(
-                axes, x, [p.accuracy for p in own], method, colours[i % 10], solid, MARKERS[i % 8]
-            )
-    oracle = [p for p in oracle_points(points) if not math.isnan(p.policy_flops)]
-    if axis != "flops":
-        oracle = oracle_points(points)
+        if not own:
+            continue
+        # Methods that pick from the same candidates often lie on each other: the ones drawn first
+        # are wider than those that may cover them.
+        later = 0 if method not in samplers else len(samplers) - 1 - samplers.index(method)
+        style = STYLES[samplers.index(method) % len(STYLES)] if method in samplers else "-"
+        look = {"color": colours[i % 10], "marker": MARKERS[i % 8], "ls": style, "zorder": 3 + i,
+                "lw": 1.5 + 1.3 * min(later, 3), "ms": 5 + 2 * min(later, 3),
+                "capsize": 2 + 1.5 * min(later, 3)}  # fmt: skip
+        x = [_spent(p, axis) for p in own]
+        _line(axes, x, [p.accuracy for p in own], method, look)
+    oracle = [p for p in oracle_points(kept) if axis != "flops" or not math.isnan(p.policy_flops)]
     if oracle:
         axes.plot(
             [p.policy_flops if axis == "flops" else _spent(p, axis) for p in oracle],
             [p.oracle_PS.mean() for p in oracle],
             color="0.5",
             ls=":",
-            label="oracle pass@N (independent samples)",
+            label="a right one among N independent samples (oracle, pass@N)",
         )
     if not shown:
         axes.text(0.5, 0.5, "costs unknown", ha="center", transform=axes.transAxes)
-    _finish(axes, LABELS[axis], [_spent(p, axis) for p in shown])
+    also = " (best-of-N also at what every beam spends)" if any(p.matching for p in shown) else ""
+    _finish(axes, LABELS[axis] + also, [_spent(p, axis) for p in shown])
     if axis == "flops":
         axes.set_xscale("log", base=10)
         axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
@@ -81,44 +89,61 @@ def plot_accuracy(
 
 
 def plot_optimisation(points: Sequence[Point], path: Path, title: str) -> None:
-    """Write a PNG with a panel per method: accuracy, oracle in the final set, verifier's belief.
+    """Write a PNG with two panels per method, over N: shares of problems, and the verifier's score.
 
-    Where the oracle rises and accuracy does not, right answers are found and not picked. Where
-    belief rises and accuracy does not, the verifier is gamed.
+    Where the share with a right answer in the final set rises and accuracy does not, right answers
+    are found and not picked. Where the score rises and accuracy does not, the verifier is gamed.
     """
     from matplotlib import pyplot as plt
 
-    methods = list(dict.fromkeys(p.method for p in points))
+    asked = [p for p in points if not p.matching]
+    methods = list(dict.fromkeys(p.method for p in asked))
     columns = min(4, len(methods))
     rows = math.ceil(len(methods) / columns)
     figure, grid = plt.subplots(
-        rows,
+        2 * rows,
         columns,
-        figsize=(1.2 + 3.0 * columns, 1.3 + 2.7 * rows),
+        figsize=(1.2 + 3.0 * columns, 1.3 + 4.2 * rows),
         layout="constrained",
-        sharey=True,
+        sharey="row",
         squeeze=False,
+        height_ratios=[3, 2] * rows,
     )
-    curves: list[tuple[str, str, Any]] = [
+    shares: list[tuple[str, str, Any]] = [
         ("a right answer in the final set", "tab:green", lambda p: p.oracle_PS),
         ("accuracy of the pick", "tab:blue", lambda p: p.correct_PS),
-        ("verifier's mean score of the pick", "tab:red", lambda p: p.believed_PS),
     ]
-    for axes, method in zip(grid.flat, methods, strict=False):
-        own = sorted((p for p in points if p.method == method), key=lambda p: p.n)
-        for label, colour, values in curves:
-            known = [p for p in own if not math.isnan(values(p).mean())]
-            intervals = [bootstrap(values(p)) for p in known]
-            _line(axes, [p.n for p in known], intervals, label, colour)
-        _finish(axes, "N", [p.n for p in own])
-        axes.set_title(method, fontsize=9)
-    for axes in list(grid.flat)[len(methods) :]:
-        axes.set_visible(False)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("share of problems")
+    score: tuple[str, str, Any] = (
+        "verifier's mean score of the pick", "tab:red", lambda p: p.believed_PS
+    )  # fmt: skip
+    for i, method in enumerate(methods):
+        above, below = grid[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
+        own = sorted((p for p in asked if p.method == method), key=lambda p: p.n)
+        for axes, curves in ((above, shares), (below, [score])):
+            for label, colour, values in curves:
+                known = [p for p in own if not math.isnan(values(p).mean())]
+                intervals = [bootstrap(values(p)) for p in known]
+                look = {"color": colour, "marker": "o", "ls": "-", "lw": 1.5, "ms": 5, "capsize": 2}
+                if known:
+                    _line(axes, [p.n for p in known], intervals, label, look)
+            _finish(axes, "N", [p.n for p in own])
+        above.set_title(method, fontsize=9)
+        if math.isnan(own[0].believed_PS.mean()):
+            below.text(0.5, 0.5, "no verifier", ha="center", transform=below.transAxes)
+            below.set_axis_off()
+    for i in range(len(methods), rows * columns):
+        for axes in grid[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]:
+            axes.set_visible(False)
+    for above, below in zip(grid[::2, 0], grid[1::2, 0], strict=True):
+        above.set_ylabel("share of problems")
+        below.set_ylabel("score, 0 to 1")
     figure.suptitle(title, fontsize=10)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
+    entries = {
+        label: handle
+        for axes in grid.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -128,28 +153,11 @@ def _spent(point: Point, axis: str) -> float:
 
 
 def _line(
-    axes: Any,
-    x: Sequence[float],
-    y: Sequence[Interval],
-    label: str,
-    colour: Any,
-    solid: bool = True,
-    marker: str = "o",
+    axes: Any, x: Sequence[float], y: Sequence[Interval], label: str, look: dict[str, Any]
 ) -> None:
     errors = [[a.mean - a.low for a in y], [a.high - a.mean for a in y]]
     axes.errorbar(
-        x,
-        [a.mean for a in y],
-        yerr=errors,
-        label=label,
-        color=colour,
-        capsize=2,
-        lw=1.5,
-        marker=marker,
-        ms=5,
-        alpha=0.85,
-        ls="-" if solid else "--",
-        elinewidth=0.8,
+        x, [a.mean for a in y], yerr=errors, label=label, alpha=0.85, elinewidth=0.8, **look
     )
 
 
@@ -160,7 +168,7 @@ def _finish(axes: Any, label: str, x: Sequence[float]) -> None:
         # So that a power of two is among the ticks.
         axes.set_xlim(min(x) / 2, max(x) * 2)
     axes.set_xlabel(label)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.25)
 
 

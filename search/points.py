@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pav.policy import Policy
+from pav.printable import csv_text
 from pav.tasks.base import Split
 from pav.verifier import ORM
 from search.cost import record_flops, shape_of
@@ -47,6 +49,7 @@ class Point:
         seconds: per problem; NaN where it was measured by an earlier start.
         settings: of the first record.
         base: whether the base policy was sampled (else another one, shown beside it).
+        matching: whether nobody asked for this N: it is there to match what a beam spent.
         picked_PS: index of the pick among the final set, -1 where nothing was picked.
         files: file of records of every seed.
     """
@@ -68,6 +71,7 @@ class Point:
     seconds: float
     settings: dict[str, Any]
     base: bool = True
+    matching: bool = False
     picked_PS: NDArray[np.int64] | None = None
     files: tuple[str, ...] = ()
 
@@ -76,7 +80,7 @@ class Point:
         """Whether it is a search and not a sample set."""
         return "samples" in self.settings
 
-    @property
+    @cached_property
     def accuracy(self) -> Interval:
         """Accuracy with its 95% interval over problems."""
         return bootstrap(self.correct_PS)
@@ -154,7 +158,7 @@ def believed(record: Record, base_head: str) -> float:
 def write_csv(points: Sequence[Point], path: Path) -> None:
     """One tidy row per point; costs are means per problem, ``believed`` the mean verifier score."""
     with path.open("w", newline="") as stream:
-        rows = [_row(p) for p in points]
+        rows = [{**row, "method": csv_text(row["method"])} for row in csv_rows(points)]
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -262,13 +266,57 @@ def oracle_points(points: Sequence[Point]) -> list[Point]:
     return [p for p in sampled if p.method == sampled[0].method]
 
 
-def print_points(points: list[Point], differences: list[dict[str, Any]], split: Split) -> None:
-    """Two tables: all points, and the paired differences."""
+def counted(points: Sequence[Point], split: Split) -> str:
+    """How many problems and seeds."""
     count, seeds = points[0].correct_PS.shape
-    rows = [shown_row(_row(p)) for p in points]
-    print_table(f"{count} {split} problems, {seeds} seed(s); costs per problem", rows, 150)
-    compared = difference_rows(differences)
-    print_table("paired differences [95%], exact McNemar p", compared, 150)
+    return f"{count} {split} problems, {seeds} seed{'' if seeds == 1 else 's'}"
+
+
+def print_points(
+    points: list[Point], differences: list[dict[str, Any]], split: Split, verbose: bool
+) -> None:
+    """Two tables: all points and the paired differences, or what matters of both.
+
+    Args:
+        points: of the comparison.
+        differences: of :func:`paired`.
+        split: whose problems.
+        verbose: all rows and columns.
+    """
+    title = counted(points, split)
+    rows = [shown_row(row) for row in csv_rows(points)] if verbose else short_rows(points)
+    print_table(f"{title}; costs per problem" if verbose else f"accuracy, {title}", rows)
+    if not verbose:
+        widest = {d["a"]: d["a_n"] for d in sorted(differences, key=lambda d: d["a_n"])}
+        differences = [
+            d for d in differences if d["kind"] == "equal tokens" and d["a_n"] == widest[d["a"]]
+        ]
+    what = "paired differences" if verbose else "paired differences at equal policy tokens"
+    print_table(what, difference_rows(differences))
+
+
+def csv_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """The rows of ``compare.csv``."""
+    return [_row(p) for p in points]
+
+
+def short_rows(points: Sequence[Point]) -> list[dict[str, str]]:
+    """A row per method: its accuracy at every N that was asked for."""
+    asked = [p for p in points if not p.matching]
+    ns = sorted({p.n for p in asked})
+    rows = []
+    for method in dict.fromkeys(p.method for p in asked):
+        own = {p.n: p for p in asked if p.method == method}
+        last = own[max(own)]
+        rows.append(
+            {"method": method}
+            | {f"N={n}": f"{own[n].accuracy.mean:.3f}" if n in own else "" for n in ns}
+            | {
+                "95% at the last": f"[{last.accuracy.low:.3f}, {last.accuracy.high:.3f}]",
+                "tokens there": f"{last.policy_tokens:.0f}",
+            }
+        )
+    return rows
 
 
 def shown_row(row: dict[str, Any]) -> dict[str, str]:
@@ -301,7 +349,7 @@ def difference_rows(differences: Sequence[dict[str, Any]]) -> list[dict[str, str
     """Paired differences as a table shows them."""
     return [
         {
-            "": d["kind"],
+            "at": d["kind"],
             "this": f"{d['a']} N={d['a_n']}",
             "minus": f"{d['b']} N={d['b_n']}",
             "difference": str(Interval(d["difference"], *d["ci95"])),

@@ -32,7 +32,8 @@ const shown = (text) => (text === null || text === "" ? el("i", "", text === nul
 function table(rows) {
   if (!rows.length) return el("p", "", "None.");
   const head = el("tr", "", ...Object.keys(rows[0]).map((k) => el("th", "", k)));
-  const body = rows.map((row) => el("tr", "", ...Object.values(row).map((v) => el("td", "", v === "nan" ? "–" : v))));
+  const cellOf = (v) => el("td", /^[\d+\-–.<>= ]*(\[|$)/.test(v) ? "" : "wrapped", v === "nan" ? "–" : v);
+  const body = rows.map((row) => el("tr", "", ...Object.values(row).map(cellOf)));
   return el("table", "", el("thead", "", head), el("tbody", "", ...body));
 }
 
@@ -409,6 +410,12 @@ document.title = `${DATA.title} - search report`;
 $("result-table").append(table(DATA.results));
 $("paired").hidden = !DATA.differences.length;
 $("difference-table").append(table(DATA.differences));
+$("headline").hidden = !DATA.headline;
+$("headline").textContent = DATA.headline;
+$("ratios").hidden = !DATA.ratios.length;
+$("ratios-of").textContent = DATA.ratiosOf;
+$("ratio-table").append(table(DATA.ratios));
+for (const [column, meaning] of Object.entries(DATA.explained)) $("explained").append(el("dt", "", column), el("dd", "", meaning));
 $("plots").hidden = !$("plots").querySelector("img");
 $("left-out").textContent = DATA.leftOut;
 $("command").textContent = DATA.command;

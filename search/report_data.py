@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 
 from pav.errors import UserError
+from pav.printable import from_csv_text
 from pav.verifier import ORM
+from search.efficiency import Ratio, ratio_rows, ratio_title
+from search.headline import headline
 from search.points import PICKS, difference_rows, shown_row
 from search.rank import Values, prover_q
 from search.records import Candidate, Record, peek
 from search.report_tree import last_steps, tree
 from search.stats import bootstrap
-from search.table import result_row
+from search.table import explained, result_row
 
 PROBLEMS = 20
 # A page of dozens of searches still opens quickly; a search that is larger holds fewer problems.
@@ -76,8 +79,7 @@ def report_data(
         left_out.append(f"seed {', '.join(map(str, held))} of {', '.join(map(str, known))}")
     return {
         "title": directory.resolve().name,
-        "results": _results(directory, shown, records),
-        "differences": _differences(directory),
+        **_tables(directory, shown, records),
         "leftOut": f"{'; '.join(left_out)}.",
         "command": f"search.report {quote(str(directory))} --problems 100",
         "searches": list(searches.values()),
@@ -122,13 +124,35 @@ def _records(path: Path) -> list[Record]:
         ) from error
 
 
-def _results(
+def _tables(
     directory: Path, views: Sequence[View], records: dict[str, list[Record]]
-) -> list[dict[str, str]]:
+) -> dict[str, Any]:
+    """The tables of the terminal, what their columns mean, and what was found in a sentence."""
     path = directory / "compare.csv"
-    if path.is_file():
-        with path.open(newline="") as stream:
-            return [shown_row(row) for row in csv.DictReader(stream)]
+    if not path.is_file():
+        results = _results(views, records)
+        return {"headline": "", "results": results, "differences": [], "ratios": [],
+                "ratiosOf": "", "explained": explained(results[0])}  # fmt: skip
+    with path.open(newline="") as stream:
+        rows = [{**r, "method": from_csv_text(r["method"])} for r in csv.DictReader(stream)]
+    differences = _plain(directory / "compare.json")
+    ratios = [Ratio(**r) for r in _plain(directory / "efficiency.json")]
+    results, compared = [shown_row(row) for row in rows], difference_rows(differences)
+    return {
+        "headline": headline(rows, differences),
+        "results": results,
+        "differences": compared,
+        "ratios": ratio_rows(ratios),
+        "ratiosOf": ratio_title(ratios) if ratios else "",
+        "explained": explained([*results[0], *(compared[0] if compared else ())]),
+    }
+
+
+def _plain(path: Path) -> list[Any]:
+    return list(json.loads(path.read_text())) if path.is_file() else []
+
+
+def _results(views: Sequence[View], records: dict[str, list[Record]]) -> list[dict[str, str]]:
     rows = []
     for view in views:
         own = records[view.file]
@@ -149,11 +173,6 @@ def _results(
             )
         )
     return rows
-
-
-def _differences(directory: Path) -> list[dict[str, str]]:
-    path = directory / "compare.json"
-    return difference_rows(json.loads(path.read_text())) if path.is_file() else []
 
 
 def _view(view: View, search: int, held: dict[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,12 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
                 for b in reversed(reference) if not math.isnan(b.flops)
             }  # fmt: skip
             points += [
-                replace(at(n), matched=matched.get(n), matched_flops=flops.get(n))
+                replace(
+                    at(n),
+                    matched=matched.get(n),
+                    matched_flops=flops.get(n),
+                    matching=n not in config.n,
+                )
                 for n in sorted({*counts, *flops})
                 if n <= total
             ]

@@ -23,6 +23,7 @@ from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.opening import task_option
 from pav.policy import Sampler
+from pav.printable import cell, csv_text, one_line
 from pav.prompts import PROMPTS
 from pav.tasks.base import Task
 from pav.verifier import Card
@@ -210,7 +211,16 @@ def write_choice(choice: Choice, output: Path) -> None:
         for stage, p in choice.tried:
             a, s = p.accuracy, p.settings
             writer.writerow(
-                [stage, s["alpha"], s["prover"], p.n, a.mean, a.low, a.high, json.dumps(s)]
+                [
+                    stage,
+                    s["alpha"],
+                    csv_text(s["prover"]),
+                    p.n,
+                    a.mean,
+                    a.low,
+                    a.high,
+                    json.dumps(s),
+                ]
             )
 
 
@@ -220,10 +230,12 @@ def print_choice(choice: Choice, how: Selection) -> None:
     for column in ("stage", "alpha", "prover", "accuracy [95%]"):
         table.add_column(column)
     for stage, p in choice.tried:
-        table.add_row(stage, f"{p.settings['alpha']:g}", p.settings["prover"], str(p.accuracy))
+        table.add_row(
+            stage, f"{p.settings['alpha']:g}", cell(p.settings["prover"]), str(p.accuracy)
+        )
     Console(width=100).print(table)
     chosen = ", ".join(f"{k} {v}" for k, v in _chosen(choice).items())
-    print(f"chosen on validation: {chosen}")
+    print(f"chosen on validation: {one_line(chosen)}")
 
 
 def main() -> None:

@@ -11,11 +11,15 @@ from __future__ import annotations
 import asyncio
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import uvicorn
 from fastapi import Request
 
+from pav.printable import one_line
 from pav.tasks.base import Problem, problem_id
 from search.chat import ApiError, Chat
 from search.recipes import Kitchen, Recipe, parse_recipe
@@ -54,6 +58,8 @@ class Service:
         searches: those that are running.
         work: set while there is a search.
         failure: why the engine stopped; empty while it is well.
+        closed: set once searches are no longer waited for.
+        receiving_now: tasks of requests whose body has not come whole.
         server: the HTTP server, once there is one.
     """
 
@@ -63,7 +69,26 @@ class Service:
     searches: set[asyncio.Task[Record]] = field(default_factory=set)
     work: asyncio.Event = field(default_factory=asyncio.Event)
     failure: str = ""
+    closed: bool = False
+    receiving_now: set[asyncio.Task[Any]] = field(default_factory=set)
     server: uvicorn.Server | None = None
+
+    def close(self) -> None:
+        """Give up what still runs: each request is answered that the server stops."""
+        self.closed = True
+        for task in [*self.searches, *self.receiving_now]:
+            task.cancel()
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """While the body of a request is waited for: :meth:`close` cancels that."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.receiving_now.add(task)
+        try:
+            yield
+        finally:
+            self.receiving_now.discard(task)
 
     async def pump(self) -> None:
         """Turn the engines for as long as there is work; ends only with an error."""
@@ -106,6 +131,8 @@ class Service:
             )
         if self.failure:
             raise ApiError(503, "the engine has stopped; restart the server")
+        if self.closed:
+            raise stopping()
         if len(self.searches) >= self.limits.max_concurrent:
             raise ApiError(
                 429, f"{self.limits.max_concurrent} searches are running; try again", None, "busy"
@@ -121,6 +148,8 @@ class Service:
             )
             if self.failure:
                 raise ApiError(500, "the engine stopped during the search; restart the server")
+            if self.closed and task.cancelled():
+                raise stopping()
             if gone.done() and not task.done():
                 raise ApiError(499, "the client went away")
             if not task.done():
@@ -134,7 +163,7 @@ class Service:
             await asyncio.gather(task, gone, return_exceptions=True)
             self.searches.discard(task)
         if record.error is not None:
-            print(f"search of {problem.id} failed: {record.error}", file=sys.stderr)
+            print(f"search of {problem.id} failed: {one_line(record.error)}", file=sys.stderr)
             raise ApiError(500, "the search failed; the server's log says why")
         return record, prompt
 
@@ -160,6 +189,11 @@ class Service:
         """Some of the recipes: every kind at powers of two; any other N up to max_n is served."""
         powers = [2**i for i in range(self.limits.max_n.bit_length())]
         return [Recipe(kind, n) for kind in self.kitchen.kinds for n in powers]
+
+
+def stopping() -> ApiError:
+    """What is said to those whom a server that stops has not served."""
+    return ApiError(503, "the server is stopping; ask again once it is back", None, "stopping")
 
 
 async def _disconnected(request: Request) -> None:

@@ -32,6 +32,7 @@ from pav.policy import (
     tokenizer_fingerprint,
     weights_digest,
 )
+from pav.printable import one_line
 from pav.progress import Reporter
 from pav.prompts import Rendering
 from pav.rendered import rendered, warn_clock, warn_other_prompt
@@ -431,4 +432,4 @@ def load_checked(name: str, recipe: str) -> Verifier:
 
 def warn(message: str) -> None:
     """A warning that stands out in a log."""
-    print(f"WARNING: {message}", file=sys.stderr)
+    print(f"WARNING: {one_line(message)}", file=sys.stderr)

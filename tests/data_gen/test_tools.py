@@ -233,6 +233,20 @@ def test_show_prints_counts_q_and_a_of_every_step(
         show(ShowConfig(str(made), "4"))
 
 
+def test_show_escapes_what_a_terminal_would_obey(
+    policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = replace(some_problems(1)[0], question="\x1b]0;owned\x07\x9b2J\u202e[red]1+1[/red]")
+    content = records(policy, [problem], Tape())
+    content = [replace(r, answer="\x1b[31m7") if isinstance(r, Trace) else r for r in content]
+    run = write(tmp_path / "run", manifest_of(run_config(policy), policy), content)
+    show(ShowConfig(str(run)))
+    said = capsys.readouterr().out
+    assert "\\x1b]0;owned\\x07\\x9b2J\\u202e[red]1+1[/red]\n" in said
+    assert "right, answer \\x1b[31m7\n" in said
+    assert not set(said) & set("\x1b\x07\x9b\u202e")
+
+
 def test_merged_shards_read_as_the_whole_run_and_load_as_data_sets(
     policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,7 +78,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return card
 
     monkeypatch.setattr(pav.train, "fit_and_report", unreported)
-    monkeypatch.setattr(pav.train, "print_report", lambda card: None)
+    monkeypatch.setattr(pav.train, "print_report", lambda *_: None)
     monkeypatch.setattr("pav.batches.ROWS_PER_BATCH", 64)
 
 

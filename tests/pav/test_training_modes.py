@@ -66,7 +66,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return card
 
     monkeypatch.setattr(pav.train, "fit_and_report", unreported)
-    monkeypatch.setattr(pav.train, "print_report", lambda card: None)
+    monkeypatch.setattr(pav.train, "print_report", lambda *_: None)
 
 
 @pytest.mark.usefixtures("quick")

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -254,6 +255,80 @@ def test_client_that_goes_away_has_its_search_cancelled(served: tuple[str, Servi
     assert not any(engine._engine.has_unfinished_requests() for engine in engines)
 
 
+def half_sent(address: str, sent: bytes = b'{"model"') -> socket.socket:
+    """A connection on which a request's head has gone out, and a part of its body."""
+    raw = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=30)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+    raw.sendall(head + b"Content-Type: application/json\r\n\r\n" + sent)
+    return raw
+
+
+def test_clients_that_go_away_while_sending_leave_no_trace(
+    served: tuple[str, Service], capfd: pytest.CaptureFixture[str]
+) -> None:
+    address, service = served
+    for i in range(20):
+        raw = half_sent(address, b'{"model"' * (i % 2))
+        until(lambda: len(service.receiving_now) == 1)
+        if i % 3 == 0:  # a reset instead of an end
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.close()
+        until(lambda: not service.receiving_now)
+    assert httpx.get(f"{address}/health").json() == {"status": "ok", "searches": 0}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_half_a_request_is_held_for_a_limited_time(
+    served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.serve.RECEIVE_SECONDS", 0.3)
+    with half_sent(served[0]) as raw:
+        # All of the answer, and then the end of the connection.
+        answer = b"".join(iter(lambda: raw.recv(4096), b"")).decode()
+    assert answer.startswith("HTTP/1.1 408 ") and "did not come whole within 0.3 s" in answer
+    port = int(served[0].rpartition(":")[2])
+    refused = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+    for sent in (b"", b"POST /v1/chat/comp", refused):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as raw:
+            raw.sendall(sent)
+            answer = b"".join(iter(lambda: raw.recv(4096), b"")).decode()
+        assert answer.startswith("HTTP/1.1 404 ") if sent is refused else not answer
+
+
+def test_searches_in_flight_when_the_server_is_told_to_stop_are_answered(
+    kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    grade, slow = Tape.grade, "11+22-3"
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def graded(self: Tape, text: str, problem: Problem) -> Grade:
+        if problem.question == slow:
+            waiting.set()
+            go_on.wait(30)
+        return grade(self, text, problem)
+
+    monkeypatch.setattr(Tape, "grade", graded)
+    monkeypatch.setattr("search.serve.GRACE_SECONDS", 1.0)
+    service = Service(LIMITS, kitchen)
+    with serving(service) as address, ThreadPoolExecutor(2) as pool:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
+        endless = pool.submit(ask, client, "majority-1", slow)
+        assert waiting.wait(30)
+        held = half_sent(address)
+        short = pool.submit(ask, client, "pav-beam-2")
+        until(lambda: len(service.searches) == 2 and len(service.receiving_now) == 1)
+        assert service.server is not None
+        service.server.should_exit = True  # what SIGTERM sets
+        assert short.result().choices[0].message.content
+        with pytest.raises(openai.InternalServerError, match="the server is stopping") as raised:
+            endless.result()
+        assert raised.value.status_code == 503 and raised.value.code == "stopping"
+        assert held.recv(4096).startswith(b"HTTP/1.1 503 ")
+        held.close()
+        go_on.set()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_search_that_takes_too_long_is_given_up(
     served: tuple[str, Service], client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +386,18 @@ def test_failed_search_is_an_error_and_the_next_one_works(
         ({"extra_body": {"best_of": 3}}, "best_of is not supported"),
         ({"messages": []}, "messages must hold one user message"),
         ({"messages": [{"role": "system", "content": "x"}]}, "only 'user' is known"),
+        (
+            {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "1"}]},
+            "messages must hold one user message",
+        ),
+        ({"messages": [{"role": "system", "content": ""}]}, "messages must hold one user message"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+            "tools is not supported",
+        ),
+        ({"tool_choice": "required"}, "tool_choice is not supported"),
+        ({"top_logprobs": 2}, "top_logprobs is not supported"),
+        ({"extra_body": {"top_k": 5}}, "top_k is 5; this verifier was made for 0"),
         ({"messages": [{"role": "user", "content": " "}]}, "content must be text"),
         ({"messages": [{"role": "user", "content": "1"}] * 2}, "messages must hold one"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be text"),
@@ -333,9 +420,16 @@ def test_what_a_search_cannot_honour_is_refused_by_name(
 
 def test_what_asks_for_nothing_is_accepted(client: openai.OpenAI) -> None:
     parts: Any = [{"type": "text", "text": "12+"}, {"type": "text", "text": "3"}]
+    empty: Any = [{"role": "system", "content": c} for c in ("", " \n", [], None)]
+    empty.append({"role": "developer", "content": [{"type": "text", "text": ""}]})
     answer = client.chat.completions.create(
-        model="majority-1", messages=[{"role": "user", "content": parts}], temperature=1.0, top_p=1,
-        n=1, frequency_penalty=0, presence_penalty=0, logprobs=False, user="me",
+        model="majority-1", messages=[*empty, {"role": "user", "content": parts}], temperature=1.0,
+        top_p=1, n=1, frequency_penalty=0, presence_penalty=0, logprobs=False, top_logprobs=0,
+        logit_bias={}, stop=[], tools=[], tool_choice="none", parallel_tool_calls=False,
+        functions=[], function_call="none", response_format={"type": "text"}, modalities=["text"],
+        stream=False, store=False, seed=None, max_tokens=None, user="me", metadata={},
+        reasoning_effort="none",
+        extra_body={"top_k": 0, "repetition_penalty": 1.0, "min_p": 0, "best_of": 1, "echo": False},
     )  # fmt: skip
     assert answer.choices
 
@@ -395,6 +489,13 @@ def test_key_is_asked_for_where_one_is_set(kitchen: Kitchen) -> None:
             answer = httpx.get(f"{address}/v1/models", headers=headers)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
+        for bare in ("s3cret", "Basic s3cret", "Bearer", "Bearers3cret"):
+            answer = httpx.get(f"{address}/v1/models", headers={"authorization": bare})
+            assert answer.status_code == 401 and "Bearer <key>" in answer.text
+            assert answer.headers["www-authenticate"] == "Bearer"
+        # The scheme's name has no case.
+        lower = httpx.get(f"{address}/v1/models", headers={"authorization": "bearer s3cret"})
+        assert lower.status_code == 200
         assert httpx.get(f"{address}/v1/models").status_code == 401
         assert httpx.post(f"{address}/v1/chat/completions", json={}).status_code == 401
         assert httpx.get(f"{address}/health").status_code == 200
