@@ -18,7 +18,8 @@ from data_gen.runs import Run, part_of, print_train_command, read_run, run_on_di
 from data_gen.store import MANIFEST, Store, replace_file
 from pav.errors import UserError
 from pav.interrupt import interruptible
-from pav.labels import LIKELIHOODS, check_agreement, likelihood_rows, two_askers
+from pav.label_files import two_askers
+from pav.labels import LIKELIHOODS, check_agreement, likelihood_rows
 from pav.prompts import PROMPTS
 from pav.unfinished import COMMON, lacking, said
 

@@ -59,7 +59,7 @@ class Worker:
         """The reply, or None if the process died or took longer than ``seconds``."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.write(json.dumps(request, allow_nan=False).encode() + b"\n")
             self.process.stdin.flush()
         except OSError:
             return None
@@ -154,7 +154,7 @@ def serve() -> None:
         return {"answer": answer if len(answer) <= MAX_ANSWER else None, "correct": correct}
 
     def reply(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message).encode() + b"\n")
+        replies.write(json.dumps(message, allow_nan=False).encode() + b"\n")
         replies.flush()
 
     reply({})

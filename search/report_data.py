@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pav.errors import UserError
+from pav.files import json_text, read_object
 from pav.verifier import ORM
 from search.points import PICKS, difference_rows, shown_row
 from search.rank import Values, prover_q
@@ -91,7 +92,7 @@ def _read(directory: Path) -> tuple[list[str], list[View], dict[str, list[Record
     views: list[View] = []
     records: dict[str, list[Record]] = {}
     if (directory / PICKS).is_file():
-        picks = json.loads((directory / PICKS).read_text())
+        picks = read_object(directory / PICKS, "give the command that made the run again")
         ids = picks["problems"]
         for p in picks["points"]:
             for seed, file, picked in zip(picks["seeds"], p["files"], p["picked"], strict=True):
@@ -153,7 +154,13 @@ def _results(
 
 def _differences(directory: Path) -> list[dict[str, str]]:
     path = directory / "compare.json"
-    return difference_rows(json.loads(path.read_text())) if path.is_file() else []
+    try:
+        return difference_rows(json.loads(path.read_bytes())) if path.is_file() else []
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); give the command "
+            "that made the run again"
+        ) from error
 
 
 def _view(view: View, search: int, held: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +211,7 @@ def _search(file: str, records: Sequence[Record], wanted: Sequence[str]) -> dict
     size = 0
     for record in (by_id[w] for w in wanted if w in by_id):
         plain = _problem(record, columns)
-        size += len(json.dumps(plain))
+        size += len(json_text(plain, None))
         if problems and size > BYTES_PER_SEARCH:
             break
         problems.append(plain)
@@ -212,7 +219,7 @@ def _search(file: str, records: Sequence[Record], wanted: Sequence[str]) -> dict
     return {
         "file": file,
         "columns": [{"name": name, "advantage": name != ORM} for name in columns.names],
-        "settings": json.dumps(settings, indent=1),
+        "settings": json_text(settings),
         "problems": problems,
     }
 

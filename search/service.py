@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import uvicorn
 from fastapi import Request
 
+from pav.errors import UserError
 from pav.tasks.base import Problem, problem_id
 from search.chat import ApiError, Chat
 from search.recipes import Kitchen, Recipe, parse_recipe
@@ -127,7 +128,12 @@ class Service:
                 raise ApiError(
                     504, f"no answer within {self.limits.timeout:g} s; ask for a smaller N"
                 )
-            record = task.result()
+            try:
+                record = task.result()
+            except UserError as error:
+                # Of the models, not of the request.
+                print(f"search of {problem.id} failed: {error}", file=sys.stderr)
+                raise ApiError(500, "the search failed; the server's log says why") from error
         finally:
             task.cancel()
             gone.cancel()
