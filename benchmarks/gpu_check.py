@@ -43,6 +43,7 @@ from pav.drive import drive
 from pav.engine import Engine, EngineConfig, Sampled, seed_of
 from pav.errors import UserError
 from pav.export import export_verifier
+from pav.files import json_text
 from pav.gpu_memory import share_gpu
 from pav.policy import Dtype, Prompt, Sampler, asset, encode_prompt, load_tokenizer
 from pav.tasks.tape import Tape
@@ -553,7 +554,7 @@ def gpu_check(config: GpuCheckConfig) -> None:
         report.add(f"{check}: check finished", float(finished), ">=", 1.0)
     results = output / "results"
     results.mkdir(exist_ok=True)
-    (results / "gpu_check.json").write_text(json.dumps(report.rows, indent=1) + "\n")
+    (results / "gpu_check.json").write_text(json_text(report.rows) + "\n")
     missed = [row["metric"] for row in report.rows if not met(row)]
     for metric in missed:
         print(f"MISSED {metric}")
@@ -573,7 +574,7 @@ def run_check(check: Check, output: Path) -> None:
     try:
         CHECK_FUNCTIONS[check](output, report)
     finally:
-        (output / f"{check}.json").write_text(json.dumps(report.rows, indent=1) + "\n")
+        (output / f"{check}.json").write_text(json_text(report.rows) + "\n")
 
 
 CHECK_FUNCTIONS: dict[Check, Callable[[Path, Report], None]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_gen.runs import Run
+from pav.files import json_text
 from pav.labels import Completion, Trace, prefix_key
 from pav.printable import one_line
 
@@ -26,7 +26,7 @@ def write_health(run: Run) -> dict[str, Any]:
     from data_gen.dashboard import draw
 
     health = health_of(run)
-    (run.directory / HEALTH).write_text(json.dumps(health, indent=1))
+    (run.directory / HEALTH).write_text(json_text(health))
     draw(health, run.directory / DASHBOARD)
     return health
 

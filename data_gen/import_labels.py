@@ -225,7 +225,8 @@ def _problems(config: ImportConfig, solutions: Sequence[Solution]) -> str:
         raise UserError(
             f"data {config.data!r} tells no answer that grader {grader!r} can read; set grader"
         )
-    return "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in answers.items())
+    rows = [{"question": q, "answer": a} for q, a in answers.items()]
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def main() -> None:

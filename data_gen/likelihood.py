@@ -34,28 +34,24 @@ from data_gen.store import Store, replace_file
 from pav.errors import UserError
 from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, guarded
 from pav.interrupt import interruptible
-from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes, two_askers
+from pav.label_files import LIKELIHOOD, PROMPT_IDS, check_ids, two_askers
+from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes
 from pav.opening import task_option
-from pav.policy import Policy, PolicyConfig, asked, like, load_policy, tokenizer_fingerprint
+from pav.policy import (
+    Policy,
+    PolicyConfig,
+    asked,
+    like,
+    load_policy,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 from pav.printable import one_line
 from pav.progress import Reporter
 from pav.rendered import refuse_clock, rendered
 from pav.tasks.base import Problem, Task
 from pav.trunk import load_trunk
 
-LIKELIHOOD = pa.schema(
-    [
-        ("prefix_key", pa.string()),
-        ("problem_id", pa.string()),
-        ("policy", pa.string()),
-        ("policy_fingerprint", pa.string()),
-        ("answer", pa.string()),
-        ("answer_tokens", pa.int32()),
-        ("logprob", pa.float64()),
-    ]
-)
-# Last column, a digest of the rendered prompt; parts of older versions do not tell it.
-PROMPT_IDS = pa.field("prompt_ids", pa.string())
 # Solutions between two parts of the table: what a death costs.
 PART = 256
 
@@ -92,6 +88,7 @@ def likelihood(config: LikelihoodConfig) -> None:
             f"policy {policy.config.model!r} has another tokenizer than labels {config.labels!r}; "
             "choose one of the same tokenizer"
         )
+    check_ids(run.traces.values(), [], vocabulary_size(policy.path), repr(config.labels))
     warn_unfinished(run)
     done = {key for key, name in _known(run, policy) if name == policy.config.label}
     owed = [t for t in run.traces.values() if any(key not in done for key, _ in _boundaries(t))]

@@ -5,7 +5,6 @@ Traces, rollouts and counts, and the tables of ``data_gen.likelihood`` beside th
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,10 @@ from data_gen.likelihood import write_part
 from data_gen.runs import Run, part_of, print_train_command, read_run, run_on_directories
 from data_gen.store import MANIFEST, Store, replace_file
 from pav.errors import UserError
+from pav.files import json_text
 from pav.interrupt import interruptible
-from pav.labels import LIKELIHOODS, check_agreement, likelihood_rows, two_askers
+from pav.label_files import two_askers
+from pav.labels import LIKELIHOODS, check_agreement, likelihood_rows
 from pav.prompts import PROMPTS
 from pav.unfinished import COMMON, lacking, said
 
@@ -64,7 +65,7 @@ def merge(config: MergeConfig) -> None:
         if lack:
             manifest["partial"] = lack
         # Before the tables: they are never without it. The parts may have gone on since last time.
-        replace_file(output / MANIFEST, json.dumps(manifest, indent=1).encode())
+        replace_file(output / MANIFEST, json_text(manifest).encode())
         for run in parts:
             store.traces.update(run.traces)
             store.completions.update(run.completions)

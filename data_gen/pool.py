@@ -22,6 +22,7 @@ from typing import Protocol
 from data_gen.store import replace_file
 from pav.engine import EngineConfig, Sampled, Usage
 from pav.errors import UserError
+from pav.files import json_text
 from pav.policy import Dtype, Sampler
 from pav.processes import Died
 from pav.steps import Stepper
@@ -309,7 +310,7 @@ class Pool:
         waiting = sum(map(len, self._queues))
         content = {"at": round(time()), "waiting": waiting, "workers": workers}
         with suppress(OSError):  # the journal says so when a disk is full
-            replace_file(self._note, json.dumps(content, indent=1).encode())
+            replace_file(self._note, json_text(content).encode())
 
     def close(self) -> None:
         """End all workers; what they had not answered is dropped."""
@@ -321,7 +322,7 @@ def worker_lines(directory: Path) -> list[str]:
     """How the workers of a run are, or were last; none where it had none."""
     try:
         content = json.loads((directory / WORKERS).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     waiting, ago = content["waiting"], time() - content["at"]
     lines = [f"workers of {directory}, {ago:.0f} s ago ({waiting} requests waited for one):"]

@@ -13,6 +13,7 @@ from data_gen.health import print_health, write_health
 from data_gen.runs import Run, base_policy, part_of, read_run, run_on_directories, task_of
 from data_gen.store import MANIFEST, Store, replace_file
 from pav.errors import UserError
+from pav.files import json_text
 from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, check_timeout, guarded
 from pav.interrupt import interruptible
 from pav.labels import Completion, Trace
@@ -85,10 +86,10 @@ def regrade(config: RegradeConfig) -> None:
         changed = traces != old_traces or completions != old_completions
         store.seal(run.policies, changed, part_of(run).owed)
         manifest = run.manifest | json.loads(
-            json.dumps({"task": task.fingerprint, "task_spec": task_spec(task)})
+            json_text({"task": task.fingerprint, "task_spec": task_spec(task)})
         )
         if manifest != run.manifest:
-            replace_file(run.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+            replace_file(run.directory / MANIFEST, json_text(manifest).encode())
         print(f"regraded {len(traces)} traces and {len(completions)} rollouts in {config.labels}")
         _changes("traces", old_traces, traces)
         _changes("rollouts", old_completions, completions)

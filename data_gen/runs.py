@@ -17,9 +17,10 @@ from data_gen.store import read_manifest
 from data_gen.strategies import plan_of, wanted
 from pav.cli import Config, run
 from pav.errors import UserError
+from pav.label_files import SOURCES, check_ids, demand
 from pav.labels import Completion, Key, Trace, count, own_endings, read_rows
 from pav.opening import task_option
-from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
+from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint, vocabulary_size
 from pav.steps import Stepper, StepRule
 from pav.tasks.base import Task
 from pav.unfinished import Part, lacking, said
@@ -82,6 +83,7 @@ def read_run(directory: str | Path) -> Run:
     """
     where = Path(directory)
     manifest = read_manifest(where)
+    demand(manifest, SOURCES, f"{where}/manifest.json")
     rows = read_rows(where)
     seconds, pace = 0.0, []
     for entry in rows.journal:
@@ -135,6 +137,8 @@ def base_policy(run: Run, task: Task) -> Policy:
             f"labels {str(run.directory)!r} were made with another tokenizer than "
             f"{policy.path!r} has now; put the old one back"
         )
+    known = vocabulary_size(policy.path)
+    check_ids(run.traces.values(), run.completions.values(), known, repr(str(run.directory)))
     return policy
 
 

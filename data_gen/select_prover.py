@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from data_gen.runs import (
 from data_gen.store import replace_file
 from pav.advantage import best_of_k_from_counts
 from pav.errors import UserError
+from pav.files import json_text
 from pav.printable import cell, one_line
 from pav.tasks.base import Task
 
@@ -123,7 +123,7 @@ def select_prover(config: SelectProverConfig) -> None:
             for c in found
         ],
     }
-    replace_file(directory / RESULT, json.dumps(result, indent=1).encode())
+    replace_file(directory / RESULT, json_text(result).encode())
     draw(found, run.base, chosen, directory / PICTURE)
     print(f"  {directory / RESULT}, {directory / PICTURE}")
     if chosen.startswith("bo") and chosen not in run.policies:

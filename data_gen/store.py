@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pav.errors import FULL, UserError, unwritable
+from pav.files import json_text, write_whole
 from pav.journal import JOURNAL, journal_line, journal_lines
+from pav.label_files import checked_manifest
 from pav.labels import COMPLETIONS, LABELS, TRACES, Completion, Key, Trace, place, remember, sealed
 from pav.lock import LOCK, Lock
 from pav.prompts import PROMPTS, other_prompt, refusal
@@ -63,7 +65,7 @@ class Store:
             ) from error
         try:
             # As it reads on disk: tuples are lists there.
-            self._check(json.loads(json.dumps(manifest)))
+            self._check(json.loads(json_text(manifest)))
             self._unsealed = not (directory / "traces").exists()
             self._replay()
             self._open_journal()
@@ -95,7 +97,7 @@ class Store:
                 raise UserError(refusal(f"output {str(self.directory)!r}", asked))
             print(f"nothing in {self.directory} was finished: it is claimed anew")
             (self.directory / JOURNAL).unlink(missing_ok=True)
-        replace_file(path, json.dumps(manifest, indent=1).encode())
+        replace_file(path, json_text(manifest).encode())
 
     def _replay(self) -> None:
         for kind, row in sealed(self.directory):
@@ -264,16 +266,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         UserError: if there is none, or it is damaged.
     """
     path = directory / MANIFEST
-    try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    if not path.exists():
         raise UserError(
             f"labels {str(directory)!r} has no {MANIFEST}; give a directory that data_gen.rollouts "
             "or data_gen.merge wrote"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}); restore it") from error
-    return found
+        )
+    return checked_manifest(path)
 
 
 def _holds_rows(directory: Path) -> bool:
@@ -297,22 +295,5 @@ def _refuse_foreign(directory: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write ``path`` so that a reader sees the old file or the new one, never half of either."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    # Without this a power cut may undo the rename; some file systems cannot.
-    with suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    """Write ``path`` at once (see :func:`pav.files.write_whole`)."""
+    write_whole(path, lambda stream: stream.write(content))

@@ -94,6 +94,22 @@ class Calibrator:
             z = z + hidden @ np.asarray(self.out)
         return 1.0 / (1.0 + np.exp(-z))
 
+    def flaw(self, width: int) -> str:
+        """Why this cannot be computed on ``width`` inputs (logit and surprise); empty if it can."""
+        for name, value in vars(self).items():
+            if not np.isfinite(np.asarray(value, dtype=np.float64)).all():
+                return f"has a {name} that is no finite number"
+        if not self.out:
+            return ""
+        shapes = {
+            "mean": (width,), "scale": (width,), "inner": (len(self.out), width),
+            "inner_bias": (len(self.out),), "out": (len(self.out),),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            if np.shape(getattr(self, name)) != shape:
+                return f"has {name} of shape {np.shape(getattr(self, name))}, not {shape}"
+        return "" if all(self.scale) else "has a scale of 0"
+
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Calibrator:
         """Inverse of ``dataclasses.asdict``."""

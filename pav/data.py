@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pav.calibrate import SURPRISE, surprise
+from pav.errors import UserError
 from pav.labels import LabelSet, prefix_key
 from pav.policy import Policy
 from pav.progress import Reporter
@@ -249,6 +250,9 @@ def score(
         what: named in the progress line.
         labelled_only: keep only positions that carry a label.
         with_surprise: also compute the surprise features (else zeros).
+
+    Raises:
+        UserError: if a score is not finite.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -297,6 +301,12 @@ def score(
             reporter.update(done)
     hidden_ND = torch.cat([p[0] for p in parts])
     logits = model.head_logits(hidden_ND.to(device)).cpu().numpy()
+    if wrong := np.argwhere(~np.isfinite(logits)).tolist():
+        raise UserError(
+            f"head {wrong[0][1]} gives {logits[tuple(wrong[0])]} ({len(wrong)} of {logits.size} "
+            "scores are not finite): the trunk's weights are damaged, training diverged (lower lr) "
+            "or the dtype is too narrow"
+        )
     counts = np.concatenate([p[2] for p in parts], axis=1)
     return Scored(
         hidden_ND,

@@ -7,7 +7,6 @@ selection does to a verifier: search prefers prefixes whose Q is predicted too h
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +17,13 @@ import torch
 from pav.cli import run
 from pav.data import pav_examples, score
 from pav.errors import UserError
+from pav.files import json_text, write_whole
 from pav.judged import MODES, judge
+from pav.label_files import check_ids
 from pav.labels import LabelSet, read_labels
 from pav.lock import Lock, beside
 from pav.measure import measure
-from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
+from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint, vocabulary_size
 from pav.printable import one_line
 from pav.reliability import draw
 from pav.rendered import warn_other_prompt
@@ -85,6 +86,8 @@ def _evaluate(
     task = resolve_task(verifier.card.task, config.task, f"verifier {config.verifier!r}")
     check_labels(verifier, labels, task, config)
     model, policy = load_on_trunk(verifier, task, config.trunk)
+    known = vocabulary_size(policy.path)
+    check_ids(labels.traces, labels.completions, known, str(config.labels))
     cap = labels.manifest["sampler"]["max_length"]
     splits = ("train", "validation", "test") if config.split == "all" else (config.split,)
     examples = [
@@ -111,8 +114,8 @@ def _evaluate(
     print_metrics(metrics, title, config.verbose)
     _print_shift(card.validation, metrics)
     try:
-        plain = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
-        output.write_text(json.dumps(plain, indent=1))
+        plain = json_text(metrics).encode()
+        write_whole(output, lambda stream: stream.write(plain))
         draw(metrics, output.with_suffix(".png"), title)
     except OSError as error:
         raise UserError(

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pav.engine import SCORE_BIAS, SCORE_SCALE
 from pav.errors import UserError
+from pav.files import json_text
 from pav.lora import adapted, merged
 from pav.model_card import write_card
 from pav.trunk import refuse_unservable
@@ -50,19 +53,26 @@ def ensure_export(verifier: Verifier, trunk: str) -> tuple[Path, list[int]]:
     """Directory and score ids (heads, then reference row); built when missing or stale.
 
     Raises:
-        UserError: if vLLM cannot serve the verifier.
+        UserError: if vLLM cannot serve the verifier, or the export cannot be written.
     """
     refuse_mlp(verifier)
     directory = export_directory(verifier)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Two searches that start side by side must not build the same directory at once.
     with FileLock(directory.with_name(f".{directory.name}.lock")):
-        stamp = directory / STAMP
-        if stamp.exists():
-            found: dict[str, Any] = json.loads(stamp.read_text())
-            if found.get("checkpoint") == verifier.digest:
+        with suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
+            # What is damaged is built again.
+            found: dict[str, Any] = json.loads((directory / STAMP).read_bytes())
+            if found["checkpoint"] == verifier.digest:
                 return directory, found["score_ids"]
-        return directory, export_verifier(verifier, trunk, directory)
+        try:
+            return directory, export_verifier(verifier, trunk, directory)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the export of {str(verifier.path)!r} cannot be written to {str(directory)!r} "
+                f"({getattr(error, 'strerror', None) or error}); the verifier itself is safe: free "
+                "disk space there, and the first search builds the export"
+            ) from error
 
 
 def refuse_mlp(verifier: Verifier) -> None:
@@ -97,18 +107,18 @@ def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int
     vocabulary = config["vocab_size"]
     score_ids = list(range(vocabulary, vocabulary + len(rows)))
     config["vocab_size"] = vocabulary + len(rows)
-    (building / "config.json").write_text(json.dumps(config, indent=1))
+    (building / "config.json").write_text(json_text(config))
     for pattern in _CARRIED:
         for file in source.glob(pattern):
             shutil.copy2(file, building / file.name)
     tokenizer = building / "tokenizer_config.json"
     if tokenizer.exists() and "auto_map" in (plain := json.loads(tokenizer.read_text())):
         del plain["auto_map"]
-        tokenizer.write_text(json.dumps(plain, indent=1))
+        tokenizer.write_text(json_text(plain))
     generation = building / "generation_config.json"
     settings = json.loads(generation.read_text()) if generation.exists() else {}
     settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or []), *score_ids]
-    generation.write_text(json.dumps(settings, indent=1))
+    generation.write_text(json_text(settings))
     stamp = {
         "checkpoint": verifier.digest,
         "heads": verifier.card.heads,
@@ -116,7 +126,7 @@ def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int
         "scale": SCORE_SCALE,
         "bias": verifier.bias.tolist(),
     }
-    (building / STAMP).write_text(json.dumps(stamp, indent=1))
+    (building / STAMP).write_text(json_text(stamp))
     write_card(building, verifier.card, _readme(stamp), "text-generation")
     shutil.rmtree(directory, ignore_errors=True)
     building.replace(directory)
@@ -149,7 +159,12 @@ def _copy_trunk(
         if file.name not in touched:
             (target / file.name).symlink_to(file.resolve())
             continue
-        shard = load_file(file)
+        try:
+            shard = load_file(file)
+        except SafetensorError as error:
+            raise UserError(
+                f"the trunk's weights {str(file)!r} are damaged ({error}); restore them"
+            ) from error
         for key in shard.keys() & layers.keys():
             merge = merged(shard[key], adapters, layers.pop(key), verifier.card.lora)
             # What is served in float32 was calibrated in float32.
@@ -184,7 +199,7 @@ def _grown(matrix: Tensor, rows: Tensor) -> Tensor:
 
 
 def _readme(stamp: dict[str, Any]) -> str:
-    bias = json.dumps({str(i): SCORE_BIAS for i in stamp["score_ids"]})
+    bias = json_text({str(i): SCORE_BIAS for i in stamp["score_ids"]}, None)
     return (
         "A verifier exported by pav-engine. Ids "
         f"{stamp['score_ids'][0]} to {stamp['score_ids'][-1]} are score tokens (heads "

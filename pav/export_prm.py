@@ -7,19 +7,20 @@ is folded into the last layer, so the softmax of a token's logits *is* Q.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForTokenClassification
 
 from pav.calibrate import Calibrator
 from pav.cli import run
 from pav.errors import UserError
 from pav.export import STAMP, refuse_mlp
+from pav.files import json_text
 from pav.lock import Lock, beside
 from pav.model_card import write_card
 from pav.policy import load_tokenizer
@@ -80,15 +81,14 @@ def export_prm(config: ExportPrmConfig) -> None:
             _classifier(headed, verifier, head).save_pretrained(partial)
             load_tokenizer(path).save_pretrained(partial)
             stamp = {"checkpoint": verifier.digest, "layout": "token-classification", "head": head}
-            (partial / STAMP).write_text(json.dumps(stamp, indent=1))
+            (partial / STAMP).write_text(json_text(stamp))
             write_card(partial, card, _usage(card, head), "token-classification")
             if output.exists():
                 output.rmdir()
             partial.replace(output)
-        except OSError as error:
-            raise UserError(
-                f"output {config.output!r} cannot be written: {error.strerror}"
-            ) from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"output {config.output!r} cannot be written: {reason}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     print(f"token-classification model of head {head}: {output}")

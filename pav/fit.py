@@ -15,15 +15,17 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torchmetrics.classification import BinaryAUROC
 
 from pav.batches import LabelData, Rows, Traces, class_weights
-from pav.checkpoints import LastCheckpoint, Stopped
+from pav.checkpoints import BEST, LAST, LastCheckpoint, Stopped, Unwritten, WholeCheckpoints
 from pav.data import Example, balance
 from pav.engine import seed_of
+from pav.errors import UserError
 from pav.loggers import logger_of
 from pav.lora import add_adapters
 from pav.losses import summed_loss
@@ -155,6 +157,7 @@ def fit(
     data: LabelData,
     working: Path,
     module: Callable[..., VerifierModule] = VerifierModule,
+    resume: Path | None = None,
 ) -> dict[str, Tensor] | None:
     """Train heads (and trunk); the trained tensors of the best epoch on validation.
 
@@ -164,6 +167,7 @@ def fit(
         data: labels (:func:`label_data`).
         working: directory of checkpoints.
         module: the losses.
+        resume: the checkpoint to go on from.
 
     Returns:
         The state of ``model`` without what was not trained (keys of :class:`HeadedTrunk`), on the
@@ -171,6 +175,8 @@ def fit(
 
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the same command resumes.
+        UserError: if Lightning knows no such device or precision, or a checkpoint cannot be
+            written.
     """
     logger = logger_of(config)  # what is missing is better missed now
     prepare(config, model)
@@ -182,41 +188,47 @@ def fit(
     monitor, mode = ("val_auc", "max") if config.recipe == "orm" else ("val_loss", "min")
     best = ModelCheckpoint(
         working,
-        filename="best",
+        filename=BEST.removesuffix(".ckpt"),
         monitor=monitor,
         mode=mode,
         save_top_k=1,
         save_weights_only=True,
         enable_version_counter=False,
     )
-    last = working / "last.ckpt"
+    checkpoints = WholeCheckpoints()
     steps = _steps(config, data)
     trainer = trainer_of(
         config,
         [
             best,
             EarlyStopping(monitor, mode=mode, patience=config.patience),
-            LastCheckpoint(last, config.checkpoint_minutes),
+            LastCheckpoint(working / LAST, config.checkpoint_minutes, checkpoints),
             LightningProgress(steps),
         ],
+        checkpoints,
         logger,
     )
     try:
         trainer.fit(
             module(model, data.weight_2H, config, steps),
             datamodule=data,
-            ckpt_path=str(last) if last.exists() and not config.dry_run else None,
+            ckpt_path=None if resume is None else str(resume),
             weights_only=True,
         )
     except (Stopped, SystemExit):
         # The second is Lightning's answer to a signal while it starts.
         raise KeyboardInterrupt from None
+    except Unwritten:
+        # Where another process fails Lightning kills the first, which is to say why.
+        raise SystemExit(0) from None
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    if checkpoints.failure is not None:
+        raise checkpoints.failure
     if config.dry_run or not trainer.is_global_zero:
         return None
-    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+    state = torch.load(working / BEST, map_location="cpu", weights_only=True)["state_dict"]
     return {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
 
 
@@ -254,10 +266,19 @@ def prepare(config: TrainConfig, model: HeadedTrunk) -> None:
     model.train()
 
 
-def trainer_of(config: TrainConfig, callbacks: list[L.Callback], logger: Any = False) -> L.Trainer:
-    """Lightning's trainer under ``config``."""
+def trainer_of(
+    config: TrainConfig,
+    callbacks: list[L.Callback],
+    checkpoints: WholeCheckpoints,
+    logger: Any = False,
+) -> L.Trainer:
+    """Lightning's trainer under ``config``.
+
+    Raises:
+        UserError: if it knows no such device or precision.
+    """
     strategy: Strategy | str = "auto"
-    plugins: Any = []
+    plugins: Any = [checkpoints]
     if config.processes == 1:
         # One process is one process, also in a job of many tasks (SLURM_NTASKS).
         plugins.append(LightningEnvironment())
@@ -270,25 +291,42 @@ def trainer_of(config: TrainConfig, callbacks: list[L.Callback], logger: Any = F
         )
     else:
         strategy = DDPStrategy(gradient_as_bucket_view=True)
-    return L.Trainer(
-        max_epochs=config.max_epochs,
-        max_steps=config.max_steps or -1,
-        precision=config.precision,  # type: ignore[arg-type]
-        accelerator="cpu" if config.frozen else config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=strategy,
-        plugins=plugins or None,
-        logger=logger,
-        callbacks=callbacks,
-        accumulate_grad_batches=1 if config.frozen else config.accumulate,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-        fast_dev_run=config.dry_run,
-    )
+    try:
+        trainer = L.Trainer(
+            max_epochs=config.max_epochs,
+            max_steps=config.max_steps or -1,
+            precision=config.precision,  # type: ignore[arg-type]
+            accelerator="cpu" if config.frozen else config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=strategy,
+            plugins=plugins,
+            # Else a checkpoint that Lightning left in the working directory (SLURM's SIGUSR1), of
+            # whatever run, would be gone on from.
+            default_root_dir=Path(config.output).with_suffix(".training"),
+            logger=logger,
+            callbacks=callbacks,
+            accumulate_grad_batches=1 if config.frozen else config.accumulate,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=10,
+            fast_dev_run=config.dry_run,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"Lightning cannot train with these settings: {reason}; change accelerator "
+            f"({config.accelerator}), devices ({config.devices}), num_nodes ({config.num_nodes}) "
+            f"or precision ({config.precision})"
+        ) from error
+    if trainer.world_size != config.processes:
+        raise UserError(
+            f"devices x num_nodes is {config.devices} x {config.num_nodes}, but the launcher "
+            f"started {trainer.world_size} processes; start as many as you ask for"
+        )
+    return trainer
 
 
 def _steps(config: TrainConfig, data: LabelData) -> int:

@@ -86,7 +86,7 @@ def serve(answer: Callable[[bytes], dict[str, Any]]) -> None:
     message: dict[str, Any] = {}
     lines = iter(sys.stdin.buffer)
     while True:
-        replies.write(json.dumps(message).encode() + b"\n")
+        replies.write(json.dumps(message, allow_nan=False).encode() + b"\n")
         replies.flush()
         line = next(lines, None)
         if line is None:

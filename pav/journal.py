@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 JOURNAL = "journal.jsonl"
-_JSON = json.JSONEncoder(separators=(",", ":"))
+_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def journal_line(kind: str, record: dict[str, Any], seconds: float) -> bytes:
@@ -42,6 +42,6 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         if zlib.crc32(line[9:-1]) != int(line[:8], 16):
             return None
         entry: dict[str, Any] = json.loads(line[9:-1])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry

@@ -18,7 +18,6 @@ after every step. They are no counts and are never mixed with them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pav.errors import UserError
 from pav.journal import JOURNAL, journal_lines
+from pav.label_files import (
+    AGREE,
+    LIKELIHOOD,
+    PROMPT_IDS,
+    checked_manifest,
+    read_tables,
+    two_askers,
+)
 from pav.prompts import PROMPTS, other_prompt
 from pav.unfinished import Part, lacking, said
 
@@ -77,7 +83,7 @@ COMPLETIONS = pa.schema(
     ]
 )
 
-_TABLES = (("traces", "trace"), ("completions", "completion"))
+_TABLES = (("traces", "trace", TRACES), ("completions", "completion", COMPLETIONS))
 Key = tuple[str, str, int]
 # Folder of the table of likelihoods.
 LIKELIHOODS = "likelihood"
@@ -207,8 +213,8 @@ def read_rows(directory: Path) -> Rows:
 
 def sealed(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(kind, record) of everything in the sealed tables."""
-    for folder, kind in _TABLES:
-        for row in _rows(directory / folder):
+    for folder, kind, schema in _TABLES:
+        for row in read_tables(directory / folder, schema):
             yield kind, row
 
 
@@ -278,10 +284,6 @@ class LabelSet:
         return bool(self.counts) or any(t.answer is not None or t.correct for t in self.traces)
 
 
-# What must agree before labels of several runs, or labels and a verifier, may be mixed.
-AGREE = ("task", "tokenizer", "sampler", "policy_fingerprint")
-
-
 def read_labels(directories: Sequence[str]) -> LabelSet:
     """Read label runs; counts of the same prefix, policy and rollout are never added twice.
 
@@ -309,7 +311,7 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
                 f"labels {str(directory)!r} has no manifest.json; run data_gen.rollouts "
                 f"--output {directory} first"
             )
-        manifests[str(directory)] = json.loads(path.read_text())
+        manifests[str(directory)] = checked_manifest(path)
         check_agreement(manifests)
         rows = read_rows(directory)
         parts.append(_part(directory, manifests[str(directory)], rows))
@@ -360,19 +362,7 @@ def _unsealed(directory: Path, rows: Rows) -> str:
 
 def likelihood_rows(directory: Path) -> list[dict[str, Any]]:
     """Rows of the table of likelihoods of a label run; none without a table."""
-    return _rows(directory / LIKELIHOODS)
-
-
-def two_askers(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """How rows of likelihoods differ in policy or prompt; empty where they do not.
-
-    Rows of older versions do not tell the prompt.
-    """
-    for key, what in (("policy_fingerprint", "fingerprints"), ("prompt_ids", "prompt ids")):
-        one, other = a.get(key), b.get(key)
-        if one != other and None not in (one, other):
-            return f"{what} {one} and {other}"
-    return ""
+    return read_tables(directory / LIKELIHOODS, LIKELIHOOD, [PROMPT_IDS])
 
 
 def check_agreement(manifests: dict[str, dict[str, Any]]) -> None:
@@ -404,8 +394,3 @@ def check_agreement(manifests: dict[str, dict[str, Any]]) -> None:
                 f"labels {other!r} and {last!r} were made with two prompts by the same settings: "
                 f"{differ}; leave one of them out"
             )
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    files = sorted(folder.glob("*.parquet"))
-    return [row for file in files for row in pq.read_table(file).to_pylist()]

@@ -92,6 +92,8 @@ def engine_arguments(model: str, dtype: Dtype, max_length: int, config: EngineCo
         max_model_len=max_length,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=max(4096, max_length),
+        # Pickled weights, as a hub may hold, could run code.
+        load_format="safetensors",
         enable_prefix_caching=True,
         logprobs_mode="raw_logprobs",
         tensor_parallel_size=config.tensor_parallel_size,

@@ -57,7 +57,7 @@ def compare(text: str, gold: str, boxed: bool = True) -> dict[str, Any]:
         request = {"text": text, "gold": gold, "boxed": boxed, "seconds": SECONDS}
         reply = None
         try:
-            reply = worker.ask(json.dumps(request).encode(), SECONDS * WAIT_FACTOR)
+            reply = worker.ask(json.dumps(request, allow_nan=False).encode(), SECONDS * WAIT_FACTOR)
         finally:  # also on Ctrl-C: a late reply must not answer the next request
             if reply is None:
                 _stop()

@@ -28,6 +28,8 @@ ASSET_PREFIX = "pav:"
 # What chat templates take for now; a run over midnight asks alike.
 STARTED = datetime.now()
 CLOCK = "strftime_now"
+# What transformers raises for files that are torn, or hold something else.
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def model_path(model: str) -> str:
     """Local path of ``model``, or the hub id itself.
 
     Raises:
-        UserError: if a shipped model or a local path does not exist.
+        UserError: if a shipped model or a local path does not exist, or has pickled weights alone.
     """
     if model.startswith(ASSET_PREFIX):
         path = asset(model.removeprefix(ASSET_PREFIX))
@@ -176,6 +178,13 @@ def model_path(model: str) -> str:
         raise UserError(
             f"no model at {model!r} (no config.json there); give a transformers directory, a hub "
             "id (owner/name) or a shipped model such as pav:base"
+        )
+    pickled = sorted(p.name for p in path.glob("*.bin") if p.name.startswith("pytorch_model"))
+    if pickled and not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"the model at {model!r} holds pickled weights alone ({pickled[0]}), which could run "
+            "code and are never read; save it as safetensors: load it in transformers where you "
+            "trust it, and save_pretrained to another directory"
         )
     if (path / "config.json").exists():
         return str(path)
@@ -231,7 +240,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Tokenizer at ``path``; remote code is never run."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0]
         there = "" if Path(path).is_dir() else "; give a directory that holds the model"
         raise UserError(f"cannot load a tokenizer from {path!r}: {reason}{there}") from error
@@ -242,15 +251,25 @@ def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids: set[int] = set()
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
-    sources: list[Any] = [AutoConfig.from_pretrained(path, trust_remote_code=False)]
-    if (Path(path) / "generation_config.json").exists():
-        sources.append(GenerationConfig.from_pretrained(path))
+    try:
+        sources: list[Any] = [AutoConfig.from_pretrained(path, trust_remote_code=False)]
+        if (Path(path) / "generation_config.json").exists():
+            sources.append(GenerationConfig.from_pretrained(path))
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load a config from {path!r}: {reason}") from error
     for source in sources:
         value = getattr(source, "eos_token_id", None)
         ids.update(value if isinstance(value, list) else [] if value is None else [value])
     if not ids:
         raise UserError(f"the model at {path!r} names no end-of-sequence token; set eos_token")
     return sorted(ids)
+
+
+def vocabulary_size(path: str) -> int:
+    """Rows of the embedding of the model at ``path``: more than the tokenizer's, if padded."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return int(config.get_text_config().vocab_size)
 
 
 def encode_prompt(
@@ -303,7 +322,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
             backend.no_truncation()
         state = backend.to_str()
     else:
-        state = json.dumps(sorted(tokenizer.get_vocab().items()))
+        state = json.dumps(sorted(tokenizer.get_vocab().items()), allow_nan=False)
     return hashlib.sha256(state.encode()).hexdigest()[:16]
 
 

@@ -7,7 +7,6 @@ found) and on solutions without (no step was called wrong). Source: ProcessBench
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pav.data import Example, score
 from pav.encoding import encode_steps
 from pav.errors import UserError
 from pav.evaluate import load_on_trunk
+from pav.files import json_text
 from pav.policy import Policy
 from pav.printable import cell, one_line
 from pav.processbench_data import Solution, read_subsets
@@ -261,7 +261,7 @@ def _write(config: ProcessBenchConfig, result: dict[str, Any]) -> None:
     output = Path(config.output or f"{name}-processbench.json")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1))
+        output.write_text(json_text(result))
     except OSError as error:
         raise UserError(
             f"output {str(output)!r} cannot be written ({error.strerror}); choose another"

@@ -7,8 +7,10 @@ Muon, the rest with AdamW.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -17,6 +19,7 @@ from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
@@ -27,9 +30,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pav.checkpoints import LastCheckpoint, Stopped
+from pav.checkpoints import (
+    BEFORE,
+    LAST,
+    LastCheckpoint,
+    Stopped,
+    WholeCheckpoints,
+    whole_checkpoint,
+)
 from pav.cli import run
 from pav.errors import UserError
+from pav.files import json_text, read_object, write_whole
 from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, guarded
 from pav.interrupt import interruptible
 from pav.lock import LOCK, Lock
@@ -207,14 +218,15 @@ def sft(config: SftConfig) -> None:
 
 
 def _sft(config: SftConfig, output: Path) -> None:
-    last = output / "last.ckpt"
-    unfinished = last.exists() and (output / "sft.json").exists()
+    started = any((output / name).exists() for name in (LAST, BEFORE))
+    unfinished = started and (output / "sft.json").exists()
     # A death while the model was written leaves both: it is written again.
     if (output / "config.json").exists() and not unfinished:
         raise UserError(f"output {config.output!r} already holds a model; choose another directory")
     path = model_path(config.init) if config.init else ""
     tokenizer = load_tokenizer(path) if path else tape_tokenizer()
-    _refuse_other(config, output, last.exists(), tokenizer)
+    _refuse_other(config, output, started, tokenizer)
+    last = whole_checkpoint(output)
     L.seed_everything(config.seed, verbose=False)
     if path:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -227,10 +239,11 @@ def _sft(config: SftConfig, output: Path) -> None:
         f"policy of {count / 1e6:.2f}M parameters, {config.steps} steps of {config.batch} solutions"
     )
     start = 0
-    if last.exists():
+    if last is not None:
         start = torch.load(last, weights_only=True)["global_step"] // 2
         print(f"resuming at step {start}")
     module = SftModule(config, model)
+    checkpoints = WholeCheckpoints()
     trainer = L.Trainer(
         # Lightning counts a step per optimiser.
         max_steps=config.steps * 2,
@@ -238,9 +251,10 @@ def _sft(config: SftConfig, output: Path) -> None:
         accelerator="auto",
         devices=1,
         logger=False,
+        plugins=[checkpoints],
         callbacks=[
             LightningProgress(config.steps),
-            LastCheckpoint(last, CHECKPOINT_MINUTES),
+            LastCheckpoint(output / LAST, CHECKPOINT_MINUTES, checkpoints),
         ],
         enable_checkpointing=False,  # Lightning's own would go into the working directory
         enable_progress_bar=False,
@@ -257,9 +271,9 @@ def _sft(config: SftConfig, output: Path) -> None:
     except (Stopped, SystemExit):
         # The second is Lightning's answer to a signal while it starts.
         raise KeyboardInterrupt from None
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    last.unlink(missing_ok=True)
+    _save(model, tokenizer, output)
+    for name in (LAST, BEFORE):
+        (output / name).unlink(missing_ok=True)
     if config.eval_problems:
         right = accuracy(model, tokenizer, config)
         print(
@@ -278,19 +292,40 @@ def _sft(config: SftConfig, output: Path) -> None:
     )
 
 
+def _save(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Write the policy; ``config.json``, by which it is known to be there, comes last."""
+    building = output / ".policy.tmp"
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        for file in sorted(building.iterdir(), key=lambda p: p.name == "config.json"):
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+            file.replace(output / file.name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"output {str(output)!r} cannot be written ({reason}); free disk space or raise the "
+            "quota there, then give the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def _refuse_other(
     config: SftConfig, output: Path, resuming: bool, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Write down what is trained; a run under another configuration is not resumed."""
     prompts = {"the policy": rendering(tokenizer, config.prompt)}
     settings = asdict(config) | {"task": task_spec(config.task), PROMPTS: prompts}
-    plain = json.loads(json.dumps(settings))
+    plain = json.loads(json_text(settings))
     plain["prompt"]["chat"] = bool(config.prompt.chat)
     path = output / "sft.json"
     if not resuming or not path.exists():
-        path.write_text(json.dumps(plain, indent=1))
+        write_whole(path, lambda stream: stream.write(json_text(plain).encode()))
         return
-    found = json.loads(path.read_text())
+    found = read_object(path, "restore it, or choose another output")
     if changed := sorted(k for k in {*plain} - {PROMPTS} if plain[k] != found.get(k)):
         raise UserError(
             f"output {config.output!r} holds an unfinished run with another {', '.join(changed)} "

@@ -7,7 +7,6 @@ of unbalanced validation and everything is reported on the other half.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -20,29 +19,26 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from transformers import AutoConfig
 
-from pav.batches import MAX_WASTE
-from pav.checkpoints import resume_or_refuse
+from pav.checkpoints import resume_or_refuse, save_whole
 from pav.cli import run
 from pav.data import (
-    TOKENS_PER_BATCH,
-    Example,
-    batches,
     hardened,
     orm_examples,
-    padding_waste,
     pav_examples,
 )
-from pav.errors import UserError
+from pav.errors import FULL, UserError, unwritable
 from pav.export import ensure_export
+from pav.files import json_text, write_whole
 from pav.fit import fit, label_data
 from pav.interrupt import interruptible
+from pav.label_files import SOURCES, check_ids, demand
 from pav.labels import LabelSet, read_labels
+from pav.launch import why_not
 from pav.lock import Lock, beside
 from pav.lora import adapters_of, merge_into
-from pav.memory import GIB, MemoryPlan, Work, device_memory, plan_memory, shape_of, ways_out
 from pav.opening import print_opening, task_option
+from pav.planning import plan
 from pav.policy import (
     Policy,
     PolicyConfig,
@@ -52,6 +48,7 @@ from pav.policy import (
     model_path,
     settled,
     tokenizer_fingerprint,
+    vocabulary_size,
     weights_digest,
 )
 from pav.printable import one_line
@@ -69,6 +66,7 @@ from pav.verifier import (
     Card,
     card_json,
     load_verifier,
+    not_finite,
     prompt_from,
     q_head,
     resolve_task,
@@ -80,7 +78,23 @@ def train(config: TrainConfig) -> Card | None:
 
     Returns:
         The card; None in a dry run, and in all processes but the first.
+
+    Raises:
+        UserError: if a launcher started other processes than were asked for, or a disk is full.
     """
+    if reason := why_not(config, os.environ):
+        # Of many processes the first says it.
+        raise SystemExit(2) if getattr(rank_zero_only, "rank", 0) else UserError(reason)
+    try:
+        return _as_one_of_many(config)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise unwritable(error.filename or config.output, error) from error
+
+
+def _as_one_of_many(config: TrainConfig) -> Card | None:
+    """The first process says what it does, the others are silent."""
     if config.processes == 1:
         # A task of a bigger job (SLURM_PROCID) is first among one.
         setattr(rank_zero_only, "rank", 0)  # noqa: B010
@@ -99,6 +113,7 @@ def _train(config: TrainConfig) -> Card | None:
     output, working = Path(config.output), Path(config.output).with_suffix(".training")
     check_output(config, output)
     labels = read_labels(config.labels)
+    demand(labels.manifest, SOURCES, f"{config.labels[0]}/manifest.json")
     for warning in labels.warnings:
         print(f"WARNING: {warning}")
     if config.processes > 1 and not labels.sealed:
@@ -119,6 +134,7 @@ def _train(config: TrainConfig) -> Card | None:
             f"trunk {card.trunk!r} has another tokenizer than the labels' policy "
             f"{card.policy['model']!r}; use a trunk of the same tokenizer"
         )
+    check_ids(labels.traces, labels.completions, vocabulary_size(path), str(config.labels))
     refuse_clock(policy)
     card = replace(card, trunk_prompt=rendered(policy))
     cap = card.sampler["max_length"]
@@ -142,8 +158,9 @@ def _train(config: TrainConfig) -> Card | None:
     say_opening(task, policy, labels, card)
     gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     plan(config, path, [*train_set, *validation], gpu)
+    resume = None
     if not config.dry_run:
-        resume_or_refuse(config, card, working, [*train_set, *validation])
+        resume = resume_or_refuse(config, card, working, [*train_set, *validation])
     L.seed_everything(config.seed, verbose=False)
     half = config.trunk_mode == "lora" and not config.precision.startswith("32")
     # On a GPU a frozen trunk computes as it is served; on a CPU single precision is the fast one.
@@ -153,12 +170,17 @@ def _train(config: TrainConfig) -> Card | None:
     model = HeadedTrunk(trunk, len(card.heads), config.head)
     del trunk
     data = label_data(config, model, train_set, validation, policy)
-    state = fit(config, model, data, working)
+    state = fit(config, model, data, working, resume=resume)
     del data
     if config.dry_run:
         print("dry run: planned, loaded, one batch trained and one validated; nothing was written")
     if state is None:
         return None
+    if found := not_finite(card.heads, state):
+        raise UserError(
+            f"training diverged: {found}; lower lr (now {config.rate:g}), and remove "
+            f"{str(working)!r} to train from the beginning"
+        )
     adapters = None
     if config.frozen:
         model.load_state_dict(state, strict=False)
@@ -179,9 +201,8 @@ def _train(config: TrainConfig) -> Card | None:
     save(card, model.cpu(), output, adapters)
     shutil.rmtree(working, ignore_errors=True)
     print_report(card, config.verbose)
-    # Undefined metrics are NaN here and null there: NaN is no JSON.
-    plain = json.loads(json.dumps(card.validation), parse_constant=lambda _: None)
-    output.with_suffix(".json").write_text(json.dumps(plain, indent=1))
+    metrics = json_text(card.validation).encode()
+    write_whole(output.with_suffix(".json"), lambda stream: stream.write(metrics))
     draw(card.validation, output.with_suffix(".png"), f"{output.name}: validation")
     print(
         f"verifier: {output} ({output.stat().st_size / 1e3:.0f} kB); all metrics: "
@@ -243,48 +264,6 @@ def check_output(config: TrainConfig, output: Path) -> None:
         writable = False
     if not writable:
         raise UserError(f"output {config.output!r} cannot be written there; choose another place")
-
-
-def plan(config: TrainConfig, path: str, examples: list[Example], gpu: bool) -> MemoryPlan:
-    """Print padding and memory, and refuse what does not fit.
-
-    Raises:
-        UserError: naming settings that would fit.
-    """
-    longest = max(len(e.ids) for e in examples)
-    if not config.frozen:
-        parts = list(batches(examples, None, config.tokens_per_batch, MAX_WASTE))
-        print(
-            f"{len(parts)} batches of up to {max(config.tokens_per_batch, longest)} tokens, "
-            f"{padding_waste(parts):.1%} of them padding"
-        )
-    if config.trunk_mode == "full" and config.precision == "bf16-true":
-        print(
-            "WARNING: bf16-true keeps 8 bits of a weight: updates below 1/256 of it are lost; "
-            "bf16-mixed keeps them"
-        )
-    shape = shape_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
-    work = Work(
-        config.trunk_mode,
-        config.precision,
-        config.dtype if gpu else "float32",
-        max(TOKENS_PER_BATCH if config.frozen else config.tokens_per_batch, longest),
-        longest,
-        config.gradient_checkpointing,
-        shape.adapter_parameters(config.lora) if config.trunk_mode == "lora" else 0,
-        config.processes if config.strategy == "fsdp" else 1,
-    )
-    planned = plan_memory(shape, work)
-    budget = int(config.memory_gib * GIB) if config.memory_gib else device_memory(gpu)
-    print(f"memory: about {planned} of {budget / GIB:.1f} GiB")
-    if planned.total > budget:
-        ways = ways_out(shape, work, config.lora, budget)
-        raise UserError(
-            f"training {path!r} needs about {planned}, and a device has "
-            f"{budget / GIB:.1f} GiB (memory_gib); "
-            + (f"these fit: {'; '.join(ways)}" if ways else "take a smaller trunk")
-        )
-    return planned
 
 
 def check_task(task: Task, labels: LabelSet, where: str) -> None:
@@ -373,7 +352,6 @@ def save(
         output: the file.
         adapters: what changed of an adapted trunk.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     if card.frozen or adapters is not None:
         state = {k: v for k, v in state.items() if not k.startswith("model.trunk.")}
@@ -384,9 +362,7 @@ def save(
         "format": FORMAT,
         "pytorch-lightning_version": L.__version__,
     }
-    temporary = output.with_suffix(".tmp")
-    torch.save(checkpoint, temporary)
-    temporary.replace(output)
+    save_whole(checkpoint, output)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -105,9 +106,9 @@ def load_trunk(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     """The causal LM at ``path``; code that lies there is never run."""
     try:
         trunk: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load the trunk {path!r}: {reason}") from error
     if getattr(trunk.config, "attn_logit_softcapping", None):

@@ -10,15 +10,20 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from dataclasses import asdict, dataclass, field, is_dataclass
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
-from pav.calibrate import Calibrator
+from pav.calibrate import SURPRISE, Calibrator
 from pav.errors import UserError
+from pav.files import damage, finite
 from pav.lora import merge_into
 from pav.policy import (
     ASSET_PREFIX,
@@ -105,6 +110,11 @@ class Card:
     def calibrator(self, head: str, with_surprise: bool) -> Calibrator:
         """Calibrator of ``head``."""
         source = self.surprise_calibrators if with_surprise else self.calibrators
+        if head not in source:
+            raise UserError(
+                f"the verifier has no calibrator for head {head} (surprise {with_surprise}); train "
+                "it again with pav.train"
+            )
         return Calibrator.from_plain(source[head])
 
     def policy_config(self) -> PolicyConfig:
@@ -170,10 +180,12 @@ def load_verifier(name: str) -> Verifier:
     """Load a checkpoint; nothing but tensors and plain data is ever unpickled.
 
     Raises:
-        UserError: if there is none, or it is not a verifier.
+        UserError: if there is none, it is not a verifier, or a number in it is not finite.
     """
     path = checkpoint_path(name)
     try:
+        if zipfile.is_zipfile(path) and (wrong := damage(path)):
+            raise UserError(f"verifier {name!r} is damaged ({wrong}); restore the file")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         written = checkpoint.get("format", 1) if "verifier" in checkpoint else FORMAT
         if written != FORMAT:
@@ -185,10 +197,16 @@ def load_verifier(name: str) -> Verifier:
         state = checkpoint["state_dict"]
         heads = _under("model.head.", state)
         mlp = heads if card.head == "mlp" else None
+        if card.base_head and card.base_head not in card.heads:
+            raise ValueError(f"it has no head {card.base_head!r}")
         if mlp is not None:
             weight, bias = torch.zeros(len(card.heads), 0), torch.zeros(len(card.heads))
         else:
-            weight, bias = heads["weight"], heads["bias"]
+            weight, bias = heads["weight"].float(), heads["bias"].float()
+            if len(weight) != len(card.heads) or len(bias) != len(card.heads):
+                raise ValueError(f"{len(card.heads)} heads in {len(weight)} rows")
+        card = replace(card, validation=_undefined(card.validation))
+        flaw = _calibration_flaw(card) or not_finite(card.heads, state)
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for a hostile or foreign file
@@ -196,11 +214,63 @@ def load_verifier(name: str) -> Verifier:
         raise UserError(
             f"{name!r} is not a verifier checkpoint ({reason}); give a file that pav.train wrote"
         ) from error
+    if flaw:
+        raise UserError(
+            f"verifier {name!r} is damaged: {flaw}; restore the file, or train it again with "
+            "pav.train"
+        )
     trunk, adapters = _under("model.trunk.", state), _under("model.adapters.", state)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Verifier(
-        path, digest, card, weight.float(), bias.float(), trunk or None, adapters or None, mlp
-    )
+    return Verifier(path, digest, card, weight, bias, trunk or None, adapters or None, mlp)
+
+
+def not_finite(heads: Sequence[str], state: Mapping[str, Tensor]) -> str:
+    """The first tensor that holds NaN or an infinity, by its head where it is a head's.
+
+    Args:
+        heads: head names in row order.
+        state: tensors of a :class:`HeadedTrunk`.
+
+    Returns:
+        E.g. ``head q/base: weight holds 3 NaN in row 0 (of 128 numbers)``; empty where there is
+        none.
+    """
+    for key, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.isfinite().all():
+            continue
+        name = key.removeprefix("model.")
+        bad_RC = ~tensor.reshape(len(tensor) if tensor.ndim else 1, -1).isfinite()
+        row = int(bad_RC.any(1).nonzero()[0, 0])
+        values = tensor.reshape(len(bad_RC), -1)[row]
+        nans, count = int(values.isnan().sum()), int(bad_RC[row].sum())
+        what = f"{count} NaN" if nans == count else f"{count} NaN or infinite numbers"
+        if name in ("head.weight", "head.bias"):
+            name = f"head {heads[row]}: {name.removeprefix('head.')}"
+        return f"{name} holds {what} in row {row} (of {len(values)} numbers)"
+    return ""
+
+
+def _calibration_flaw(card: Card) -> str:
+    """The first calibrator that cannot be computed; empty where all can."""
+    for kind, calibrators in (("", card.calibrators), ("surprise ", card.surprise_calibrators)):
+        # There are none before calibration.
+        for head in card.heads if calibrators else ():
+            if head not in calibrators:
+                return f"head {head} has no {kind}calibrator"
+        for head, plain in calibrators.items():
+            calibrator = Calibrator.from_plain(plain)
+            if flaw := calibrator.flaw(1 + len(SURPRISE)):
+                return f"head {head}: {kind}calibrator {flaw}"
+    return ""
+
+
+def _undefined(metrics: Any) -> Any:
+    """Metrics with NaN where the file has null."""
+    if isinstance(metrics, dict):
+        return {k: _undefined(v) for k, v in metrics.items()}
+    if isinstance(metrics, list):
+        return [_undefined(v) for v in metrics]
+    return math.nan if metrics is None else metrics
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -213,19 +283,32 @@ def load_model(verifier: Verifier, trunk: str) -> HeadedTrunk:
     Args:
         verifier: the checkpoint.
         trunk: path of its trunk (:func:`trunk_path`).
+
+    Raises:
+        UserError: if a tensor has another shape than the trunk's.
     """
     model = HeadedTrunk(load_trunk(trunk), len(verifier.card.heads), verifier.card.head)
-    if verifier.trunk_state is not None:
-        model.trunk.load_state_dict(verifier.trunk_state)
-    if verifier.adapters is not None:
-        merge_into(model.trunk, verifier.adapters, verifier.card.lora)
-    model.head.load_state_dict(verifier.mlp or {"weight": verifier.weight, "bias": verifier.bias})
+    try:
+        if verifier.trunk_state is not None:
+            model.trunk.load_state_dict(verifier.trunk_state)
+        if verifier.adapters is not None:
+            merge_into(model.trunk, verifier.adapters, verifier.card.lora)
+        heads = verifier.mlp or {"weight": verifier.weight, "bias": verifier.bias}
+        model.head.load_state_dict(heads)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"verifier {str(verifier.path)!r} does not fit the trunk at {trunk!r} "
+            f"({' '.join(str(error).split())[:200]}); restore the file, or train it again with "
+            "pav.train"
+        ) from error
     return model.eval()
 
 
 def card_json(card: Card) -> str:
     """The card as stored in a checkpoint."""
-    return json.dumps(asdict(card))
+    plain = asdict(card)
+    # Undefined metrics are NaN here and null there: NaN is no JSON.
+    return json.dumps(plain | {"validation": finite(plain["validation"])}, allow_nan=False)
 
 
 def trunk_path(verifier: Verifier, override: str | None = None) -> str:
@@ -251,6 +334,14 @@ def trunk_path(verifier: Verifier, override: str | None = None) -> str:
             f"the model at {name!r} is not the trunk that {str(verifier.path)!r} was trained on "
             f"(digest {weights_digest(path)}, expected {verifier.card.trunk_digest}); name the "
             "right one with --trunk"
+        )
+    rows = verifier.weight if verifier.mlp is None else verifier.mlp["0.weight"]
+    hidden = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().hidden_size
+    if rows.shape[1] != hidden:
+        raise UserError(
+            f"verifier {str(verifier.path)!r} is damaged: its head rows hold {rows.shape[1]} "
+            f"numbers, and the trunk at {name!r} has hidden states of {hidden}; restore the file, "
+            "or train it again with pav.train"
         )
     return path
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pav.cli import run
 from pav.errors import UserError
+from pav.files import json_text
 from pav.opening import task_option
 from pav.policy import load_policy, settled
 from pav.printable import one_line
@@ -169,7 +170,7 @@ def _report(
     points.sort(key=lambda p: (order[p.method], p.n))
     write_csv(points, output / "compare.csv")
     differences = paired(points)
-    (output / "compare.json").write_text(json.dumps(differences, indent=1))
+    (output / "compare.json").write_text(json_text(differences))
     found = ratios(points, invested)
     write_ratios(found, output / "efficiency.json")
     what = counted(points, config.split)

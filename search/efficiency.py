@@ -8,7 +8,6 @@ also with what the verifiers cost to make.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pav.files import json_text
 from search.points import Point, baseline
 from search.table import print_table
 
@@ -165,7 +165,7 @@ def _with_investment(ratio: Ratio, mine: float, its: float, point: Point) -> Rat
 
 def write_ratios(found: Sequence[Ratio], path: Path) -> None:
     """All ratios as JSON."""
-    path.write_text(json.dumps([asdict(r) for r in found], indent=1))
+    path.write_text(json_text([asdict(r) for r in found]))
 
 
 def ratio_rows(found: Sequence[Ratio]) -> list[dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pav.files import json_text
 from pav.policy import Policy
 from pav.printable import csv_text
 from pav.tasks.base import Split
@@ -181,7 +181,7 @@ def _row(p: Point) -> dict[str, Any]:
         "seconds": f"{p.seconds:.4f}",
         "problems": count,
         "seeds": seeds,
-        "settings": json.dumps(p.settings),
+        "settings": json_text(p.settings, None),
         "believed": f"{p.believed_PS.mean():.4f}",
         "policy_prefilled": f"{p.policy_prefilled:.1f}",
         "policy_cached": f"{p.policy_cached:.1f}",
@@ -213,7 +213,7 @@ def write_picks(
         if p.picked_PS is not None
     ]
     plain = {"problems": list(problem_ids), "seeds": list(seeds), "points": picked}
-    path.write_text(json.dumps(plain))
+    path.write_text(json_text(plain, None))
 
 
 def paired(points: Sequence[Point]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pav.errors import FULL, UserError, unwritable
+from pav.files import json_text, read_object, write_whole
 from pav.interrupt import interruptible
 from pav.lock import LOCK, Lock
 from pav.prompts import PROMPTS, other_prompt, refusal
@@ -27,7 +29,7 @@ class Candidate:
         ids: solution ids.
         ends: step ends.
         q: head -> Q after step 0, 1, ...; best-of-N: the last step's alone unless all were asked.
-        score: what search ranked it by at its last step.
+        score: what search ranked it by at its last step; minus infinity where it was cut.
         finished: complete.
         truncated: cut by the length cap.
         text: its text.
@@ -115,8 +117,13 @@ class Record:
 
 def append(path: Path, record: Record) -> None:
     """Add one line."""
+    plain = asdict(record)
+    for candidate in plain["candidates"]:
+        # JSON has no infinity.
+        candidate["score"] = None if candidate["score"] == -math.inf else candidate["score"]
+    line = json.dumps(plain, separators=(",", ":"), allow_nan=False)
     with path.open("a") as stream:
-        stream.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+        stream.write(line + "\n")
 
 
 def rewrite(path: Path, records: list[Record]) -> None:
@@ -130,13 +137,16 @@ def rewrite(path: Path, records: list[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """All whole lines of a file; a torn last line is cut off, to be searched again."""
+    """All whole lines of a file; others (a torn last one) are cut out, to be searched again.
+
+    Raises:
+        UserError: if a line holds something else.
+    """
     if not path.exists():
         return []
     records, good = _whole(path)
-    if good < path.stat().st_size:
-        with path.open("r+b") as stream:
-            stream.truncate(good)
+    if sum(map(len, good)) < path.stat().st_size:
+        write_whole(path, lambda stream: stream.write(b"".join(good)))
     return records
 
 
@@ -145,23 +155,36 @@ def peek(path: Path) -> list[Record]:
     return _whole(path)[0]
 
 
-def _whole(path: Path) -> tuple[list[Record], int]:
-    """Records, and the bytes that they take."""
-    records = []
-    good = 0
-    for line in path.read_bytes().splitlines(keepends=True):
+def _whole(path: Path) -> tuple[list[Record], list[bytes]]:
+    """Records and their lines."""
+    records, good = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
             plain = json.loads(line)
-        except ValueError:
-            break
+        except (ValueError, RecursionError):
+            continue
         if not line.endswith(b"\n"):
-            break
-        good += len(line)
-        candidates = [Candidate(**c) for c in plain.pop("candidates")]
-        steps = [[tuple(step) for step in children] for children in plain.pop("steps")]
-        nodes = [[Node(**node) for node in children] for children in plain.pop("nodes", [])]
-        records.append(Record(**plain, candidates=candidates, steps=steps, nodes=nodes))
+            continue
+        try:
+            records.append(_record(plain))
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{str(path)!r}, line {number}, is no record of a search ({type(error).__name__}: "
+                f"{error}); remove the line, or name the output of a search command"
+            ) from error
+        good.append(line)
     return records, good
+
+
+def _record(plain: dict[str, Any]) -> Record:
+    candidates = []
+    for c in plain.pop("candidates"):
+        # Earlier versions wrote an infinity.
+        score = -math.inf if c["score"] is None else c["score"]
+        candidates.append(Candidate(**c | {"score": score}))
+    steps = [[tuple(step) for step in children] for children in plain.pop("steps")]
+    nodes = [[Node(**node) for node in children] for children in plain.pop("nodes", [])]
+    return Record(**plain, candidates=candidates, steps=steps, nodes=nodes)
 
 
 def write_seconds(path: Path, records: int, seconds: float) -> None:
@@ -170,7 +193,7 @@ def write_seconds(path: Path, records: int, seconds: float) -> None:
     """
     kept = {"records": records, "seconds": seconds}
     with suppress(OSError):  # unknown seconds are no reason to end a run
-        path.with_suffix(".seconds.json").write_text(json.dumps(kept))
+        path.with_suffix(".seconds.json").write_text(json_text(kept, None))
 
 
 def read_seconds(path: Path, records: int) -> float:
@@ -179,9 +202,10 @@ def read_seconds(path: Path, records: int) -> float:
         return 0.0
     try:
         kept = json.loads(path.with_suffix(".seconds.json").read_text())
-    except (OSError, ValueError):
-        return float("nan")
-    return float(kept["seconds"]) if kept["records"] == records else float("nan")
+        known = kept["records"] == records and kept["seconds"] is not None
+        return float(kept["seconds"]) if known else math.nan
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return math.nan
 
 
 @contextmanager
@@ -195,7 +219,7 @@ def open_run(directory: Path, manifest: dict[str, Any]) -> Iterator[None]:
         UserError: if it holds something else, another configuration or a live writer, or cannot be
             written.
     """
-    with _take(directory, json.loads(json.dumps(manifest))):
+    with _take(directory, json.loads(json_text(manifest))):
         try:
             with interruptible():
                 yield
@@ -219,7 +243,7 @@ def _take(directory: Path, manifest: dict[str, Any]) -> Lock:
         with ExitStack() as stack:
             lock = stack.enter_context(Lock(directory / LOCK, directory))
             if not path.exists() or _is_another(directory, manifest):
-                temporary.write_text(json.dumps(manifest, indent=1))
+                temporary.write_text(json_text(manifest))
                 temporary.replace(path)
             stack.pop_all()
         return lock
@@ -231,7 +255,7 @@ def _take(directory: Path, manifest: dict[str, Any]) -> Lock:
 
 def _is_another(directory: Path, manifest: dict[str, Any]) -> bool:
     """Whether a run directory without any record is another run's; one with records is refused."""
-    found = json.loads((directory / MANIFEST).read_text())
+    found = read_object(directory / MANIFEST, "restore it, or choose another output")
     keys = (manifest.keys() | found.keys()) - {PROMPTS}
     changed = sorted(k for k in keys if manifest.get(k) != found.get(k))
     asked = other_prompt(found.get(PROMPTS, {}), manifest.get(PROMPTS, {}))

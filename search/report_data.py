@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pav.errors import UserError
+from pav.files import json_text, read_object
 from pav.printable import from_csv_text
 from pav.verifier import ORM
 from search.efficiency import Ratio, ratio_rows, ratio_title
@@ -93,7 +94,7 @@ def _read(directory: Path) -> tuple[list[str], list[View], dict[str, list[Record
     views: list[View] = []
     records: dict[str, list[Record]] = {}
     if (directory / PICKS).is_file():
-        picks = json.loads((directory / PICKS).read_text())
+        picks = read_object(directory / PICKS, "give the command that made the run again")
         ids = picks["problems"]
         for p in picks["points"]:
             for seed, file, picked in zip(picks["seeds"], p["files"], p["picked"], strict=True):
@@ -149,7 +150,19 @@ def _tables(
 
 
 def _plain(path: Path) -> list[Any]:
-    return list(json.loads(path.read_text())) if path.is_file() else []
+    """The list in a file of the comparison; none where it has no such file."""
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, list):
+            return found
+        wrong = f"{type(found).__name__} in place of a list"
+    except (OSError, ValueError, RecursionError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    raise UserError(
+        f"{str(path)!r} cannot be read ({wrong}); give the command that made the run again"
+    )
 
 
 def _results(views: Sequence[View], records: dict[str, list[Record]]) -> list[dict[str, str]]:
@@ -223,7 +236,7 @@ def _search(file: str, records: Sequence[Record], wanted: Sequence[str]) -> dict
     size = 0
     for record in (by_id[w] for w in wanted if w in by_id):
         plain = _problem(record, columns)
-        size += len(json.dumps(plain))
+        size += len(json_text(plain, None))
         if problems and size > BYTES_PER_SEARCH:
             break
         problems.append(plain)
@@ -231,7 +244,7 @@ def _search(file: str, records: Sequence[Record], wanted: Sequence[str]) -> dict
     return {
         "file": file,
         "columns": [{"name": name, "advantage": name != ORM} for name in columns.names],
-        "settings": json.dumps(settings, indent=1),
+        "settings": json_text(settings),
         "problems": problems,
     }
 

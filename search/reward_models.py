@@ -8,6 +8,7 @@ safetensors only.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -200,9 +202,19 @@ class RewardModel:
         return bool(self._waiting)
 
     def step(self) -> None:
-        """Read one batch."""
+        """Read one batch.
+
+        Raises:
+            UserError: if a score is not finite.
+        """
         batch = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
         for (text, future), scores in zip(batch, self._forward([t for t, _ in batch]), strict=True):
+            if not all(map(math.isfinite, scores)):
+                raise UserError(
+                    f"reward model {self.config.model!r} gives {scores} for a solution of "
+                    f"{len(text.steps)} steps: its weights are damaged, or orm.dtype "
+                    f"({self.config.dtype}) is too narrow for them"
+                )
             first = len(text.steps) - len(scores) + 1
             for j, value in enumerate(scores, first):
                 end = text.positions[j - first] + 1
@@ -326,7 +338,7 @@ def _load(config: RewardModelConfig, layout: Layout) -> Any:
             output_loading_info=True,
             **trust,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"cannot load the reward model {config.model!r} in layout {layout}: "
             f"{(str(error).strip().splitlines() or ['?'])[0]}"

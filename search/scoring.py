@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 
 from pav.calibrate import SURPRISE, Calibrator, surprise
 from pav.engine import Engine
+from pav.errors import UserError
 from pav.policy import Policy
 from pav.steps import scoring_position
 from pav.tasks.base import Problem
@@ -122,15 +124,24 @@ class Scorer:
             logprobs: log-probability of each solution token up to there.
             ids: solution ids.
             ends: step ends; empty for step 0.
+
+        Raises:
+            UserError: if a score is not finite.
         """
         features = np.zeros(len(SURPRISE), dtype=np.float32)
         if self.reads_surprise and ends:
             features = surprise(logprobs, ids, ends, self.trunk.stepper)[-1]
         raw = logits_H + self.verifier.bias.numpy()
-        return {
-            head: float(self.calibrators[head](raw[h], features))
-            for h, head in enumerate(self.verifier.card.heads)
-        }
+        values, card = {}, self.verifier.card
+        for h, head in enumerate(card.heads):
+            values[head] = float(self.calibrators[head](raw[h], features))
+            if not (math.isfinite(raw[h]) and math.isfinite(values[head])):
+                raise UserError(
+                    f"head {head} gives {raw[h]} and Q {values[head]} after {len(ids)} tokens: the "
+                    f"trunk {card.trunk!r} is damaged, or {card.dtype} is too narrow for it; "
+                    "restore it, or train the verifier with another --dtype"
+                )
+        return values
 
     async def read(
         self,

@@ -9,7 +9,6 @@ policies that the verifier has compete with them.
 from __future__ import annotations
 
 import csv
-import json
 import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.table import Table
 from pav.cli import run
 from pav.engine import EngineConfig
 from pav.errors import UserError
+from pav.files import json_text
 from pav.opening import task_option
 from pav.policy import Sampler
 from pav.printable import cell, csv_text, one_line
@@ -204,7 +204,7 @@ def _chosen(choice: Choice) -> dict[str, Any]:
 
 def write_choice(choice: Choice, output: Path) -> None:
     """``choice.yaml``, JSON that search.beam takes as --config, and ``select.csv``."""
-    (output / "choice.yaml").write_text(json.dumps(_chosen(choice)) + "\n")
+    (output / "choice.yaml").write_text(json_text(_chosen(choice), None) + "\n")
     with (output / "select.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["stage", "alpha", "prover", "n", "accuracy", "low", "high", "settings"])
@@ -219,7 +219,7 @@ def write_choice(choice: Choice, output: Path) -> None:
                     a.mean,
                     a.low,
                     a.high,
-                    json.dumps(s),
+                    json_text(s, None),
                 ]
             )
 

@@ -211,7 +211,7 @@ def make_app(service: Service) -> FastAPI:
 
         async def events() -> AsyncIterator[str]:
             for chunk in chunks(chat, record, prompt):
-                yield f"data: {json.dumps(chunk)}\n\n"
+                yield f"data: {json.dumps(chunk, allow_nan=False)}\n\n"
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")

@@ -19,6 +19,7 @@ from typing import Any
 import uvicorn
 from fastapi import Request
 
+from pav.errors import UserError
 from pav.printable import one_line
 from pav.tasks.base import Problem, problem_id
 from search.chat import ApiError, Chat
@@ -156,7 +157,12 @@ class Service:
                 raise ApiError(
                     504, f"no answer within {self.limits.timeout:g} s; ask for a smaller N"
                 )
-            record = task.result()
+            try:
+                record = task.result()
+            except UserError as error:
+                # Of the models, not of the request.
+                print(f"search of {problem.id} failed: {error}", file=sys.stderr)
+                raise ApiError(500, "the search failed; the server's log says why") from error
         finally:
             task.cancel()
             gone.cancel()

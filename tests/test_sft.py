@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -23,6 +24,7 @@ from pav.errors import UserError
 from pav.policy import load_tokenizer
 from pav.sft import IGNORE, SftConfig, SftModule, Shape, Solutions, schedule, sft
 from pav.tasks.tape import Tape, tape_tokenizer
+from tests.full_disk import full_disk
 
 TINY = SftConfig(
     output="",
@@ -148,6 +150,30 @@ def test_signal_saves_says_so_and_the_same_command_goes_on(
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_damaged_checkpoint_costs_the_steps_after_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = run(replace(TINY, output=str(tmp_path / "unbroken")), monkeypatch)
+    broken = replace(TINY, output=str(tmp_path / "broken"))
+    run(broken, monkeypatch, save_every=9, stop_after=30)
+    os.truncate(tmp_path / "broken" / "last.ckpt", 2000)
+    assert run(broken, monkeypatch, save_every=9) == losses[18:]
+    assert "last.ckpt' is damaged (File is not a zip file); it is passed" in capsys.readouterr().err
+    assert not list((tmp_path / "broken").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("save_every", [9, 1000], ids=["checkpoint", "policy"])
+def test_full_disk_is_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
+) -> None:
+    config = replace(TINY, output=str(tmp_path / "policy"))
+    with full_disk(10_000), pytest.raises(UserError, match=r"cannot be written .*File too large"):
+        run(config, monkeypatch, save_every=save_every)
+    assert {p.name for p in (tmp_path / "policy").iterdir()} == {"sft.json"}
+    assert len(run(config, monkeypatch)) == TINY.steps
+    assert load_tokenizer(config.output)
+
+
 def test_another_configuration_does_not_resume_an_unfinished_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +228,7 @@ def test_only_solution_and_end_carry_loss() -> None:
     assert rows == 64
 
 
+@settings(deadline=None)
 @given(st.integers(0, 47))
 def test_batches_depend_on_seed_and_step_alone(start: int) -> None:
     config = replace(TINY, steps=48, batch=2)
@@ -213,6 +240,7 @@ def test_batches_depend_on_seed_and_step_alone(start: int) -> None:
     assert len(rest) >= 48 - start
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(0, 60), st.floats(0.01, 1.0))
 def test_rate_warms_up_stays_and_falls_to_zero(steps: int, warmup: int, decay: float) -> None:
     config = replace(TINY, steps=steps, warmup=warmup, decay=decay)

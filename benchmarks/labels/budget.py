@@ -15,7 +15,6 @@ the design.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import platform
 import subprocess
@@ -44,6 +43,7 @@ from benchmarks.labels.study import (
     StudyConfig,
 )
 from pav.cli import run
+from pav.files import json_text
 from pav.judged import MODES
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -193,7 +193,7 @@ def _common(config: BudgetConfig, n_held_out: int) -> dict[str, Any]:
 def _write(name: str, metrics: list[dict[str, Any]], table: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{name}.json"
-    target.write_text(json.dumps(metrics, indent=1) + "\n")
+    target.write_text(json_text(metrics) + "\n")
     with target.with_suffix(".csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(table[0]))
         writer.writeheader()

@@ -68,7 +68,7 @@ def measure(config: StudyConfig, arms: Sequence[Arm], trunk: str) -> list[dict[s
                     "held_out": np.bincount(found.problem_N).tolist(),
                     **{m: np.bincount(found.problem_N, found.brier_N[m]).tolist() for m in MODES},
                 }
-                stream.write(json.dumps(row) + "\n")
+                stream.write(json.dumps(row, allow_nan=False) + "\n")
                 stream.flush()
                 rows.append(row)
                 print(

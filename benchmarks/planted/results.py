@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import t as student
+
+from pav.files import json_text
 
 matplotlib.use("Agg")
 
@@ -86,7 +87,7 @@ class Results:
         """Write the three files and say where they are."""
         self.directory.mkdir(parents=True, exist_ok=True)
         stem = self.directory / self.name
-        stem.with_suffix(".json").write_text(json.dumps(self.rows, indent=1) + "\n")
+        stem.with_suffix(".json").write_text(json_text(self.rows) + "\n")
         with stem.with_suffix(".csv").open("w", newline="") as stream:
             writer = csv.DictWriter(stream, list(table[0]))
             writer.writeheader()

@@ -181,7 +181,7 @@ def trained(settings: Settings, directory: Path) -> Curves:
     with partial.open("wb") as stream:
         np.savez_compressed(
             stream,
-            settings=json.dumps(asdict(settings)),
+            settings=json.dumps(asdict(settings), allow_nan=False),
             right_TR=curves.right_TR,
             seconds=curves.seconds,
             cpu_seconds=curves.cpu_seconds,

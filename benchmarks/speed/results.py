@@ -6,7 +6,6 @@ On a machine with a GPU the name ends in ``_gpu``, so that figures of both kinds
 from __future__ import annotations
 
 import csv
-import json
 import os
 import platform
 import subprocess
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pav.files import json_text
 
 RESULTS = Path(__file__).parents[1] / "results"
 Target = tuple[str, float] | None
@@ -73,7 +74,7 @@ def write(
     }
     RESULTS.mkdir(exist_ok=True)
     target = result(name, "json")
-    target.write_text(json.dumps([{**m, **common} for m in metrics], indent=1) + "\n")
+    target.write_text(json_text([{**m, **common} for m in metrics]) + "\n")
     with target.with_suffix(".csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(table[0]))
         writer.writeheader()

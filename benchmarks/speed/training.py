@@ -41,7 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.speed.results import metric, result, write
 from pav.batches import MAX_WASTE, LabelData, collate
-from pav.checkpoints import LastCheckpoint
+from pav.checkpoints import LastCheckpoint, WholeCheckpoints
 from pav.cli import run
 from pav.data import Example, batches
 from pav.fit import VerifierModule, prepare, trainer_of
@@ -226,12 +226,14 @@ def lightning_epoch(
         prepare(settings, model)
         data = LabelData(model, examples, examples[:1], None, False, 0, weight_2H, config.tokens)  # type: ignore[arg-type]
         watch = Watch()
+        checkpoints = WholeCheckpoints()
         callbacks = [
-            LastCheckpoint(Path(directory) / "last.ckpt", 60), LightningProgress(10**9), watch,
+            LastCheckpoint(Path(directory) / "last.ckpt", 60, checkpoints),
+            LightningProgress(10**9), watch,
             # Lightning's own would write to the working directory.
             ModelCheckpoint(directory),
         ]  # fmt: skip
-        trainer = trainer_of(settings, callbacks)
+        trainer = trainer_of(settings, callbacks, checkpoints)
         trainer.limit_val_batches = 0
         trainer.fit(VerifierModule(model, weight_2H, settings, 10**6), datamodule=data)
     return watch.seconds  # type: ignore[return-value]

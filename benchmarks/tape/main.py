@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks.speed.results import machine
 from pav.cli import run
 from pav.errors import UserError
+from pav.files import json_text
 from search.records import read
 from search.stats import bootstrap
 
@@ -95,7 +96,7 @@ def write_result(
     }
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{name}.json"
-    target.write_text(json.dumps([{**common, **m} for m in metrics], indent=1) + "\n")
+    target.write_text(json_text([{**common, **m} for m in metrics]) + "\n")
     with target.with_suffix(".csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()

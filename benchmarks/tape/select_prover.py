@@ -24,6 +24,7 @@ from data_gen.select_prover import PICTURE, RESULT, STATISTICS
 from data_gen.store import read_manifest
 from pav.cli import run
 from pav.errors import UserError
+from pav.files import json_text
 
 COMMAND = "python -m benchmarks.tape.select_prover"
 
@@ -68,7 +69,7 @@ def collect(config: SelectProverResultConfig) -> None:
             row |= {statistic: value, f"{statistic}_low": ci95[0], f"{statistic}_high": ci95[1]}
         rows.append(row)
     target = RESULTS / "tape_select_prover.json"
-    target.write_text(json.dumps([{**m, **shared} for m in metrics], indent=1) + "\n")
+    target.write_text(json_text([{**m, **shared} for m in metrics]) + "\n")
     with target.with_suffix(".csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import platform
 import subprocess
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+
+from pav.files import json_text
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -46,7 +47,7 @@ def write(
         "commit": git.stdout.strip() or "unknown",
     }
     target = RESULTS / f"{name}.json"
-    target.write_text(json.dumps([{**common, **m} for m in metrics], indent=1) + "\n")
+    target.write_text(json_text([{**common, **m} for m in metrics]) + "\n")
     with target.with_suffix(".csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(table[0]))
         writer.writeheader()

@@ -113,7 +113,7 @@ class Jsonl(Task):
             check_text(row, where)
             question = self._value(row, "question_key", where)
             answer = self._value(row, "answer_key", where)
-            digest.update(json.dumps([question, answer]).encode())
+            digest.update(json.dumps([question, answer], allow_nan=False).encode())
             gold = reference(self.grader, answer)
             if gold is None:
                 raise UserError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from pav.lora import Lora
 from pav.train import train
 from pav.train_config import TrainConfig
 from pav.verifier import Card
+from tests.full_disk import full_disk
 from tests.pav.label_runs import write_labels
 
 # Kills itself the hard way when it starts the seventh batch.
@@ -63,7 +67,7 @@ def labels(trunk: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def config(labels: str, trunk: Path, tmp_path: Path) -> TrainConfig:
-    """Four batches an epoch, a checkpoint after each but an epoch's last."""
+    """Three batches an epoch, a checkpoint after each but an epoch's last."""
     return TrainConfig(
         [labels], str(tmp_path / "pav.ckpt"), trunk=str(trunk), trunk_mode="full", lr=1e-3,
         accelerator="cpu", max_epochs=3, tokens_per_batch=1024, checkpoint_minutes=0,
@@ -270,16 +274,37 @@ def test_first_process_says_what_is_trained_before_it_trains(
     assert len(plain["label_contents"]) == 16
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def start(config: TrainConfig, environment: dict[str, str], before: str = "") -> Any:
+    """``pav.train`` as a process of its own; ``before`` is what its shell does first."""
+    line = f"{before} exec {shlex.join([sys.executable, '-m', 'pav.train', *command(config)])}"
+    return subprocess.Popen(
+        ["/bin/sh", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+
+
+# Tasks of a job, started by srun; a shell in a job, where Lightning starts the second process.
+SRUN = {"SLURM_JOB_NAME": "labels", "SLURM_JOB_ID": "12917", "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1",
+        "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0"}  # fmt: skip
+SHELL = SRUN | {"SLURM_JOB_NAME": "bash", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1",
+                "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tasks"),
+    [
+        ("ddp", [SRUN | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]),
+        ("fsdp", [SHELL]),
+    ],
+)
 def test_two_processes_train_the_model_of_one(
-    strategy: Any, config: TrainConfig, tmp_path: Path
+    strategy: Any, tasks: list[dict[str, str]], config: TrainConfig, tmp_path: Path
 ) -> None:
     together = replace(config, devices=2, strategy=strategy, max_epochs=1)
-    done = subprocess.run(
-        [sys.executable, "-m", "pav.train", *command(together)], capture_output=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    for task in [start(together, environment) for environment in tasks]:
+        said, errors = task.communicate()
+        assert task.returncode == 0, said + errors[-3000:]
     # An optimiser step of one process is as many batches, one after the other.
     alone = replace(config, output=str(tmp_path / "alone.ckpt"), accumulate=2, max_epochs=1)
     train(alone)
@@ -288,3 +313,120 @@ def test_two_processes_train_the_model_of_one(
     for key in one:
         torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=1e-4)
     assert not torch.equal(one["model.head.weight"], torch.zeros_like(one["model.head.weight"]))
+
+
+# -- damaged checkpoints, and disks that are full -------------------------------------------------
+
+
+def cut(share: float) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, int(path.stat().st_size * share))
+
+
+def zeroed(path: Path) -> None:
+    """What a power cut leaves of blocks that never reached the disk."""
+    middle = path.stat().st_size // 2
+    with path.open("r+b") as stream:
+        stream.seek(middle)
+        stream.write(bytes(4096))
+
+
+@pytest.fixture
+def died(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a run leaves that died in its third epoch."""
+    stop_at(monkeypatch, 7, die)
+    with pytest.raises(Died):
+        train(config)
+    working = tmp_path / "pav.training"
+    kept = {"train.json", "last.ckpt", "last-1.ckpt", "best.ckpt"}
+    assert {p.name for p in working.iterdir()} == kept
+    return working
+
+
+def test_damaged_last_checkpoint_is_said_and_passed_over_for_the_one_before(
+    died: Path, config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbroken = replace(config, output=str(tmp_path / "unbroken.ckpt"))
+    train(unbroken)
+    shutil.copytree(died, tmp_path / "copy")
+    for damage in (cut(0), cut(0.1), cut(0.5), cut(0.99), zeroed):
+        shutil.copytree(tmp_path / "copy", died, dirs_exist_ok=True)
+        damage(died / "last.ckpt")
+        capsys.readouterr()
+        train(config)
+        printed = capsys.readouterr()
+        assert f"resuming from {died / 'last-1.ckpt'}" in printed.out
+        (line,) = [text for text in printed.err.splitlines() if "WARNING" in text]
+        assert line.startswith(f"WARNING: {str(died / 'last.ckpt')!r} is damaged (")
+        assert line.endswith("; it is passed over")
+        assert same(weights(config), weights(unbroken))
+        Path(config.output).unlink()
+
+
+def test_run_without_a_whole_checkpoint_starts_from_the_beginning(
+    died: Path, config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("last.ckpt", "last-1.ckpt"):
+        cut(0.5)(died / name)
+    train(config)
+    assert "holds no whole checkpoint: from the beginning, then" in capsys.readouterr().out
+    unbroken = replace(config, output=str(tmp_path / "unbroken.ckpt"))
+    train(unbroken)
+    assert same(weights(config), weights(unbroken))
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "train.json"])
+def test_what_cannot_be_done_without_is_named_before_the_run_goes_on(
+    name: str, died: Path, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut(0.5)(died / name)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(train, TrainConfig, "pav.train", command(config))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(died / name) in line
+    assert line.endswith(f"restore it, or remove {str(died)!r} to train from the beginning")
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"), [(4, "last.ckpt"), (5, "best.ckpt"), (None, "pav.ckpt")]
+)
+def test_full_disk_ends_the_run_with_one_line_and_the_same_command_goes_on(
+    batch: int | None, what: str, config: TrainConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    unbroken = replace(config, output=str(tmp_path / "unbroken.ckpt"))
+    train(unbroken)
+    with ExitStack() as until_here:
+        fills = partial(until_here.enter_context, full_disk(60_000))
+        if batch is not None:
+            stop_at(monkeypatch, batch, fills)
+        else:
+            saved = pav.train.save
+            monkeypatch.setattr(pav.train, "save", lambda *args: (fills(), saved(*args)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run(train, TrainConfig, "pav.train", command(config))
+    monkeypatch.undo()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pav.train: error: checkpoint ") and f"{what}' cannot be written" in line
+    assert line.endswith(
+        "(File too large); earlier ones are safe: free disk space or raise the quota there, then "
+        "give the same command again"
+    )
+    assert not [p for p in tmp_path.rglob(".*.tmp")]
+    monkeypatch.setattr(pav.train, "fit_and_report", lambda card, *_: card)
+    monkeypatch.setattr(pav.train, "print_report", lambda card: None)
+    train(config)
+    assert same(weights(config), weights(unbroken))
+
+
+def test_full_disk_ends_all_processes_with_one_line(config: TrainConfig, tmp_path: Path) -> None:
+    together = replace(config, devices=2)
+    # In blocks of 512 bytes.
+    task = start(together, {}, "ulimit -f 100;")
+    _, errors = task.communicate(timeout=300)
+    assert task.returncode == 2, errors
+    (line,) = [text for text in errors.splitlines() if "rror" in text or "Traceback" in text]
+    assert line.startswith("pav.train: error: checkpoint ") and "File too large" in line

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,16 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pav.errors import UserError
-from search.records import Candidate, Record, append, open_run, read
+from search.records import (
+    Candidate,
+    Record,
+    append,
+    open_run,
+    peek,
+    read,
+    read_seconds,
+    write_seconds,
+)
 
-numbers = st.floats(allow_nan=False)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
 ids = st.lists(st.integers(0, 200_000), max_size=5)
 candidates = st.builds(
     Candidate,
     ids=ids,
     ends=ids,
     q=st.dictionaries(st.sampled_from(["q/base", "orm"]), st.lists(numbers, max_size=3)),
-    score=numbers,
+    score=numbers | st.just(-math.inf),
     finished=st.booleans(),
     truncated=st.booleans(),
     text=st.text(max_size=20),
@@ -133,3 +145,57 @@ def test_unwritable_output_is_refused(tmp_path: Path, output: str) -> None:
     with refused as error, open_run(tmp_path / output, {"n": 4}):
         pass
     assert "\n" not in str(error.value)
+
+
+def test_lines_are_json_also_where_a_candidate_was_cut_and_old_ones_are_still_read(
+    tmp_path: Path,
+) -> None:
+    cut = replace(record("a").candidates[0], score=-math.inf, truncated=True)
+    append(tmp_path / "x.jsonl", replace(record("a"), candidates=[cut]))
+    line = (tmp_path / "x.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail)["candidates"][0]["score"] is None
+    assert read(tmp_path / "x.jsonl")[0].candidates == [cut]
+    (tmp_path / "x.jsonl").write_text(line.replace('"score":null', '"score":-Infinity'))
+    assert read(tmp_path / "x.jsonl")[0].candidates == [cut]
+
+
+def test_damaged_line_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    for name in ("a", "b", "c"):
+        append(path, record(name))
+    lines = path.read_bytes().splitlines(keepends=True)
+    deep = b"[" * 20_000 + b"\n"
+    for damaged in (lines[1][:40] + b"\n", b"\xff\xfe\n", deep):
+        path.write_bytes(lines[0] + damaged + lines[2])
+        assert [r.problem_id for r in peek(path)] == ["a", "c"]
+        assert [r.problem_id for r in read(path)] == ["a", "c"]
+        assert path.read_bytes() == lines[0] + lines[2]
+    path.write_bytes(lines[0] + b"[]\n")
+    with pytest.raises(UserError, match=r"x.jsonl', line 2, is no record of a search"):
+        read(path)
+
+
+def test_seconds_that_are_not_known_are_written_as_json(tmp_path: Path) -> None:
+    write_seconds(tmp_path / "x.jsonl", 3, math.nan)
+    text = (tmp_path / "x.seconds.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"records": 3, "seconds": None}
+    assert math.isnan(read_seconds(tmp_path / "x.jsonl", 3))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[]", "it holds a list, not an object"),
+        (b'{"a": "\xff"}', "it is not UTF-8 (invalid start byte at byte 7)"),
+        (b'{"a":' * 20_000, "it is nested too deeply"),
+        (b'{"a": 1', "Expecting ',' delimiter: line 1 column 8 (char 7)"),
+    ],
+)
+def test_damaged_manifest_of_a_run_is_one_line(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError) as refused, open_run(tmp_path, {"a": 1}):
+        pass
+    path = str(tmp_path / "manifest.json")
+    assert str(refused.value) == (
+        f"{path!r} cannot be read: {reason}; restore it, or choose another output"
+    )

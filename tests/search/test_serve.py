@@ -373,6 +373,23 @@ def test_failed_search_is_an_error_and_the_next_one_works(
 # -- what is refused -------------------------------------------------------------------------------
 
 
+def test_score_that_is_not_finite_is_an_error_in_json_and_the_log_names_the_head(
+    kitchen: Kitchen, capfd: pytest.CaptureFixture[str]
+) -> None:
+    verifier = kitchen.pav.verifier
+    damaged = replace(verifier, bias=verifier.bias * float("nan"))
+    broken = replace(kitchen, pav=replace(kitchen.pav, verifier=damaged))
+    with serving(Service(LIMITS, broken)) as address:
+        body = {"model": "pav-beam-2", "messages": [{"role": "user", "content": QUESTION}]}
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 500
+    error = json.loads(answer.text, parse_constant=pytest.fail)["error"]
+    assert error["message"] == "the search failed; the server's log says why"
+    said = capfd.readouterr().err
+    assert "failed: head q/base gives nan and Q nan after 0 tokens" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
