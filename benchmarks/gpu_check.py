@@ -41,7 +41,8 @@ from pav.errors import UserError
 from pav.export import export_verifier
 from pav.policy import Prompt, Sampler, asset, encode_prompt, load_tokenizer
 from pav.tasks.tape import Tape
-from pav.verifier import Card, HeadedTrunk, Verifier, load_trunk
+from pav.trunk import HeadedTrunk, load_trunk
+from pav.verifier import Card, Verifier
 
 Check = Literal["scores", "graphs", "shared_device", "devices"]
 Row = dict[str, Any]

@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from transformers import PreTrainedModel
 
-from data_gen.forced_answer import Scorer, answer_ids, one_by_one, scorer_for
 from data_gen.interrupt import interruptible
 from data_gen.runs import Run, policy_config, read_run, run_on_directories, task_of
 from data_gen.store import Store, replace_file
@@ -28,7 +25,11 @@ from pav.labels import LIKELIHOODS, Trace, likelihood_rows, prefix_key, prefixes
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.progress import Reporter
 from pav.tasks.base import Problem, Task
-from pav.trunk import load_trunk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from data_gen.forced_answer import Scorer
 
 LIKELIHOOD = pa.schema(
     [
@@ -81,6 +82,7 @@ def likelihood(config: LikelihoodConfig) -> None:
     with interruptible(), Store(run.directory, run.manifest):
         if owed:
             _check(task, run, owed[0])
+            _check_lengths(task, policy, owed)
             model = _load(policy, config.device)
             _write(run, task, policy, model, owed, done)
     _summary(run, policy)
@@ -126,6 +128,10 @@ def _check(task: Task, run: Run, trace: Trace) -> None:
 
 
 def _load(policy: Policy, device: str) -> PreTrainedModel:
+    import torch
+
+    from pav.trunk import load_trunk
+
     model = load_trunk(policy.path, getattr(torch, policy.config.dtype)).eval()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,6 +145,8 @@ def _load(policy: Policy, device: str) -> PreTrainedModel:
 def _write(
     run: Run, task: Task, policy: Policy, model: PreTrainedModel, owed: list[Trace], done: set[str]
 ) -> None:
+    from data_gen.forced_answer import answer_ids, one_by_one, scorer_for
+
     folder = run.directory / LIKELIHOODS
     scorer: Scorer | None = None
     rows: list[dict[str, Any]] = []
@@ -148,7 +156,6 @@ def _write(
             answer = answer_ids(task, policy, problem)
             new = [(key, end) for key, end in _boundaries(trace) if key not in done]
             prompt = policy.encode(problem)
-            _check_length(model, len(prompt) + max((e for _, e in new), default=0) + len(answer))
             if new:
                 ids = prompt + trace.ids
                 cuts = [len(prompt) + end for _, end in new]
@@ -176,13 +183,26 @@ def _write(
                 rows = []
 
 
-def _check_length(model: PreTrainedModel, tokens: int) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and tokens > longest:
-        raise UserError(
-            f"prompt, solution and answer are {tokens} tokens, the model knows {longest} positions;"
-            " choose a model of longer context, or shorter reference answers"
-        )
+def _check_lengths(task: Task, policy: Policy, owed: list[Trace]) -> None:
+    """Refuse what the model cannot read, before it is loaded."""
+    from transformers import AutoConfig
+
+    from data_gen.forced_answer import answer_ids
+
+    config = AutoConfig.from_pretrained(policy.path, trust_remote_code=False)
+    longest = getattr(config, "max_position_embeddings", None)
+    around: dict[str, int] = {}
+    for trace in owed:
+        if (pid := trace.problem_id) not in around:
+            problem = Problem(pid, trace.question, trace.gold)
+            around[pid] = len(policy.encode(problem)) + len(answer_ids(task, policy, problem))
+        tokens = around[pid] + max(end for _, end in _boundaries(trace))
+        if longest is not None and tokens > longest:
+            raise UserError(
+                f"prompt, solution and answer of problem {pid} are {tokens} tokens, the model "
+                f"knows {longest} positions; choose a model of longer context, or shorter "
+                "reference answers"
+            )
 
 
 def write_part(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -210,7 +210,9 @@ def _engines(config: RolloutsConfig, policies: list[Policy]) -> Iterator[Engine 
     length = config.sampler.max_length
     if config.workers == 1 and config.ray is None:
         for p in policies:
-            yield Engine(p.path, p.config.dtype, length, config=config.engine)
+            engine = Engine(p.path, p.config.dtype, length, config=config.engine)
+            engine.start()
+            yield engine
         return
     models = [Model(p.path, p.config.dtype, length, config.engine, p.stepper) for p in policies]
     note = None if config.dry_run else config.directory / WORKERS

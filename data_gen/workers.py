@@ -62,6 +62,8 @@ def serve(
     """What a worker does: load ``models`` and answer requests until its process ends."""
     try:
         engines = [Engine(m.path, m.dtype, m.max_length, config=m.config) for m in models]
+        for engine in engines:
+            engine.start()
     except UserError as error:
         send(Refused(str(error)))
         return

@@ -31,9 +31,10 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
     for name in ("torch._library.triton", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils.logging import disable_progress_bar
+    if "transformers" in sys.modules:  # else it obeys the variable
+        from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+        disable_progress_bar()
 
 
 def _names_task(args: Sequence[str]) -> bool:

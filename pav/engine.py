@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, TypeVar, cast
 
 # Set before vLLM is imported: one process, so that a repeat of a run is bit-identical.
@@ -20,7 +21,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import numpy as np
-import torch
 
 from pav.errors import UserError
 from pav.policy import Dtype, Sampler
@@ -31,15 +31,24 @@ SCORE_BIAS = -100.0
 # Head rows are served divided by this (a power of two, hence exact) so that they weigh next to
 # nothing in the softmax's normaliser and log-probabilities stay those of the model itself.
 SCORE_SCALE = 8.0
-_ON_CPU = not torch.cuda.is_available()
-if _ON_CPU:
+
+
+@cache
+def _on_cpu() -> bool:
+    """Whether engines compute on the CPU; says so to torch and vLLM, which is imported later."""
+    # Not at the top: who only asks for --help need not wait for torch.
+    import torch
+
+    if torch.cuda.is_available():
+        return False
     # The only compiled function left on the CPU path counts ranks, which we do not read; eager
     # spares the user a C++ compiler and half a minute.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    # The variable is for vLLM: torch has read it when transformers was imported.
+    # The variable is for vLLM: torch has read it when it was imported.
     torch._dynamo.config.disable = os.environ["TORCH_COMPILE_DISABLE"] == "1"
     # vLLM would bind its threads to cores of its own choice; the user's OMP_NUM_THREADS rules.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return True
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ def seed_of(*key: object) -> int:
 
 @dataclass
 class Engine:
-    """A vLLM engine in this process.
+    """A vLLM engine in this process; it loads its model when it is started, or first asked.
 
     Args:
         model: directory (or hub id) to serve.
@@ -138,11 +147,25 @@ class Engine:
     score_ids: list[int] = field(default_factory=list)
     config: EngineConfig = field(default_factory=EngineConfig)
     usage: Usage = field(default_factory=Usage)
+    _engine: Any = field(default=None, init=False, repr=False)
+    _futures: dict[str, tuple[asyncio.Future[Any], Callable[[Any], Any], Stepper | None]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _next: int = field(default=0, init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    def start(self) -> None:
+        """Load the model, unless that is done.
+
+        Raises:
+            UserError: if vLLM cannot load it.
+        """
+        if self._engine is not None:
+            return
+        on_cpu = _on_cpu()
+        import torch
         from vllm import EngineArgs, LLMEngine
 
-        kv_gib = self.config.kv_gib or (1.0 if _ON_CPU else None)
+        kv_gib = self.config.kv_gib or (1.0 if on_cpu else None)
         arguments: dict[str, Any] = {}
         if kv_gib is not None:
             arguments["kv_cache_memory_bytes"] = int(kv_gib * (1 << 30))
@@ -151,9 +174,9 @@ class Engine:
             arguments["gpu_memory_utilization"] = 0.05
         else:
             arguments["gpu_memory_utilization"] = self.config.gpu_memory_utilization
-        if self.config.block_size or _ON_CPU:
+        if self.config.block_size or on_cpu:
             arguments["block_size"] = self.config.block_size or 32
-        if _ON_CPU:
+        if on_cpu:
             # A prefill cut in two rewinds the request's generator, which CPU generators cannot.
             arguments["enable_chunked_prefill"] = False
         torch_threads = torch.get_num_threads()
@@ -170,7 +193,7 @@ class Engine:
                     enable_prefix_caching=True,
                     logprobs_mode="raw_logprobs",
                     tensor_parallel_size=self.config.tensor_parallel_size,
-                    enforce_eager=self.config.enforce_eager or _ON_CPU,
+                    enforce_eager=self.config.enforce_eager or on_cpu,
                     seed=0,
                     disable_log_stats=True,
                     use_tqdm_on_load=False,
@@ -184,10 +207,6 @@ class Engine:
                 "engine.max_num_seqs or sampler.max_length if memory is short"
             ) from error
         torch.set_num_threads(torch_threads)
-        self._futures: dict[
-            str, tuple[asyncio.Future[Any], Callable[[Any], Any], Stepper | None]
-        ] = {}
-        self._next = 0
 
     @property
     def busy(self) -> int:
@@ -294,6 +313,7 @@ class Engine:
         convert: Callable[[Any], T],
         until: Stepper | None = None,
     ) -> asyncio.Future[T]:
+        self.start()
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         key = str(self._next)
         self._next += 1
@@ -333,11 +353,12 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes, so that what a method costs does not depend on the one before."""
-        self._engine.reset_prefix_cache()
+        if self._engine is not None:
+            self._engine.reset_prefix_cache()
 
     def shutdown(self) -> None:
         """Free the device. vLLM's state is the process's: its other engines end with this one."""
-        core = getattr(self._engine, "engine_core", None)
+        core = getattr(self._engine, "engine_core", None)  # None where it was never started
         if core is not None:
             core.shutdown()
 

@@ -11,19 +11,17 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModelForTokenClassification
+from typing import TYPE_CHECKING, Any
 
 from pav.calibrate import Calibrator
 from pav.cli import run
 from pav.errors import UserError
-from pav.export import STAMP, refuse_mlp
 from pav.model_card import write_card
 from pav.policy import load_tokenizer
-from pav.trunk import HeadedTrunk
 from pav.verifier import Card, Verifier, load_model, load_verifier, trunk_path
+
+if TYPE_CHECKING:
+    from pav.trunk import HeadedTrunk
 
 LABELS = {0: "wrong", 1: "right"}
 
@@ -58,6 +56,8 @@ def export_prm(config: ExportPrmConfig) -> None:
         raise UserError(
             f"head is {head!r}, verifier {config.verifier!r} has {', '.join(card.heads)}; name one"
         )
+    from pav.export import STAMP, refuse_mlp
+
     refuse_mlp(verifier)
     output = Path(config.output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -92,6 +92,9 @@ def export_prm(config: ExportPrmConfig) -> None:
 
 def _classifier(headed: HeadedTrunk, verifier: Verifier, head: str) -> Any:
     """The trunk with a two-label layer whose softmax is the calibrated Q of ``head``."""
+    import torch
+    from transformers import AutoModelForTokenClassification
+
     trunk: Any = headed.trunk
     settings = trunk.config
     settings.num_labels = len(LABELS)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from pav.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -46,6 +46,8 @@ class Lora:
 
 def linear_layers(trunk: PreTrainedModel) -> dict[str, nn.Linear]:
     """Linear layers by full name, the output embedding left out."""
+    from torch import nn
+
     output = trunk.get_output_embeddings()
     return {
         name: module
@@ -98,12 +100,14 @@ def adapted(adapters: Mapping[str, Tensor]) -> list[str]:
     return sorted(k.removesuffix(A) for k in adapters if k.endswith(A))
 
 
-@torch.no_grad()
 def merge_into(
     trunk: PreTrainedModel, adapters: Mapping[str, Tensor], lora: dict[str, Any]
 ) -> None:
     """Merge adapters into a plain trunk in place."""
+    import torch
+
     layers = linear_layers(trunk)
-    for name in adapted(adapters):
-        weight = layers[name].weight
-        weight.copy_(merged(weight, adapters, name, lora))
+    with torch.no_grad():
+        for name in adapted(adapters):
+            weight = layers[name].weight
+            weight.copy_(merged(weight, adapters, name, lora))

@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
-
-from jinja2 import TemplateError
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal
 
 from pav.errors import UserError
 from pav.steps import Stepper, StepRule, compile_rule
 from pav.tasks.base import Problem, Task
+
+if TYPE_CHECKING:  # imported where they are used: --help stays fast
+    from transformers import PreTrainedTokenizerBase
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ASSET_PREFIX = "pav:"
@@ -172,14 +171,22 @@ class Policy:
 
 
 def load_policy(config: PolicyConfig, rule: StepRule) -> Policy:
-    """Load tokenizer and step rule of ``config.model``."""
+    """Load tokenizer and step rule of ``config.model``.
+
+    Raises:
+        UserError: if they cannot be loaded, or refuse the prompt.
+    """
     path = model_path(config.model)
     tokenizer = load_tokenizer(path)
+    # A prompt that cannot be made is found now, and not when engines are loaded.
+    encode_prompt(tokenizer, config.prompt, "?")
     return Policy(config, path, tokenizer, compile_rule(rule, tokenizer, eos_ids(path, tokenizer)))
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Tokenizer at ``path``; remote code is never run."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -189,6 +196,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All ids that end a sequence: the tokenizer's, the model's and its generation config's."""
+    from transformers import AutoConfig, GenerationConfig
+
     ids: set[int] = set()
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
@@ -217,6 +226,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, question: 
         for q, a in shots:
             messages += [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
         messages.append({"role": "user", "content": user})
+        from jinja2 import TemplateError
+
         try:
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **prompt.chat_template_kwargs
@@ -241,6 +252,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         if backend.padding or backend.truncation:  # the last call's settings, not the tokenizer's
+            from tokenizers import Tokenizer
+
             backend = Tokenizer.from_str(backend.to_str())
             backend.no_padding()
             backend.no_truncation()

@@ -19,7 +19,8 @@ from pav.labels import LabelSet
 from pav.measure import measure
 from pav.policy import Policy
 from pav.tasks.base import Task
-from pav.verifier import ORM, Card, HeadedTrunk
+from pav.trunk import HeadedTrunk
+from pav.verifier import ORM, Card
 
 PICKS = ("last", "min", "vote", ORM)
 # Training solutions that calibrators read, drawn at random: more would cost a forward pass each,

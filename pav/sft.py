@@ -30,7 +30,7 @@ from transformers import (
 from pav.cli import run
 from pav.errors import UserError
 from pav.policy import Prompt, encode_prompt, load_tokenizer, model_path
-from pav.progress import LightningProgress
+from pav.training_progress import LightningProgress
 from pav.tasks.base import Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
 

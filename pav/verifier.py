@@ -12,14 +12,10 @@ import importlib
 import json
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
 from pav.calibrate import Calibrator
 from pav.errors import UserError
-from pav.lora import merge_into
 from pav.policy import (
     ASSET_PREFIX,
     PolicyConfig,
@@ -30,7 +26,13 @@ from pav.policy import (
     weights_digest,
 )
 from pav.tasks.base import Task
-from pav.trunk import HeadedTrunk, HeadKind, load_trunk
+
+if TYPE_CHECKING:  # imported where they are used: --help stays fast
+    from torch import Tensor
+
+    from pav.trunk import HeadedTrunk
+
+HeadKind = Literal["linear", "mlp"]
 
 # Of the checkpoint: raised when an older one would not load or would mean something else.
 FORMAT = 2
@@ -167,6 +169,8 @@ def load_verifier(name: str) -> Verifier:
     Raises:
         UserError: if there is none, or it is not a verifier.
     """
+    import torch
+
     path = checkpoint_path(name)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -209,6 +213,9 @@ def load_model(verifier: Verifier, trunk: str) -> HeadedTrunk:
         verifier: the checkpoint.
         trunk: path of its trunk (:func:`trunk_path`).
     """
+    from pav.lora import merge_into
+    from pav.trunk import HeadedTrunk, load_trunk
+
     model = HeadedTrunk(load_trunk(trunk), len(verifier.card.heads), verifier.card.head)
     if verifier.trunk_state is not None:
         model.trunk.load_state_dict(verifier.trunk_state)

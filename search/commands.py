@@ -56,11 +56,11 @@ def beam(config: BeamConfig) -> None:
         config.score,
         config.duplicates,
     )
-    directory = claim(config, opened, f"beam-n{config.n}")
     scorer = serve(config, opened)
     orm = _baseline_scorer(config, opened)
     session, rule = opened.session, opened.rule
     problems = session.problems(config.split, config.problems)
+    directory = claim(config, opened, f"beam-n{config.n}")
 
     search = partial(beam_record, session, scorer, settings, rule, "beam", config.seed)
     records, seconds = session.run(
@@ -87,7 +87,7 @@ def _baseline_scorer(config: BeamConfig, opened: Opened) -> StepScorer | None:
         orm = session.reward_model(RewardModelConfig(name))
     else:
         orm = session.scorer(load_checked(name, "orm"), "separate", config.surprise, None)
-    # The ORM is never fused: best-of-N samples from the plain policy, which must be loaded now.
+    # The ORM is never fused: best-of-N samples from the plain policy, which is loaded with it.
     session.sampling_engine(orm)
     return orm
 
@@ -195,7 +195,6 @@ def smc(config: SmcConfig) -> None:
 def best_of_n(config: BestOfNConfig) -> None:
     """Run best-of-N (see :class:`BestOfNConfig`)."""
     opened = open_search(config, None)
-    directory = claim(config, opened, f"best-of-{config.n}")
     session, rule = opened.session, opened.rule
     scorer = None
     if opened.card is None:
@@ -203,6 +202,7 @@ def best_of_n(config: BestOfNConfig) -> None:
     else:
         scorer = serve(config, opened)
     problems = session.problems(config.split, config.problems)
+    directory = claim(config, opened, f"best-of-{config.n}")
 
     search = partial(
         traces_record,
@@ -236,12 +236,13 @@ def _tree(
     job: Callable[[StepScorer], Search],
 ) -> None:
     """Run one search of its own directory and print its row."""
-    directory = claim(config, opened, f"{name}-n{config.n}")
     scorer = serve(config, opened)
     session = opened.session
+    problems = session.problems(config.split, config.problems)
+    directory = claim(config, opened, f"{name}-n{config.n}")
     records, seconds = session.run(
         directory / f"{name}.jsonl",
-        session.problems(config.split, config.problems),
+        problems,
         job(scorer),
         config.concurrency,
         f"{label} N={config.n}",

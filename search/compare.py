@@ -12,17 +12,15 @@ from pav.errors import UserError
 from pav.verifier import Verifier, load_verifier
 from search.efficiency import Ratio, print_ratios, ratios, write_ratios
 from search.investment import invested_flops
-from search.pick import check_pick
 from search.plan import CompareConfig, Investment, Method, Selectable
-from search.plot import plot_accuracy, plot_optimisation
 from search.points import PICKS, Point, paired, print_points, write_csv, write_picks
 from search.records import open_run
 from search.report import write_report
-from search.sampled import sample_points
+from search.sampled import other_policy, ranker, sample_points
 from search.select import Choice, choose, print_choice, write_choice
 from search.select import manifest as selected
 from search.session import open_session
-from search.sweep import Sweep, search_points
+from search.sweep import Sweep, prepared, search_points
 
 __all__ = ["CompareConfig", "Investment", "Method", "compare", "main"]
 
@@ -40,17 +38,14 @@ def compare(config: CompareConfig) -> None:
                 f"verifiers {str(first.path)!r} and {str(verifier.path)!r} were made "
                 "for different policies; compare them in two runs"
             )
-    # What cannot be read, or does not fit the pick, must not cost the night either.
-    reward_models = [(m, session.reward_model(m.orm)) for m in config.methods if m.orm]
-    for method, model in reward_models:
-        rule = method.pick or model.pick
-        check_pick(rule, model.heads, model.base_head, model.config.model)  # type: ignore[arg-type]
     output = Path(config.output)
-    digests = {name: v.digest for name, v in verifiers.items()}
-    digests |= {model.config.model: model.digest for _, model in reward_models}
-    open_run(output, manifest(config, digests))
     problems = session.problems(config.split, config.problems, config.skip)
-    sweep = with_choices(Sweep(config, verifiers, session, problems, output))
+    sweep = Sweep(config, verifiers, session, problems, output)
+    _prepare(sweep)
+    digests = {name: v.digest for name, v in verifiers.items()}
+    digests |= {model.config.model: model.digest for model in session.readers.values()}
+    open_run(output, manifest(config, digests))
+    sweep = with_choices(sweep)
     points: list[Point] = []
     for method in sweep.config.methods:
         if method.kind != "best_of_n":
@@ -60,6 +55,21 @@ def compare(config: CompareConfig) -> None:
     write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
     _report(config, points, invested)
     session.check()
+
+
+def _prepare(sweep: Sweep) -> None:
+    """Have the session know all models; what does not fit must not cost the night either.
+
+    Raises:
+        UserError: if a method cannot be searched as it is set.
+    """
+    for method in sweep.config.methods:
+        if method.kind != "best_of_n":
+            prepared(sweep, method)
+            continue
+        sweep.session.sampling_engine(None, other_policy(sweep, method))
+        if method.verifier or method.orm:
+            ranker(sweep, method)
 
 
 def with_choices(sweep: Sweep) -> Sweep:
@@ -96,6 +106,8 @@ def with_choices(sweep: Sweep) -> Sweep:
 
 
 def _report(config: CompareConfig, points: list[Point], invested: dict[str, float]) -> None:
+    from search.plot import plot_accuracy, plot_optimisation
+
     output = Path(config.output)
     order = {m.name: i for i, m in enumerate(config.methods)}
     points.sort(key=lambda p: (order[p.method], p.n))

@@ -112,7 +112,7 @@ def claim(config: SearchConfig, opened: Opened, name: str) -> Path:
 
 
 def serve(config: SearchConfig, opened: Opened) -> StepScorer:
-    """The scorer in service, and the engine that samples."""
+    """The scorer and the engine that samples; they are loaded when something is searched."""
     scorer: StepScorer
     if config.orm is not None:
         scorer = opened.session.reward_model(config.orm)

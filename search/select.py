@@ -28,7 +28,7 @@ from search.plan import CompareConfig, Method, Selectable, Selection
 from search.points import Point
 from search.records import open_run
 from search.session import Scoring, load_checked, open_session
-from search.sweep import Sweep, search_points
+from search.sweep import Sweep, prepared, search_points
 from search.workers import check_workers
 
 COARSE = (10.0, 5.0, 2.5, 1.25, 0.625, 0.3125)
@@ -109,8 +109,10 @@ def select(config: SelectConfig) -> None:
         "sampler": None if config.sampler is None else asdict(config.sampler),
         "method": asdict(method),
     }
-    open_run(output, known | manifest(config.select, config.selection))
     sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
+    session.problems("validation", config.selection.problems)
+    prepared(sweep, method)
+    open_run(output, known | manifest(config.select, config.selection))
     choice = choose(sweep, method, config.select, config.selection)
     session.shutdown()
     write_choice(choice, output)

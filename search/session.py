@@ -9,12 +9,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pav.drive import drive
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
-from pav.export import ensure_export
 from pav.policy import (
     Policy,
     PolicyConfig,
@@ -30,18 +29,20 @@ from pav.tasks.base import Problem, Split, Task
 from pav.verifier import Card, Verifier, load_verifier, prompt_from, resolve_task, trunk_path
 from search.failures import check_truncation, troubles, truncated_share
 from search.records import Record, append, read, read_seconds, rewrite, write_seconds
-from search.reward_models import RewardModel
 from search.reward_text import RewardModelConfig
 from search.scoring import Scorer, StepScorer
 from search.worker import Search
 from search.workers import Elsewhere, Workers
+
+if TYPE_CHECKING:
+    from search.reward_models import RewardModel
 
 Scoring = Literal["auto", "fused", "separate"]
 
 
 @dataclass
 class Session:
-    """Policy, task and engines; engines are loaded once, when first needed.
+    """Policy, task and engines; engines are loaded once, when something is to be searched.
 
     Attributes:
         task: problems and grader.
@@ -103,6 +104,11 @@ class Session:
         """All engines and reward models."""
         return [*self.engines.values(), *self.readers.values()]
 
+    def start(self) -> None:
+        """Load all engines and reward models that are not loaded, those first that load faster."""
+        for served in (*self.readers.values(), *self.engines.values()):
+            served.start()
+
     def scorer(
         self, verifier: Verifier, scoring: Scoring, with_surprise: bool, trunk: str | None
     ) -> Scorer:
@@ -120,6 +126,8 @@ class Session:
                 f"{str(verifier.path)!r} {why_not}; use --scoring separate"
             )
         fused = not why_not and scoring != "separate"
+        from pav.export import ensure_export
+
         directory, score_ids = ensure_export(verifier, path)
         policy = load_policy(
             PolicyConfig(path, prompt=prompt_from(card.prompt), dtype=card.dtype),  # type: ignore[arg-type]
@@ -132,8 +140,10 @@ class Session:
 
     def reward_model(self, config: RewardModelConfig) -> RewardModel:
         """Put a third-party reward model into service."""
+        from search.reward_models import RewardModel
+
         if config.model not in self.readers:
-            self.readers[config.model] = RewardModel(config, self.policy, load=not self.workers)
+            self.readers[config.model] = RewardModel(config, self.policy)
         return self.readers[config.model]
 
     def _why_not_fused(self, card: Card) -> str:
@@ -183,6 +193,8 @@ class Session:
         before = read_seconds(path, len(found))
         if self.workers and owed:
             self.workers.open(self, search, len(owed), concurrency)
+        elif owed:
+            self.start()
         started = monotonic()
         with Reporter(what, len(problems), "problems") as reporter:
 

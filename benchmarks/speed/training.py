@@ -45,7 +45,7 @@ from pav.checkpoints import LastCheckpoint
 from pav.cli import run
 from pav.data import Example, batches
 from pav.fit import VerifierModule, prepare, trainer_of
-from pav.progress import LightningProgress
+from pav.training_progress import LightningProgress
 from pav.train_config import TrainConfig
 from pav.trunk import HeadedTrunk
 

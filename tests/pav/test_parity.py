@@ -21,7 +21,8 @@ from pav.export import export_verifier
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.steps import scoring_position
 from pav.tasks.tape import Tape
-from pav.verifier import HeadedTrunk, load_trunk, load_verifier
+from pav.trunk import HeadedTrunk, load_trunk
+from pav.verifier import load_verifier
 
 T = TypeVar("T")
 HEADS = ("q/base", "q/prover", "orm")

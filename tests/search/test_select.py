@@ -172,13 +172,14 @@ def test_comparison_chooses_on_validation_and_tests_with_the_choice_in_one_engin
     verifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
-    load = Engine.__post_init__
+    load = Engine.start
 
     def counting(engine: Engine) -> None:
-        loaded.append(engine.model)
+        if engine._engine is None:
+            loaded.append(engine.model)
         load(engine)
 
-    monkeypatch.setattr(Engine, "__post_init__", counting)
+    monkeypatch.setattr(Engine, "start", counting)
     compare(
         CompareConfig(
             [
