@@ -8,24 +8,19 @@ selection does to a verifier: search prefers prefixes whose Q is predicted too h
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from pav.cli import run
-from pav.data import pav_examples, score
 from pav.errors import UserError
-from pav.judged import MODES, judge
 from pav.labels import LabelSet, read_labels
-from pav.measure import measure
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.reliability import draw
-from pav.report import first_half, label_facts, print_metrics
 from pav.tasks.base import Task
-from pav.trunk import HeadedTrunk
 from pav.verifier import (
     Verifier,
     load_model,
@@ -34,6 +29,11 @@ from pav.verifier import (
     resolve_task,
     trunk_path,
 )
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pav.trunk import HeadedTrunk
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,19 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, print and write (see :class:`EvaluateConfig`); returns what is written."""
+    # Not at the top: they bring torch, and --help stays fast.
+    from pav.data import pav_examples, score
+    from pav.judged import MODES, judge
+    from pav.measure import measure
+    from pav.report import first_half, label_facts, print_metrics
+
     verifier = load_verifier(config.verifier)
     labels = read_labels(config.labels)
     task = resolve_task(verifier.card.task, config.task, f"verifier {config.verifier!r}")
     check_labels(verifier, labels, task, config)
-    model, policy = load_on_trunk(verifier, task, config.trunk)
+    output = Path(config.output) if config.output else _beside(config.labels[0], verifier)
+    check_writable(output)
+    path, policy = trunk_policy(verifier, task, config.trunk)
     cap = labels.manifest["sampler"]["max_length"]
     splits = ("train", "validation", "test") if config.split == "all" else (config.split,)
     examples = [
@@ -79,7 +87,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(
             f"labels {config.labels} hold no solutions of {config.split} problems; set split"
         )
-    scored = score(model, examples, policy, "scoring")
+    scored = score(load_on_device(verifier, path), examples, policy, "scoring")
     card = verifier.card
     q = {
         (head, mode): card.calibrator(head, mode == "surprise")(
@@ -95,9 +103,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     title = f"{config.verifier} on {', '.join(config.labels)}, {config.split} problems"
     print_metrics(metrics, title)
     _print_shift(card.validation, metrics)
-    output = Path(config.output) if config.output else _beside(config.labels[0], verifier)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
         output.write_text(json.dumps(plain, indent=1))
         draw(metrics, output.with_suffix(".png"), title)
@@ -134,8 +140,32 @@ def check_labels(verifier: Verifier, labels: LabelSet, task: Task, config: Evalu
         )
 
 
-def load_on_trunk(verifier: Verifier, task: Task, trunk: str | None) -> tuple[HeadedTrunk, Policy]:
-    """(model in float32, the trunk as a policy: prompt, tokenizer and step rule).
+def check_writable(output: Path) -> None:
+    """Find out before the work where its result cannot be written.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(output.parent, os.W_OK) else "no permission"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason or output.is_dir():
+        raise UserError(
+            f"output {str(output)!r} cannot be written ({reason or 'a directory'}); choose another"
+        )
+
+
+def load_on_device(verifier: Verifier, path: str) -> HeadedTrunk:
+    """The verifier in float32 on its trunk at ``path``, on a GPU if there is one."""
+    import torch
+
+    return load_model(verifier, path).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trunk_policy(verifier: Verifier, task: Task, trunk: str | None) -> tuple[str, Policy]:
+    """(path of the trunk, the trunk as a policy: prompt, tokenizer and step rule).
 
     Raises:
         UserError: if the trunk moved, or has another tokenizer by now.
@@ -149,8 +179,7 @@ def load_on_trunk(verifier: Verifier, task: Task, trunk: str | None) -> tuple[He
             f"the trunk at {path!r} has another tokenizer than the one that {str(verifier.path)!r} "
             "was trained with; name the right one with --trunk"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(verifier, path).to(device), policy
+    return path, policy
 
 
 def _print_shift(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pav.calibrate import Calibrator
 from pav.cli import run
@@ -20,6 +20,8 @@ from pav.model_card import write_card
 from pav.policy import load_tokenizer
 from pav.verifier import Card, Verifier, load_model, load_verifier, trunk_path
 
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pav.trunk import HeadedTrunk
 

@@ -30,9 +30,9 @@ from transformers import (
 from pav.cli import run
 from pav.errors import UserError
 from pav.policy import Prompt, encode_prompt, load_tokenizer, model_path
-from pav.training_progress import LightningProgress
 from pav.tasks.base import Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
+from pav.training_progress import LightningProgress
 
 IGNORE = -100
 # Batches that are drawn together and sorted by length, so that padding stays under a few percent.

@@ -22,7 +22,7 @@ from data_gen.store import Store
 from pav.ceilings import advantage_ceilings, ceilings, deconvolve, irreducible_brier
 from pav.data import pav_examples, score
 from pav.errors import UserError
-from pav.evaluate import EvaluateConfig, evaluate, load_on_trunk
+from pav.evaluate import EvaluateConfig, evaluate, load_on_device, trunk_policy
 from pav.first_error import first_error_metrics, first_error_threshold, halves_agree
 from pav.judged import judge
 from pav.labels import Completion, Trace, prefix_key, read_labels
@@ -372,7 +372,8 @@ def test_a_predictor_of_the_truth_reaches_the_ceilings_of_real_labels(
     labels: str, verifier: str
 ) -> None:
     found, loaded = read_labels([labels]), load_verifier(verifier)
-    model, policy = load_on_trunk(loaded, TASK, None)
+    path, policy = trunk_policy(loaded, TASK, None)
+    model = load_on_device(loaded, path)
     heads = loaded.card.heads
     examples = pav_examples(found, "validation", heads, policy, 64)
     scored = score(model, examples, policy, "scoring")
