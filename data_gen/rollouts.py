@@ -7,6 +7,7 @@ times; the share of right answers estimates Q (PAV paper, Eq. 1 and Section 4.2)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,7 @@ from pav.cli import run
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.policy import Policy, PolicyConfig, Sampler, asked, load_policy, tokenizer_fingerprint
+from pav.stats import few
 from pav.tasks.base import Problem, Split, Task, task_spec
 from pav.tasks.tape import Tape
 
@@ -244,7 +246,9 @@ def _problems(config: RolloutsConfig) -> list[tuple[Split, Problem]]:
     for split, count in wanted:
         if not count:
             continue
-        part = islice(config.task.problems(split), config.skip, config.skip + count)
+        part = list(islice(config.task.problems(split), config.skip, config.skip + count))
+        if warning := few(len(part), split, count):
+            print(f"WARNING: {warning}", file=sys.stderr)
         found += [(split, problem) for problem in part]
     if not any(split == "train" for split, _ in found):
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from pav.errors import UserError
 from pav.labels import LabelSet, read_labels
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint
 from pav.reliability import draw
+from pav.stats import few
 from pav.tasks.base import Task
 from pav.verifier import (
     Verifier,
@@ -87,6 +89,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(
             f"labels {config.labels} hold no solutions of {config.split} problems; set split"
         )
+    if warning := few(len({e.problem_id for e in examples}), config.split):
+        print(f"WARNING: {warning}", file=sys.stderr)
     scored = score(load_on_device(verifier, path), examples, policy, "scoring")
     card = verifier.card
     q = {
@@ -184,13 +188,18 @@ def trunk_policy(verifier: Verifier, task: Task, trunk: str | None) -> tuple[str
 
 def _print_shift(before: dict[str, Any], now: dict[str, Any]) -> None:
     """What changed against the verifier's own validation."""
+    from pav.report import shown
+
     for name, m in now.items():
         old = before.get(name)
         if name.endswith("/surprise") and isinstance(old, dict) and m["rows"]:
+            auc, ece = (
+                f"{shown(m, key)} here, {shown(old, key)} on its own validation"
+                for key in ("auc", "calibration_error")
+            )
             print(
-                f"{name}: AUC {m['auc']:.3f} here, {old['auc']:.3f} on its own validation; "
-                f"calibration error {m['calibration_error']:.3f}, {old['calibration_error']:.3f}; "
-                f"mean Q {m['mean_q']:.3f} for {m['mean_right']:.3f} right"
+                f"{name}: AUC {auc}; calibration error {ece}; mean Q {shown(m, 'mean_q')} for "
+                f"{shown(m, 'mean_right')} right"
             )
 
 

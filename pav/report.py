@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from pav.judged import MODES, judge
 from pav.labels import LabelSet
 from pav.measure import measure
 from pav.policy import Policy
+from pav.stats import bootstrap
 from pav.tasks.base import Task
 from pav.trunk import HeadedTrunk
 from pav.verifier import ORM, Card
@@ -115,7 +118,7 @@ def _picks(
     q: dict[tuple[str, str], np.ndarray],
     held: np.ndarray,
     labels: LabelSet,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Accuracy of every pick rule among the seed traces of held-out validation problems."""
     outcome = {(t.problem_id, tuple(t.ids)): t for t in labels.traces if not t.truncated}
     q_base, q_orm = q[card.base_head, "surprise"], q[ORM, "surprise"]
@@ -151,10 +154,12 @@ def _picks(
         winner = max(votes, key=lambda a: votes[a]) if votes else None
         right["vote"].append(any(g[4] for g in group if g[3] == winner))
     accuracies = {pick: float(np.mean(right[pick])) if right[pick] else 0.0 for pick in PICKS}
-    return {**accuracies, "problems": float(len(groups))}
+    told = {p: bootstrap(np.array([right[p]], dtype=float).T) for p in PICKS if right[p]}
+    ci95 = {pick: [interval.low, interval.high] for pick, interval in told.items()}
+    return {**accuracies, "problems": float(len(groups)), "ci95": ci95}
 
 
-def default_pick(picks: dict[str, float]) -> str:
+def default_pick(picks: dict[str, Any]) -> str:
     """The ORM head (the paper's rule), unless another rule wins by over a standard error.
 
     The last Q alone is a poor pick after a search that ranked by it: it is over-optimised.
@@ -171,7 +176,7 @@ def print_report(card: Card) -> None:
     """The validation metrics as tables."""
     print_metrics(card.validation, "validation, the half that calibration did not see")
     if "picks" in card.validation:
-        picks = ", ".join(f"{k} {card.validation['picks'][k]:.3f}" for k in PICKS)
+        picks = ", ".join(f"{k} {shown(card.validation['picks'], k)}" for k in PICKS)
         Console().print(f"final pick among seed traces: {picks}; default: {card.pick}")
 
 
@@ -207,11 +212,17 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
         # An advantage's correlation stands beside its sign; that of Q is in the file.
         values = m | {"sign": np.nan, "correlation": np.nan} | advantage.get(name, {})
         values["rows"] = m["rows"]
-        cells = {k: _shown(values[k]) for k in _COLUMNS}
+        told = m.get("ci95", {})
+        if name in advantage:
+            told = told | {
+                k: advantage[name].get("ci95", {}).get(k, []) for k in ("sign", "correlation")
+            }
+        cells = {k: _shown(values[k], told.get(k), "\n") for k in _COLUMNS}
         if "sign_low" in values and values["sign"] == values["sign"]:
             cells["sign"] = f"{values['sign_low']:.2f} to {values['sign']:.2f}"
         table.add_row(name, *cells.values())
     console.print(table)
+    _print_verdicts(console, metrics)
     noisy = [
         name.removesuffix("/ceiling")
         for name, m in metrics.items()
@@ -230,23 +241,66 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
         if m["traces"]:
             console.print(
                 f"first error by {metrics['first_error']['truth']}, {name}: found in "
-                f"{_shown(m['error'])} of faulty solutions, none seen in {_shown(m['clean'])} of "
-                f"the others, F1 {_shown(m['f1'])} (Q below {m['threshold']:.2f})"
+                f"{shown(m, 'error')} of faulty solutions, none seen in {shown(m, 'clean')} of "
+                f"the others, F1 {shown(m, 'f1')} (Q below {m['threshold']:.2f})",
+                markup=False,
             )
-    _print_slips(console, metrics.get("slips") or {})
+    _print_slips(console, metrics.get("slips") or {}, metrics.get("slips_ci95") or {})
 
 
-def _shown(value: float) -> str:
+def shown(figures: dict[str, Any], name: str) -> str:
+    """A figure with its 95% interval, where that is known."""
+    return _shown(figures[name], figures.get("ci95", {}).get(name))
+
+
+def _shown(value: float, interval: Sequence[float] | None = None, between: str = " ") -> str:
     if isinstance(value, int):
         return str(value)
-    return f"{value:.3f}" if value == value else "-"
+    if value != value:
+        return "-"
+    if not interval or interval[0] != interval[0]:
+        return f"{value:.3f}"
+    return f"{value:.3f}{between}[{_short(interval[0])}, {_short(interval[1])}]"
+
+
+def _short(value: float) -> str:
+    """Two digits, without the 0 in front."""
+    return f"{value:.2f}".replace("0.", ".", 1)
+
+
+def _print_verdicts(console: Console, metrics: dict[str, Any]) -> None:
+    """Of every head whether it is worth more than the mean: what no table says at a glance."""
+    for name, m in metrics.items():
+        if name.endswith("/surprise") and isinstance(m, dict) and m.get("ci95") and m["rows"]:
+            console.print(f"{name.removesuffix('/surprise')}: {verdict(m)}", markup=False)
+
+
+def verdict(m: dict[str, Any]) -> str:
+    """Whether values are better than a constant, the mean of the labels, by their Brier score.
+
+    They are, or are worse, where the 95% interval of the difference excludes 0.
+    """
+    low, high = m["ci95"]["brier_gain"]
+    gain = m["brier_constant"] - m["brier"]
+    against = f"against {m['brier_constant']:.3f}"
+    said = f"{abs(gain):.3f} [{abs(low if gain > 0 else high):.3f}, "
+    said += f"{abs(high if gain > 0 else low):.3f}] (Brier {m['brier']:.3f} {against})"
+    if low > 0:
+        return f"better than a constant by {said}"
+    if high < 0:
+        return f"worse than a constant by {said}"
+    return f"no better than a constant: Brier {shown(m, 'brier')} {against}"
 
 
 def _print_steps(console: Console, metrics: dict[str, Any]) -> None:
     """AUC and calibration error by step, of the better calibrator."""
     columns = {
         f"{name.split('/surprise')[0]} {label}": dict(
-            zip(m["steps"]["step"], m["steps"][key], strict=True)
+            zip(
+                m["steps"]["step"],
+                zip_longest(m["steps"][key], m["steps"].get(f"{key}_ci95", [])),
+                strict=True,
+            )
         )
         for name, m in metrics.items()
         if name.endswith("/surprise") and isinstance(m, dict) and m["rows"] and "q/" in name
@@ -259,11 +313,11 @@ def _print_steps(console: Console, metrics: dict[str, Any]) -> None:
     for heading in ("step", *columns):
         table.add_column(heading, justify="right")
     for step in steps:
-        table.add_row(str(step), *(_shown(c.get(step, np.nan)) for c in columns.values()))
+        table.add_row(str(step), *(_shown(*c.get(step, (np.nan,)), "\n") for c in columns.values()))
     console.print(table)
 
 
-def _print_slips(console: Console, slips: dict[str, Any]) -> None:
+def _print_slips(console: Console, slips: dict[str, Any], told: dict[str, Any]) -> None:
     if not slips:
         return
     names = list(next(iter(slips.values())))
@@ -272,5 +326,7 @@ def _print_slips(console: Console, slips: dict[str, Any]) -> None:
     for column in slips:
         table.add_column(column)
     for name in names:
-        table.add_row(name, *(_shown(by[name]) for by in slips.values()))
+        table.add_row(
+            name, *(_shown(by[name], told.get(of, {}).get(name), "\n") for of, by in slips.items())
+        )
     console.print(table)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -30,7 +32,8 @@ from transformers import (
 from pav.cli import run
 from pav.errors import UserError
 from pav.policy import Prompt, encode_prompt, load_tokenizer, model_path
-from pav.tasks.base import Task, task_spec
+from pav.stats import Interval, bootstrap, few
+from pav.tasks.base import Problem, Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
 from pav.training_progress import LightningProgress
 
@@ -202,12 +205,20 @@ def sft(config: SftConfig) -> None:
         raise UserError(
             f"output {config.output!r} is not writable ({error.strerror}); choose another"
         ) from error
+    problems = list(islice(config.task.problems("validation"), config.eval_problems))
+    if config.eval_problems and not problems:
+        raise UserError(
+            f"task {config.task.name!r} has no validation problems; set eval_problems 0"
+        )
+    if config.eval_problems and (warning := few(len(problems), "validation", config.eval_problems)):
+        print(f"WARNING: {warning}", file=sys.stderr)
     last = output / "last.ckpt"
     _refuse_other(config, output, last.exists())
     L.seed_everything(config.seed, verbose=False)
     if config.init:
         path = model_path(config.init)
         tokenizer = load_tokenizer(path)
+        encode_prompt(tokenizer, config.prompt, "?")  # what it refuses it refuses now
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     else:
         tokenizer = tape_tokenizer()
@@ -254,10 +265,8 @@ def sft(config: SftConfig) -> None:
     tokenizer.save_pretrained(output)
     last.unlink(missing_ok=True)
     if config.eval_problems:
-        right = accuracy(model, tokenizer, config)
-        print(
-            f"right in a single sample: {right:.3f} of {config.eval_problems} validation problems"
-        )
+        right = accuracy(model, tokenizer, config, problems)
+        print(f"right in a single sample: {right} of {len(problems)} validation problems")
     print(f"policy: {output}\nnext: data_gen.rollouts --policy {output} --output runs/labels")
 
 
@@ -296,13 +305,15 @@ def llama_config(config: SftConfig, vocabulary: int) -> LlamaConfig:
 
 @torch.inference_mode()
 def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: SftConfig
-) -> float:
-    """Share of validation problems right in one sample at temperature 1 (shape: scalar)."""
-    problems = list(islice(config.task.problems("validation"), config.eval_problems))
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SftConfig,
+    problems: list[Problem],
+) -> Interval:
+    """Share of ``problems`` that are right in one sample at temperature 1."""
     torch.manual_seed(config.seed)
     model.eval()
-    right = 0
+    right: list[bool] = []
     for i in range(0, len(problems), 250):
         part = problems[i : i + 250]
         prompts = [encode_prompt(tokenizer, config.prompt, p.question) for p in part]
@@ -319,8 +330,8 @@ def accuracy(
             pad_token_id=pad,
         )
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        right += sum(config.task.grade(t, p).correct for t, p in zip(texts, part, strict=True))
-    return right / len(problems)
+        right += [config.task.grade(t, p).correct for t, p in zip(texts, part, strict=True)]
+    return bootstrap(np.array([right], dtype=float).T)
 
 
 def main() -> None:

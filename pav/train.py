@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +49,7 @@ from pav.policy import (
 )
 from pav.reliability import draw
 from pav.report import fit_and_report, print_report
+from pav.stats import few
 from pav.tasks.base import Task, task_spec
 from pav.train_config import TrainConfig
 from pav.trunk import HeadedTrunk, load_trunk
@@ -108,6 +110,9 @@ def _train(config: TrainConfig) -> Card | None:
             f"labels {config.labels} hold {len(train_set)} training and {len(validation)} "
             "validation traces; both are needed: raise problems or validation_problems"
         )
+    for split, part in (("training", train_set), ("validation", validation)):
+        if warning := few(len({e.problem_id for e in part}), split):
+            print(f"WARNING: {warning}", file=sys.stderr)
     if config.loss == "hard":
         train_set, validation = hardened(train_set), hardened(validation)
     print(

@@ -9,6 +9,7 @@ import numpy as np
 
 from pav.errors import UserError
 from pav.policy import PolicyConfig, Sampler
+from pav.stats import bootstrap
 from pav.tasks.tape import Tape
 from pav.verifier import Verifier, load_verifier
 from search.configs import SearchConfig, manifest, run_directory
@@ -19,7 +20,6 @@ from search.report import write_report
 from search.scoring import StepScorer
 from search.session import Session, load_checked, open_session, plain_session
 from search.solve import beam_settings
-from search.stats import bootstrap
 from search.table import print_table, result_row
 
 

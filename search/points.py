@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pav.policy import Policy
+from pav.stats import Interval, bootstrap, mcnemar
 from pav.tasks.base import Split
 from pav.verifier import ORM
 from search.cost import record_flops, shape_of
 from search.pick import ORM_RULES
 from search.records import Record
 from search.scoring import Scorer
-from search.stats import Interval, bootstrap, mcnemar
 from search.table import print_table, result_row
 
 if TYPE_CHECKING:

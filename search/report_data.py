@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from pav.errors import UserError
+from pav.stats import bootstrap
 from pav.verifier import ORM
 from search.points import PICKS, difference_rows, shown_row
 from search.rank import Values, prover_q
 from search.records import Candidate, Record, peek
 from search.report_tree import last_steps, tree
-from search.stats import bootstrap
 from search.table import result_row
 
 PROBLEMS = 20

@@ -25,6 +25,7 @@ from pav.policy import (
     weights_digest,
 )
 from pav.progress import Reporter
+from pav.stats import few
 from pav.tasks.base import Problem, Split, Task
 from pav.verifier import Card, Verifier, load_verifier, prompt_from, resolve_task, trunk_path
 from search.failures import check_truncation, troubles, truncated_share
@@ -82,6 +83,10 @@ class Session:
             raise UserError(
                 f"task {self.task.name!r} has no {split} problems{after}; check task.data"
             )
+        # Few of a test set are the user's choice, and their intervals are shown.
+        chosen = split == "test" and len(found) == count
+        if not chosen and (warning := few(len(found), split, count)):
+            warn(warning)
         return found
 
     def sampling_engine(self, scorer: StepScorer | None, policy: Policy | None = None) -> Engine:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from search.stats import Interval
+from pav.stats import Interval
 
 
 def result_row(

@@ -41,6 +41,7 @@ from pav.cli import run
 from pav.drive import drive
 from pav.engine import Engine, EngineConfig, Read, Sampled, seed_of
 from pav.policy import Policy, Sampler
+from pav.stats import bootstrap
 from pav.steps import scoring_position
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
@@ -51,7 +52,6 @@ from search.records import Record
 from search.scoring import NOTHING, Reading, Scorer
 from search.session import Session, open_session
 from search.solve import beam_record, beam_settings
-from search.stats import bootstrap
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.search_loops"
 SEQUENTIAL = {1: 10.0, 16: 4.0}
