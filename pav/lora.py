@@ -5,7 +5,7 @@ Source: LoRA (arXiv 2106.09685). Shapes: A (rank, in), B (out, rank).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,15 @@ def linear_layers(trunk: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
+def check_targets(lora: Lora, known: Collection[str]) -> None:
+    """Refuse targets that are not among the names of a trunk's linear layers."""
+    if unknown := sorted(set(lora.targets) - set(known)):
+        raise UserError(
+            f"lora.targets names {unknown[0]!r}, which is no linear layer of the trunk; choose "
+            f"from {', '.join(sorted(known))}"
+        )
+
+
 def add_adapters(trunk: PreTrainedModel, lora: Lora) -> None:
     """Put adapters on ``trunk`` in place; they alone require gradients and are float32.
 
@@ -67,12 +76,7 @@ def add_adapters(trunk: PreTrainedModel, lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = linear_layers(trunk)
-    known = {name.rsplit(".", 1)[-1] for name in layers}
-    if unknown := sorted(set(lora.targets) - known):
-        raise UserError(
-            f"lora.targets names {unknown[0]!r}, which is no linear layer of the trunk; choose "
-            f"from {', '.join(sorted(known))}"
-        )
+    check_targets(lora, {name.rsplit(".", 1)[-1] for name in layers})
     chosen = [n for n in layers if not lora.targets or n.rsplit(".", 1)[-1] in lora.targets]
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen

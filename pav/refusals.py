@@ -145,7 +145,7 @@ def _flat(found: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _flat(value, f"{prefix}{name}.")
 
 
-def _settings(cls: type, args: Sequence[str], prefix: str = "") -> Iterator[str]:
+def _settings(cls: Any, args: Sequence[str], prefix: str = "") -> Iterator[str]:
     """Dotted names of all settings of a config class; ``name.*`` where any may follow."""
     hints = get_type_hints(cls)
     for f in fields(cls):
@@ -170,11 +170,11 @@ def _parts(kind: Any) -> Iterator[Any]:
         yield from _parts(part)
 
 
-def _built_in() -> list[type[Task]]:
+def _built_in() -> list[Any]:
     return [c for c in _subclasses(Task) if c.__module__.startswith(_BUILT_IN)]
 
 
-def _tasks(path: str | None) -> list[type[Task]]:
+def _tasks(path: str | None) -> list[Any]:
     """The task of that name, or all built-in ones."""
     found = [
         c
@@ -184,7 +184,7 @@ def _tasks(path: str | None) -> list[type[Task]]:
     return found or _built_in()
 
 
-def _subclasses(cls: type[Task]) -> Iterator[type[Task]]:
+def _subclasses(cls: type) -> Iterator[type]:
     for child in cls.__subclasses__():
         yield child
         yield from _subclasses(child)
@@ -205,8 +205,8 @@ def _plain(message: str) -> str:
         else:
             said = f"--{key[1]} is {value!r}" if key else json.dumps(value)
         text = f"{said}: {'; '.join(told)}"
-    elif value := re.search(r"(.*)\. Got value: (.*)", rest, re.DOTALL):
-        text = f"--{key[1]} is {value[2]!r}: {value[1]}" if key else rest
+    elif got := re.search(r"(.*)\. Got value: (.*)", rest, re.DOTALL):
+        text = f"--{key[1]} is {got[2]!r}: {got[1]}" if key else rest
     else:
         text = f"--{key[1]}: {rest}" if key else rest
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)

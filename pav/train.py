@@ -37,7 +37,8 @@ from pav.errors import UserError
 from pav.export import ensure_export
 from pav.fit import fit, label_data
 from pav.labels import LabelSet, read_labels
-from pav.lora import adapters_of, merge_into
+from pav.loggers import logger_of
+from pav.lora import adapters_of, check_targets, merge_into
 from pav.memory import GIB, MemoryPlan, Work, device_memory, plan_memory, shape_of, ways_out
 from pav.policy import (
     PolicyConfig,
@@ -52,7 +53,7 @@ from pav.report import fit_and_report, print_report
 from pav.stats import few
 from pav.tasks.base import Task, task_spec
 from pav.train_config import TrainConfig
-from pav.trunk import HeadedTrunk, load_trunk
+from pav.trunk import HeadedTrunk, load_trunk, refuse_unservable
 from pav.verifier import (
     FORMAT,
     LIK,
@@ -123,6 +124,7 @@ def _train(config: TrainConfig) -> Card | None:
     plan(config, path, [*train_set, *validation], gpu)
     if not config.dry_run:
         resume_or_refuse(config, card, working, [*train_set, *validation])
+    logger_of(config)  # a package that is missing is found before the trunk is loaded
     L.seed_everything(config.seed, verbose=False)
     half = config.trunk_mode == "lora" and not config.precision.startswith("32")
     # On a GPU a frozen trunk computes as it is served; on a CPU single precision is the fast one.
@@ -225,7 +227,11 @@ def plan(config: TrainConfig, path: str, examples: list[Example], gpu: bool) -> 
             "WARNING: bf16-true keeps 8 bits of a weight: updates below 1/256 of it are lost; "
             "bf16-mixed keeps them"
         )
-    shape = shape_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    described = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    refuse_unservable(described)
+    shape = shape_of(described)
+    if config.trunk_mode == "lora":
+        check_targets(config.lora, shape.linear_widths)
     work = Work(
         config.trunk_mode,
         config.precision,
