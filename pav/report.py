@@ -198,10 +198,10 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
     """What :func:`pav.measure.measure` found, compactly; ``ceiling`` is what n allows."""
     console = Console(highlight=False)
     if not console.is_terminal:  # a log: lines are as long as they need to be
-        console.width = 140
+        console.width = 170
     advantage = metrics.get("advantage", {})
     table = Table(title=title)
-    table.add_column("head / calibrator")
+    table.add_column("head / calibrator", no_wrap=True)
     for column in _COLUMNS.values():
         table.add_column(column, justify="right")
     for name, m in metrics.items():
@@ -260,12 +260,9 @@ def _shown(value: float, interval: Sequence[float] | None = None, between: str =
         return "-"
     if not interval or interval[0] != interval[0]:
         return f"{value:.3f}"
-    return f"{value:.3f}{between}[{_short(interval[0])}, {_short(interval[1])}]"
-
-
-def _short(value: float) -> str:
-    """Two digits, without the 0 in front."""
-    return f"{value:.2f}".replace("0.", ".", 1)
+    digits = 2 if abs(value) >= 0.1 else 3
+    low, high = (f"{end:.{digits}f}".replace("0.", ".", 1) for end in interval)
+    return f"{value:.3f}{between}[{low}, {high}]"
 
 
 def _print_verdicts(console: Console, metrics: dict[str, Any]) -> None:

@@ -129,7 +129,7 @@ def test_what_does_not_fit_the_verifier(
     (tmp_path / "none.jsonl").write_text('{"question": "1+1?", "answer": "2", "split": "train"}\n')
     said = refused("search.best_of_n", "--pick", "majority", "--policy", world.policy, *out,
                    "--task.data", str(tmp_path / "none.jsonl"))  # fmt: skip
-    assert "has no test problems; check task.data" in said
+    assert "leaves no problem for the test split (1 problems in all" in said
     assert not (tmp_path / "run").exists()
 
 
