@@ -41,9 +41,9 @@ class Draws:
         drawn = np.zeros((DRAWS, 0))
         if len(names):
             share = np.full(len(names), 1 / len(names))
-            drawn = np.random.default_rng(0).multinomial(len(names), share, DRAWS)
+            drawn += np.random.default_rng(0).multinomial(len(names), share, DRAWS)
         object.__setattr__(self, "index_N", index_N.ravel())
-        object.__setattr__(self, "weight_RP", drawn.astype(np.float64))
+        object.__setattr__(self, "weight_RP", drawn)
 
     def sums(self, *columns_N: Array) -> list[Array]:
         """(R,) sum over the rows of every draw, of each column."""

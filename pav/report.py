@@ -291,7 +291,7 @@ def verdict(m: dict[str, Any]) -> str:
 
 def _print_steps(console: Console, metrics: dict[str, Any]) -> None:
     """AUC and calibration error by step, of the better calibrator."""
-    columns = {
+    columns: dict[str, dict[int, tuple[float, Any]]] = {
         f"{name.split('/surprise')[0]} {label}": dict(
             zip(
                 m["steps"]["step"],
@@ -310,7 +310,9 @@ def _print_steps(console: Console, metrics: dict[str, Any]) -> None:
     for heading in ("step", *columns):
         table.add_column(heading, justify="right")
     for step in steps:
-        table.add_row(str(step), *(_shown(*c.get(step, (np.nan,)), "\n") for c in columns.values()))
+        table.add_row(
+            str(step), *(_shown(*c.get(step, (np.nan, None)), "\n") for c in columns.values())
+        )
     console.print(table)
 
 

@@ -174,8 +174,8 @@ def choose(sweep: Sweep, method: Method, what: list[Selectable], how: Selection)
         notes.append(f"alpha: {note}")
     prover = method.prover or card.prover_head
     if "K" in what:
-        points = {p: searched("K", alpha, p) for p in _provers(card, how)}
-        prover, note = _best(points, prover)
+        by_prover = {p: searched("K", alpha, p) for p in _provers(card, how)}
+        prover, note = _best(by_prover, prover)
         notes.append(f"prover: {note}")
     return Choice(
         alpha if "alpha" in what else None, prover if "K" in what else None, tried, tuple(notes)

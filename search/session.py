@@ -111,8 +111,10 @@ class Session:
 
     def start(self) -> None:
         """Load all engines and reward models that are not loaded, those first that load faster."""
-        for served in (*self.readers.values(), *self.engines.values()):
-            served.start()
+        for reader in self.readers.values():
+            reader.start()
+        for engine in self.engines.values():
+            engine.start()
 
     def scorer(
         self, verifier: Verifier, scoring: Scoring, with_surprise: bool, trunk: str | None
