@@ -101,9 +101,9 @@ def run(
     ]
     for i, arg in enumerate(args):
         for flag in named_by_model:
-            # A list of several is given as such.
+            # A list of several, or all settings of one, are given as such.
             value = args[i + 1] if arg == flag and i + 1 < len(args) else arg.partition("=")[2]
-            if (arg == flag or arg.startswith(f"{flag}=")) and not value.startswith("["):
+            if (arg == flag or arg.startswith(f"{flag}=")) and not value.startswith(("[", "{")):
                 args[i] = f"{flag}.model{arg.removeprefix(flag)}"
     # A user's task module lies where the command is started.
     if os.getcwd() not in sys.path:

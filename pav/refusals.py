@@ -118,6 +118,14 @@ def refusal(message: str, config_type: type, args: Sequence[str], prog: str) -> 
         for name in _flat(found):
             if not _is_known(name, known):
                 return f"unknown setting {name} in {file}{_meant(name, known)} {more}"
+    if single := re.match(r"unrecognized arguments: -(\w\S*)", message):
+        return f"unknown option -{single[1]}{_meant(single[1], known, '--')} {more}"
+    inside = re.search(
+        r'Parser key "([^"]+)".*Option \'([^\']+)\' is not accepted', message, re.DOTALL
+    )
+    if inside:
+        meant = _meant(f"{inside[1]}.{inside[2]}", known)
+        return f"--{inside[1]} has an unknown setting {inside[2]}{meant} {more}"
     return f"{_plain(message)} {more}"
 
 

@@ -64,6 +64,8 @@ def said(
         (["--split", "all"], "--split is 'all': expected one of 'train', 'validation', 'test'"),
         (["--n"], "argument --n: expected one argument"),
         (["beam"], "unrecognized arguments: beam"),
+        (["-problems", "4"], "unknown option -problems; did you mean --problems?"),
+        (["--orm", "{model: x, layot: y}"], "unknown setting layot; did you mean orm.layout?"),
     ],
 )  # fmt: skip
 def test_wrong_option_is_one_line_with_the_nearest_name(
