@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pav.metrics import BINS, Array, Counts
 
-DRAWS = 1000
+DRAWS = 500
 # Cells of the (draws, rows) tables that ranks are counted in.
 _CELLS = 10_000_000
 Rows = NDArray[np.bool_]
@@ -38,12 +38,12 @@ class Draws:
 
     def __post_init__(self) -> None:
         names, index_N = np.unique(self.problem_N, return_inverse=True)
-        drawn = np.zeros((DRAWS, 0))
+        weight_RP = np.zeros((DRAWS, len(names)))
         if len(names):
             share = np.full(len(names), 1 / len(names))
-            drawn += np.random.default_rng(0).multinomial(len(names), share, DRAWS)
+            weight_RP += np.random.default_rng(0).multinomial(len(names), share, DRAWS)
         object.__setattr__(self, "index_N", index_N.ravel())
-        object.__setattr__(self, "weight_RP", drawn)
+        object.__setattr__(self, "weight_RP", weight_RP)
 
     def sums(self, *columns_N: Array) -> list[Array]:
         """(R,) sum over the rows of every draw, of each column."""
