@@ -192,7 +192,7 @@ def _tasks(path: str | None) -> list[Any]:
     return found or _built_in()
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: Any) -> Iterator[Any]:
     for child in cls.__subclasses__():
         yield child
         yield from _subclasses(child)
