@@ -47,7 +47,8 @@ from pav.files import json_text
 from pav.gpu_memory import share_gpu
 from pav.policy import Dtype, Prompt, Sampler, asset, encode_prompt, load_tokenizer
 from pav.tasks.tape import Tape
-from pav.verifier import Card, HeadedTrunk, Verifier, load_trunk
+from pav.trunk import HeadedTrunk, load_trunk
+from pav.verifier import Card, Verifier
 from search.records import read as read_records
 
 Check = Literal["scores", "commands", "shared_device", "first_runner", "graphs", "devices"]
@@ -113,7 +114,9 @@ class Subject:
     def engine(self, **settings: Any) -> Engine:
         """The export in vLLM, bfloat16."""
         config = EngineConfig(kv_gib=KV_GIB, **settings)
-        return Engine(self.export, "bfloat16", 256, self.score_ids, config)
+        engine = Engine(self.export, "bfloat16", 256, self.score_ids, config)
+        engine.start()
+        return engine
 
 
 @dataclass
@@ -448,9 +451,11 @@ def check_shared_device(output: Path, report: Report) -> None:
     served: list[tuple[str, Dtype]] = [(subject.trunk, "bfloat16")] * 2
     shares = share_gpu(EngineConfig(), served, 256)
     policy = Engine(subject.trunk, "bfloat16", 256, config=shares[0])
+    policy.start()
     alone = [s.ids for s in sample(policy, subject.prompts)]
     policy.reset_prefix_cache()
     verifier = Engine(subject.export, "bfloat16", 256, subject.score_ids, shares[1])
+    verifier.start()
 
     def job(i: int) -> Callable[[], Any]:
         async def one() -> tuple[int, tuple[list[int], np.ndarray]]:

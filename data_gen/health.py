@@ -170,8 +170,8 @@ def base_accuracy(
     """How often the base policy solves label problems and validation problems on its own.
 
     From its seeds and its rollouts of step 0. ``difference`` is label minus validation problems,
-    with a 95% interval (normal, over problems); above :data:`CONTAMINATED` the base has probably
-    seen the label problems.
+    with a 95% interval (normal, over problems); where all of it is above :data:`CONTAMINATED` the
+    base has probably seen the label problems.
     """
     split_of = {t.problem_id: t.split for t in traces}
     solved: dict[str, list[bool]] = defaultdict(list)
@@ -199,7 +199,9 @@ def base_accuracy(
             variance = np.var(label, ddof=1) / len(label) + np.var(held, ddof=1) / len(held)
             half = 1.96 * float(np.sqrt(variance))
             out["ci95"] = [difference - half, difference + half]
-        out |= {"difference": difference, "contaminated": difference > CONTAMINATED}
+            # A few problems differ by chance.
+            out["contaminated"] = difference - half > CONTAMINATED
+        out["difference"] = difference
     return out
 
 
@@ -228,7 +230,7 @@ def print_health(health: dict[str, Any], directory: Path) -> None:
             )
     a = health["base_accuracy"]
     if a["contaminated"]:
-        interval = " [{:+.3f}, {:+.3f}]".format(*a["ci95"]) if a["ci95"] else ""
+        interval = " [{:+.3f}, {:+.3f}]".format(*a["ci95"])
         _warn(
             f"labels are contaminated: the base policy solves {a['label_problems']:.3f} of the "
             f"label problems and {a['validation_problems']:.3f} of the validation problems "

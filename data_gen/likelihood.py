@@ -17,10 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from transformers import PreTrainedModel
 
-from data_gen.forced_answer import Scorer, answer_ids, one_by_one, scorer_for
 from data_gen.runs import (
     Run,
     policy_config,
@@ -50,7 +47,13 @@ from pav.printable import one_line
 from pav.progress import Reporter
 from pav.rendered import refuse_clock, rendered
 from pav.tasks.base import Problem, Task
-from pav.trunk import load_trunk
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from data_gen.forced_answer import Scorer
 
 # Solutions between two parts of the table: what a death costs.
 PART = 256
@@ -96,6 +99,7 @@ def likelihood(config: LikelihoodConfig) -> None:
     with interruptible(), Store(run.directory, run.manifest):
         if owed:
             _check(task, run, owed[0])
+            _check_lengths(task, policy, owed)
             model = _load(policy, config.device)
             _write(run, task, policy, model, owed, done)
     _summary(run, policy)
@@ -149,6 +153,10 @@ def _check(task: Task, run: Run, trace: Trace) -> None:
 
 
 def _load(policy: Policy, device: str) -> PreTrainedModel:
+    import torch
+
+    from pav.trunk import load_trunk
+
     model = load_trunk(policy.path, getattr(torch, policy.config.dtype)).eval()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,7 +170,10 @@ def _load(policy: Policy, device: str) -> PreTrainedModel:
 def _write(
     run: Run, task: Task, policy: Policy, model: PreTrainedModel, owed: list[Trace], done: set[str]
 ) -> None:
+
     folder = run.directory / LIKELIHOODS
+    from data_gen.forced_answer import answer_ids, one_by_one, scorer_for
+
     scorer: Scorer | None = None
     rows: list[dict[str, Any]] = []
     asked = rendered(policy)["ids"]
@@ -172,7 +183,6 @@ def _write(
             answer = answer_ids(task, policy, problem)
             new = [(key, end) for key, end in _boundaries(trace) if key not in done]
             prompt = policy.encode(problem)
-            _check_length(model, len(prompt) + max((e for _, e in new), default=0) + len(answer))
             if new:
                 ids = prompt + trace.ids
                 cuts = [len(prompt) + end for _, end in new]
@@ -202,13 +212,26 @@ def _write(
                 rows = []
 
 
-def _check_length(model: PreTrainedModel, tokens: int) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and tokens > longest:
-        raise UserError(
-            f"prompt, solution and answer are {tokens} tokens, the model knows {longest} positions;"
-            " choose a model of longer context, or shorter reference answers"
-        )
+def _check_lengths(task: Task, policy: Policy, owed: list[Trace]) -> None:
+    """Refuse what the model cannot read, before it is loaded."""
+    from transformers import AutoConfig
+
+    from data_gen.forced_answer import answer_ids
+
+    config = AutoConfig.from_pretrained(policy.path, trust_remote_code=False)
+    longest = getattr(config, "max_position_embeddings", None)
+    around: dict[str, int] = {}
+    for trace in owed:
+        if (pid := trace.problem_id) not in around:
+            problem = Problem(pid, trace.question, trace.gold)
+            around[pid] = len(policy.encode(problem)) + len(answer_ids(task, policy, problem))
+        tokens = around[pid] + max(end for _, end in _boundaries(trace))
+        if longest is not None and tokens > longest:
+            raise UserError(
+                f"prompt, solution and answer of problem {pid} are {tokens} tokens, the model "
+                f"knows {longest} positions; choose a model of longer context, or shorter "
+                "reference answers"
+            )
 
 
 def write_part(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ times; the share of right answers estimates Q (PAV paper, Eq. 1 and Section 4.2)
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ from pav.policy import (
 )
 from pav.prompts import PROMPTS
 from pav.rendered import refuse_clock, rendered, warn_clock
+from pav.stats import few
 from pav.tasks.base import Problem, Split, Task, task_spec
 
 
@@ -286,7 +288,9 @@ def _engines(config: RolloutsConfig, policies: list[Policy]) -> Iterator[Engine 
         served = [(p.path, p.config.dtype) for p in policies]
         shared = share_gpu(config.engine, served, length)
         for (path, dtype), settings in zip(served, shared, strict=True):
-            yield Engine(path, dtype, length, config=settings)
+            engine = Engine(path, dtype, length, config=settings)
+            engine.start()
+            yield engine
         return
     models = [Model(p.path, p.config.dtype, length, config.engine, p.stepper) for p in policies]
     note = None if config.dry_run else config.directory / WORKERS
@@ -318,7 +322,9 @@ def _problems(config: RolloutsConfig) -> list[tuple[Split, Problem]]:
     for split, count in wanted:
         if not count:
             continue
-        part = islice(config.task.problems(split), config.skip, config.skip + count)
+        part = list(islice(config.task.problems(split), config.skip, config.skip + count))
+        if warning := few(len(part), split, count):
+            print(f"WARNING: {warning}", file=sys.stderr)
         found += [(split, problem) for problem in part]
     if not any(split == "train" for split, _ in found):
         raise UserError(

@@ -69,6 +69,8 @@ def serve(
             Engine(m.path, m.dtype, m.max_length, config=settings)
             for m, settings in zip(models, shared, strict=True)
         ]
+        for engine in engines:
+            engine.start()
     except UserError as error:
         send(Refused(str(error)))
         return

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import gammaln
 
 from pav.errors import UserError
 
@@ -38,6 +37,8 @@ def best_of_k_from_counts(k_right: ArrayLike, n: ArrayLike, k: int) -> NDArray[n
             f"best-of-{k} needs at least {k} rollouts per prefix, the labels have "
             f"{int(np.min(total))}; raise n_mc or lower K"
         )
+    from scipy.special import gammaln
+
     wrong = total - right
     with np.errstate(invalid="ignore"):
         ratio = gammaln(wrong + 1) - gammaln(wrong - k + 1) - gammaln(total + 1)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pav.data import Example, batches, pad, score
 from pav.policy import Policy
-from pav.verifier import HeadedTrunk
+from pav.trunk import HeadedTrunk
 
 ROWS_PER_BATCH = 2048
 # Padding above this share of a batch closes it.

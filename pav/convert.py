@@ -12,11 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-from transformers.utils import logging
-
 from pav.cli import run
 from pav.errors import UserError
 from pav.lock import Lock, beside
@@ -70,6 +65,8 @@ def convert(config: ConvertConfig) -> None:
             raise UserError(
                 f"output {config.output!r} cannot be written: {error.strerror}"
             ) from error
+        from transformers.utils import logging
+
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         print(f"reading {source.name} (half a minute)")
@@ -99,6 +96,9 @@ def packaged_gguf() -> Path:
 
 def save(source: Path, output: Path) -> None:
     """Save model and tokenizer of ``source``, dequantised, to the directory ``output``."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
     try:
         packed: Any = AutoModelForCausalLM.from_pretrained(
             source.parent,
@@ -132,6 +132,7 @@ def save(source: Path, output: Path) -> None:
 def mend_tokenizer(tokenizer: Any, source: Path) -> None:
     """Put back, in place, what transformers leaves out of a tokenizer that it reads from GGUF."""
     from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
 
     field = GGUFReader(source).get_field("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":

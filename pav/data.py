@@ -22,7 +22,8 @@ from pav.policy import Policy
 from pav.progress import Reporter
 from pav.steps import scoring_position
 from pav.tasks.base import Problem
-from pav.verifier import LIK, ORM, HeadedTrunk
+from pav.trunk import HeadedTrunk
+from pav.verifier import LIK, ORM
 
 TOKENS_PER_BATCH = 8192
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from pav.errors import UserError
-from pav.loading import ON_CPU, EngineConfig, load
+from pav.loading import EngineConfig, load, on_cpu
 from pav.policy import Dtype, Sampler
 from pav.read_check import check_reads
 from pav.steps import Stepper
@@ -88,7 +88,7 @@ def seed_of(*key: object) -> int:
 
 @dataclass
 class Engine:
-    """A vLLM engine in this process.
+    """A vLLM engine in this process; it loads its model when it is started, or first asked.
 
     Args:
         model: directory (or hub id) to serve.
@@ -104,14 +104,22 @@ class Engine:
     score_ids: list[int] = field(default_factory=list)
     config: EngineConfig = field(default_factory=EngineConfig)
     usage: Usage = field(default_factory=Usage)
+    _engine: Any = field(default=None, init=False, repr=False)
+    _futures: dict[str, tuple[asyncio.Future[Any], Callable[[Any], Any], Stepper | None]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _next: int = field(default=0, init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    def start(self) -> None:
+        """Load the model, unless that is done.
+
+        Raises:
+            UserError: if vLLM cannot load it, or does not answer as we read it.
+        """
+        if self._engine is not None:
+            return
         self._engine = load(self.model, self.dtype, self.max_length, self.config)
-        self._futures: dict[
-            str, tuple[asyncio.Future[Any], Callable[[Any], Any], Stepper | None]
-        ] = {}
-        self._next = 0
-        if self.score_ids and not ON_CPU:
+        if self.score_ids and not on_cpu():
             # Which of vLLM's two model runners answers, and how, depends on device and version.
             check_reads(self)
 
@@ -233,6 +241,7 @@ class Engine:
         convert: Callable[[Any], T],
         until: Stepper | None = None,
     ) -> asyncio.Future[T]:
+        self.start()
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         key = str(self._next)
         self._next += 1
@@ -272,11 +281,12 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes, so that what a method costs does not depend on the one before."""
-        self._engine.reset_prefix_cache()
+        if self._engine is not None:
+            self._engine.reset_prefix_cache()
 
     def shutdown(self) -> None:
         """Free the device. vLLM's state is the process's: its other engines end with this one."""
-        core = getattr(self._engine, "engine_core", None)
+        core = getattr(self._engine, "engine_core", None)  # None where it was never started
         if core is not None:
             core.shutdown()
 

@@ -7,29 +7,26 @@ selection does to a verifier: search prefers prefixes whose Q is predicted too h
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from pav.cli import run
-from pav.data import pav_examples, score
 from pav.errors import UserError
 from pav.files import json_text, write_whole
-from pav.judged import MODES, judge
 from pav.label_files import check_ids
 from pav.labels import LabelSet, read_labels
 from pav.lock import Lock, beside
-from pav.measure import measure
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint, vocabulary_size
 from pav.printable import one_line
 from pav.reliability import draw
 from pav.rendered import warn_other_prompt
-from pav.report import first_half, label_facts, print_metrics
+from pav.stats import few
 from pav.tasks.base import Task
-from pav.trunk import HeadedTrunk
 from pav.verifier import (
     Verifier,
     load_model,
@@ -38,6 +35,11 @@ from pav.verifier import (
     resolve_task,
     trunk_path,
 )
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pav.trunk import HeadedTrunk
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate(
     config: EvaluateConfig, verifier: Verifier, labels: LabelSet, output: Path
 ) -> dict[str, Any]:
+    # Not at the top: they bring torch, and --help stays fast.
+    from pav.data import pav_examples, score
+    from pav.judged import MODES, judge
+    from pav.measure import measure
+    from pav.report import first_half, label_facts, print_metrics
+
     task = resolve_task(verifier.card.task, config.task, f"verifier {config.verifier!r}")
     check_labels(verifier, labels, task, config)
-    model, policy = load_on_trunk(verifier, task, config.trunk)
-    known = vocabulary_size(policy.path)
-    check_ids(labels.traces, labels.completions, known, str(config.labels))
+    check_writable(output)
+    path, policy = trunk_policy(verifier, task, config.trunk)
+    check_ids(labels.traces, labels.completions, vocabulary_size(path), str(config.labels))
     cap = labels.manifest["sampler"]["max_length"]
     splits = ("train", "validation", "test") if config.split == "all" else (config.split,)
     examples = [
@@ -97,7 +105,9 @@ def _evaluate(
         raise UserError(
             f"labels {config.labels} hold no solutions of {config.split} problems; set split"
         )
-    scored = score(model, examples, policy, "scoring")
+    if warning := few(len({e.problem_id for e in examples}), config.split):
+        print(f"WARNING: {warning}", file=sys.stderr)
+    scored = score(load_on_device(verifier, path), examples, policy, "scoring")
     card = verifier.card
     q = {
         (head, mode): card.calibrator(head, mode == "surprise")(
@@ -150,8 +160,32 @@ def check_labels(verifier: Verifier, labels: LabelSet, task: Task, config: Evalu
         )
 
 
-def load_on_trunk(verifier: Verifier, task: Task, trunk: str | None) -> tuple[HeadedTrunk, Policy]:
-    """(model in float32, the trunk as a policy: prompt, tokenizer and step rule).
+def check_writable(output: Path) -> None:
+    """Find out before the work where its result cannot be written.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(output.parent, os.W_OK) else "no permission"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason or output.is_dir():
+        raise UserError(
+            f"output {str(output)!r} cannot be written ({reason or 'a directory'}); choose another"
+        )
+
+
+def load_on_device(verifier: Verifier, path: str) -> HeadedTrunk:
+    """The verifier in float32 on its trunk at ``path``, on a GPU if there is one."""
+    import torch
+
+    return load_model(verifier, path).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trunk_policy(verifier: Verifier, task: Task, trunk: str | None) -> tuple[str, Policy]:
+    """(path of the trunk, the trunk as a policy: prompt, tokenizer and step rule).
 
     Raises:
         UserError: if the trunk moved, or has another tokenizer by now.
@@ -166,20 +200,23 @@ def load_on_trunk(verifier: Verifier, task: Task, trunk: str | None) -> tuple[He
             "was trained with; name the right one with --trunk"
         )
     warn_other_prompt(card.trunk_prompt, policy, f"verifier {str(verifier.path)!r}", "its trunk")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(verifier, path).to(device), policy
+    return path, policy
 
 
 def _print_shift(before: dict[str, Any], now: dict[str, Any]) -> None:
     """What changed against the verifier's own validation."""
+    from pav.report import shown
+
     for name, m in now.items():
         old = before.get(name)
         if name.endswith("/surprise") and isinstance(old, dict) and m["rows"]:
+            auc, ece = (
+                f"{shown(m, key)} here, {shown(old, key)} on its own validation"
+                for key in ("auc", "calibration_error")
+            )
             print(
-                f"{one_line(name)}: AUC {m['auc']:.3f} here, {old['auc']:.3f} on its own "
-                "validation; "
-                f"calibration error {m['calibration_error']:.3f}, {old['calibration_error']:.3f}; "
-                f"mean Q {m['mean_q']:.3f} for {m['mean_right']:.3f} right"
+                f"{one_line(name)}: AUC {auc}; calibration error {ece}; "
+                f"mean Q {shown(m, 'mean_q')} for {shown(m, 'mean_right')} right"
             )
 
 

@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForTokenClassification
-
 from pav.calibrate import Calibrator
 from pav.cli import run
 from pav.errors import UserError
-from pav.export import STAMP, refuse_mlp
 from pav.files import json_text
 from pav.lock import Lock, beside
 from pav.model_card import write_card
 from pav.policy import load_tokenizer
-from pav.trunk import HeadedTrunk
 from pav.verifier import Card, Verifier, load_model, load_verifier, trunk_path
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pav.trunk import HeadedTrunk
 
 LABELS = {0: "wrong", 1: "right"}
 
@@ -60,6 +59,12 @@ def export_prm(config: ExportPrmConfig) -> None:
         raise UserError(
             f"head is {head!r}, verifier {config.verifier!r} has {', '.join(card.heads)}; name one"
         )
+
+    # Not at the top: they bring torch, and --help stays fast.
+    from safetensors import SafetensorError
+
+    from pav.export import STAMP, refuse_mlp
+
     refuse_mlp(verifier)
     output = Path(config.output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -96,6 +101,9 @@ def export_prm(config: ExportPrmConfig) -> None:
 
 def _classifier(headed: HeadedTrunk, verifier: Verifier, head: str) -> Any:
     """The trunk with a two-label layer whose softmax is the calibrated Q of ``head``."""
+    import torch
+    from transformers import AutoModelForTokenClassification
+
     trunk: Any = headed.trunk
     settings = trunk.config
     settings.num_labels = len(LABELS)

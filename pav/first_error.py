@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pav.data import Example
+from pav.intervals import location_intervals
 from pav.judged import MODES, Held, Judged, Rows, Values
 from pav.metrics import NAN, Array
 from pav.verifier import LIK, ORM
@@ -33,6 +34,7 @@ def first_error(
     at = scored.example_N[after], scored.step_N[after] - 1
     fitted_T = np.zeros(shape[0], dtype=bool)
     fitted_T[scored.example_N[fitted]] = True
+    problem_T = np.array([e.problem_id for e in judged.examples])
     found: dict[str, Any] = {"truth": "counts" if kinds is None else "slips"}
     for head in judged.heads:
         if head == ORM or (kinds is None and head.startswith(LIK)):
@@ -60,9 +62,11 @@ def first_error(
             q_TP[at] = q[head, mode][after]
             settle, report = known_T & fitted_T, known_T & held_T & ~fitted_T
             threshold = first_error_threshold(q_TP[settle], first_T[settle])
+            said = q_TP[report], first_T[report], threshold
             found[f"{head}/{mode}"] = {
                 "threshold": threshold,
-                **first_error_metrics(q_TP[report], first_T[report], threshold),
+                **first_error_metrics(*said),
+                "ci95": location_intervals(located(*said), first_T[report] > 0, problem_T[report]),
             }
     return found
 
@@ -105,14 +109,18 @@ def first_error_metrics(
         ``error``: share of faulty traces whose first error is found; ``clean``: share of the others
         in which none is; ``f1``: their harmonic mean, as ProcessBench has it.
     """
-    below = q_TP < threshold  # NaN is not
-    found_T = np.where(below.any(1), below.argmax(1) + 1, 0)
     faulty = first_T > 0
-    hit = found_T == first_T
+    hit = located(q_TP, first_T, threshold)
     error = float(hit[faulty].mean()) if faulty.any() else NAN
     clean = float(hit[~faulty].mean()) if (~faulty).any() else NAN
     f1 = 2 * error * clean / (error + clean) if error + clean > 0 else error * clean
     return {"traces": len(q_TP), "error": error, "clean": clean, "f1": f1}
+
+
+def located(q_TP: Array, first_T: NDArray[np.intp], threshold: float) -> Rows:
+    """(T,) whether the first step after which Q is below ``threshold`` is the first wrong one."""
+    below = q_TP < threshold  # NaN is not
+    return np.asarray(np.where(below.any(1), below.argmax(1) + 1, 0) == first_T)
 
 
 def halves_agree(k_TP: Array, n_TP: Array, seed: int = 0) -> float:

@@ -30,8 +30,8 @@ from pav.loggers import logger_of
 from pav.lora import add_adapters
 from pav.losses import summed_loss
 from pav.policy import Policy
-from pav.progress import LightningProgress
 from pav.train_config import HEAD_RATE, TrainConfig
+from pav.training_progress import LightningProgress
 from pav.trunk import HeadedTrunk
 
 MAX_NORM = 1.0

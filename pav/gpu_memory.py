@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pav.errors import UserError
-from pav.loading import ON_CPU, UTILIZATION, EngineConfig, gpu_bytes
+from pav.loading import UTILIZATION, EngineConfig, gpu_bytes, on_cpu
 from pav.memory import GIB, shape_of
 from pav.policy import Dtype
 
@@ -92,7 +92,7 @@ def share_gpu(
     Raises:
         UserError: if they do not fit.
     """
-    if ON_CPU or not config.planned or len(models) + len(beside) < 2:
+    if on_cpu() or not config.planned or len(models) + len(beside) < 2:
         return [config] * len(models)
     total = gpu_bytes()
     engines = [planned(model, dtype, config.tensor_parallel_size) for model, dtype in models]

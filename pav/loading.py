@@ -16,8 +16,6 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-import torch
-
 from pav.errors import UserError
 from pav.policy import Dtype
 from pav.processor import check_processor, is_emulated
@@ -25,15 +23,24 @@ from pav.processor import check_processor, is_emulated
 if TYPE_CHECKING:
     from vllm import EngineArgs, LLMEngine
 
-ON_CPU = not torch.cuda.is_available()
-if ON_CPU:
+
+@cache
+def on_cpu() -> bool:
+    """Whether engines compute on the CPU; says so to torch and vLLM, which is imported later."""
+    # Not at the top: who only asks for --help need not wait for torch.
+    import torch
+
+    if torch.cuda.is_available():
+        return False
     # The only compiled function left on the CPU path counts ranks, which we do not read; eager
     # spares the user a C++ compiler and half a minute.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    # The variable is for vLLM: torch has read it when transformers was imported.
+    # The variable is for vLLM: torch has read it when it was imported.
     torch._dynamo.config.disable = os.environ["TORCH_COMPILE_DISABLE"] == "1"
     # vLLM would bind its threads to cores of its own choice; the user's OMP_NUM_THREADS rules.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return True
+
 
 # Share of a GPU for all engines on it where nothing is set.
 UTILIZATION = 0.85
@@ -70,7 +77,7 @@ def engine_arguments(model: str, dtype: Dtype, max_length: int, config: EngineCo
     """What vLLM is told of an engine; see :class:`~pav.engine.Engine`."""
     from vllm import EngineArgs
 
-    kv_gib = config.kv_gib or (1.0 if ON_CPU else None)
+    kv_gib = config.kv_gib or (1.0 if on_cpu() else None)
     arguments: dict[str, Any] = {}
     if kv_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_gib * (1 << 30))
@@ -79,9 +86,9 @@ def engine_arguments(model: str, dtype: Dtype, max_length: int, config: EngineCo
         arguments["gpu_memory_utilization"] = 0.05
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization or UTILIZATION
-    if config.block_size or ON_CPU:
+    if config.block_size or on_cpu():
         arguments["block_size"] = config.block_size or 32
-    if ON_CPU:
+    if on_cpu():
         # A prefill cut in two rewinds the request's generator, which CPU generators cannot.
         arguments["enable_chunked_prefill"] = False
     return EngineArgs(
@@ -97,7 +104,7 @@ def engine_arguments(model: str, dtype: Dtype, max_length: int, config: EngineCo
         enable_prefix_caching=True,
         logprobs_mode="raw_logprobs",
         tensor_parallel_size=config.tensor_parallel_size,
-        enforce_eager=config.enforce_eager or ON_CPU,
+        enforce_eager=config.enforce_eager or on_cpu(),
         seed=0,
         disable_log_stats=True,
         use_tqdm_on_load=False,
@@ -113,7 +120,7 @@ def check_model(model: str, dtype: Dtype, max_length: int, config: EngineConfig)
     Raises:
         UserError: with vLLM's reason.
     """
-    if ON_CPU:
+    if on_cpu():
         check_processor()
     # vLLM writes settings for its own process there, which workers would inherit.
     environment = dict(os.environ)
@@ -156,18 +163,20 @@ def load(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> LLM
     """
     from vllm import LLMEngine
 
-    if ON_CPU:
+    if on_cpu():
         check_processor()
         if is_emulated(dtype):
             _note(
                 f"note: this CPU has no {dtype} arithmetic and emulates it, several times slower "
                 "than float32; if memory allows use dtype float32"
             )
+    import torch
+
     threads = torch.get_num_threads()
     try:
         return LLMEngine.from_engine_args(engine_arguments(model, dtype, max_length, config))
     except Exception as error:  # vLLM, torch and the model's own code raise what they like
-        memory = "lower" if ON_CPU else "set engine.gpu_memory_utilization or"
+        memory = "lower" if on_cpu() else "set engine.gpu_memory_utilization or"
         hint = (
             f"if memory is short {memory} engine.kv_gib, or lower engine.max_num_seqs or "
             "sampler.max_length"
@@ -225,6 +234,8 @@ def main() -> None:
 
     # It knows which of its builds this machine can run; importing another one is fatal.
     current_platform.import_kernels()
+    import torch
+
     if not hasattr(torch.ops._C, "rms_norm"):
         sys.exit(
             "error: vLLM's kernels do not load; what it says above is the reason. Run 'make clean' "

@@ -5,15 +5,17 @@ Source: LoRA (arXiv 2106.09685). Shapes: A (rank, in), B (out, rank).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
 from pav.errors import UserError
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -46,12 +48,23 @@ class Lora:
 
 def linear_layers(trunk: PreTrainedModel) -> dict[str, nn.Linear]:
     """Linear layers by full name, the output embedding left out."""
+    from torch import nn
+
     output = trunk.get_output_embeddings()
     return {
         name: module
         for name, module in trunk.named_modules()
         if isinstance(module, nn.Linear) and module is not output
     }
+
+
+def check_targets(lora: Lora, known: Collection[str]) -> None:
+    """Refuse targets that are not among the names of a trunk's linear layers."""
+    if unknown := sorted(set(lora.targets) - set(known)):
+        raise UserError(
+            f"lora.targets names {unknown[0]!r}, which is no linear layer of the trunk; choose "
+            f"from {', '.join(sorted(known))}"
+        )
 
 
 def add_adapters(trunk: PreTrainedModel, lora: Lora) -> None:
@@ -63,12 +76,7 @@ def add_adapters(trunk: PreTrainedModel, lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = linear_layers(trunk)
-    known = {name.rsplit(".", 1)[-1] for name in layers}
-    if unknown := sorted(set(lora.targets) - known):
-        raise UserError(
-            f"lora.targets names {unknown[0]!r}, which is no linear layer of the trunk; choose "
-            f"from {', '.join(sorted(known))}"
-        )
+    check_targets(lora, {name.rsplit(".", 1)[-1] for name in layers})
     chosen = [n for n in layers if not lora.targets or n.rsplit(".", 1)[-1] in lora.targets]
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen
@@ -98,12 +106,14 @@ def adapted(adapters: Mapping[str, Tensor]) -> list[str]:
     return sorted(k.removesuffix(A) for k in adapters if k.endswith(A))
 
 
-@torch.no_grad()
 def merge_into(
     trunk: PreTrainedModel, adapters: Mapping[str, Tensor], lora: dict[str, Any]
 ) -> None:
     """Merge adapters into a plain trunk in place."""
+    import torch
+
     layers = linear_layers(trunk)
-    for name in adapted(adapters):
-        weight = layers[name].weight
-        weight.copy_(merged(weight, adapters, name, lora))
+    with torch.no_grad():
+        for name in adapted(adapters):
+            weight = layers[name].weight
+            weight.copy_(merged(weight, adapters, name, lora))

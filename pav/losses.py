@@ -5,11 +5,10 @@ Axes: N labelled positions, H heads.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # hard: BCE on labels that data.hardened() made 0 or 1.
 Loss = Literal["bce", "hard", "mse", "beta_binomial"]
@@ -38,6 +37,9 @@ def summed_loss(
         log_spread_H: log concentration of every head (``beta_binomial`` only): rollouts of a prefix
             scatter more than a binomial around what the head can tell of that prefix.
     """
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits
+
     if kind == "mse":
         target = k_NH / n_NH.clamp_min(1e-9)
         return (weight_NH * (torch.sigmoid(logits_NH) - target) ** 2).sum()
@@ -51,6 +53,8 @@ def summed_loss(
 def _beta_binomial(
     logits: Tensor, k: Tensor, n: Tensor, share: Tensor, weight: Tensor, log_spread: Tensor
 ) -> Tensor:
+    import torch
+
     # lgamma differences of large numbers: single precision is not enough.
     right, count = (k / share).double(), (n / share).double()
     spread = log_spread.clamp(max=_MAX_LOG_SPREAD).exp().double()

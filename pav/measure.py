@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pav.ceilings import MIN_ROWS, advantage_ceilings, ceilings
 from pav.first_error import first_error
+from pav.intervals import advantage_intervals, auc_interval, value_intervals
 from pav.judged import MODES, Held, Judged, Rows, Values, slips_of
 from pav.metrics import advantage_metrics, auc, reliability_bins, value_metrics
 from pav.verifier import ORM
@@ -35,22 +36,36 @@ def measure(judged: Judged, q: Values, held: Held, fitted: Rows) -> dict[str, An
     """All figures on the rows ``held`` (by head); thresholds are settled on the rows ``fitted``.
 
     Keys: ``<head>/<mode>`` and ``<head>/ceiling`` (:func:`pav.metrics.value_metrics`, by step under
-    ``steps``), ``advantage``, ``first_error`` and, where the task knows the truth, ``slips``.
+    ``steps``), ``advantage``, ``first_error`` and, where the task knows the truth, ``slips``. What
+    has ``ci95`` has 95% intervals there, over ``problems`` (:mod:`pav.intervals`); ``slips_ci95``
+    are those of the slips.
     """
     found: dict[str, Any] = {}
+    problem_N = _problems(judged)
     advantages: dict[str, Any] = {}
     for head in judged.heads:
         rows = _distinct(judged, held[head] & (judged.counts[head].n_N > 0))
         steps = judged.scored.step_N[rows]
-        labelled = judged.counts[head][rows]
+        labelled, problem = judged.counts[head][rows], problem_N[rows]
         for mode in MODES:
             values = q[head, mode][rows]
             bins = reliability_bins(values, labelled) if len(rows) else {}
+            of_steps = _by_step(
+                steps, _STEP_COLUMNS, lambda s, v=values, c=labelled: value_metrics(v[s], c[s])
+            )
+            told = [
+                value_intervals(values[s], labelled[s], problem[s])
+                for s in (steps == number for number in of_steps["step"])
+            ]
             found[f"{head}/{mode}"] = value_metrics(values, labelled) | {
+                "problems": len(np.unique(problem)),
+                "ci95": value_intervals(values, labelled, problem),
                 "bins": {name: _short(column) for name, column in bins.items()},
-                "steps": _by_step(
-                    steps, _STEP_COLUMNS, lambda s, v=values, c=labelled: value_metrics(v[s], c[s])
-                ),
+                "steps": of_steps
+                | {
+                    f"{name}_ci95": [_short(interval[name]) for interval in told]
+                    for name in ("auc", "calibration_error")
+                },
             }
         found[f"{head}/ceiling"] = ceilings(labelled) | {
             "steps": _by_step(steps, _STEP_COLUMNS, lambda s, c=labelled: ceilings(c[s]))
@@ -60,8 +75,15 @@ def measure(judged: Judged, q: Values, held: Held, fitted: Rows) -> dict[str, An
     found["advantage"] = advantages
     kinds = slips_of(judged)
     found["first_error"] = first_error(judged, q, held, fitted, kinds)
-    found["slips"] = {} if kinds is None else _slip_table(judged, q, held, kinds)
+    found["slips"], found["slips_ci95"] = (
+        ({}, {}) if kinds is None else _slip_tables(judged, q, held, kinds)
+    )
     return found
+
+
+def _problems(judged: Judged) -> NDArray[Any]:
+    """(N,) problem of every scored row."""
+    return np.array([e.problem_id for e in judged.examples])[judged.scored.example_N]
 
 
 def _distinct(judged: Judged, rows: Rows) -> NDArray[np.intp]:
@@ -75,7 +97,7 @@ def _short(values: Any) -> list[float]:
     return [float(f"{v:.4g}") for v in values]
 
 
-def _by_step(step_N: NDArray[Any], columns: Sequence[str], of: Any) -> dict[str, list[float]]:
+def _by_step(step_N: NDArray[Any], columns: Sequence[str], of: Any) -> dict[str, Any]:
     """Columns of figures with a row per step; steps with few prefixes are left out."""
     numbers = [s for s in np.unique(step_N) if (step_N == s).sum() >= MIN_ROWS]
     rows = [of(step_N == s) for s in numbers]
@@ -92,17 +114,18 @@ def _advantages(judged: Judged, q: Values, held: Rows, head: str) -> dict[str, A
         judged, held & (judged.scored.step_N > 0) & (n_N > 0) & (n_N[judged.before_N] > 0)
     )
     before, after = judged.counts[head][judged.before_N[rows]], judged.counts[head][rows]
-    steps = judged.scored.step_N[rows]
+    steps, problem = judged.scored.step_N[rows], _problems(judged)[rows]
     found: dict[str, Any] = {}
     for mode in MODES:
         values = q[head, mode]
         a = values[rows] - values[judged.before_N[rows]]
         found[f"{head}/{mode}"] = advantage_metrics(a, before, after) | {
+            "ci95": advantage_intervals(a, before, after, problem),
             "steps": _by_step(
                 steps,
                 _ADVANTAGE_COLUMNS,
                 lambda s, a=a: advantage_metrics(a[s], before[s], after[s]),
-            )
+            ),
         }
     found[f"{head}/ceiling"] = advantage_ceilings(before, after) | {
         "steps": _by_step(
@@ -112,15 +135,15 @@ def _advantages(judged: Judged, q: Values, held: Rows, head: str) -> dict[str, A
     return found
 
 
-def _slip_table(
+def _slip_tables(
     judged: Judged, q: Values, held: Held, kinds: list[list[str | None]]
-) -> dict[str, Any]:
-    """AUC of "no slip so far", by step and by kind of first slip.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(figures, intervals): AUC of "no slip so far", by step and by kind of first slip.
 
     By kind: steps that hold a first slip of that kind against clean steps (the last step, which
     ends the trace, excluded unless the head is the ORM's).
     """
-    scored = judged.scored
+    scored, problem_N = judged.scored, _problems(judged)
     kind_N = np.array(
         [kinds[e][s] or "" for e, s in zip(scored.example_N, scored.step_N, strict=True)],
         dtype=object,
@@ -128,24 +151,30 @@ def _slip_table(
     first_N = (kind_N != "") & (kind_N[judged.before_N] == "")
     ends_N = np.array([len(e.ends) for e in judged.examples])[scored.example_N] == scored.step_N
     table: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     for head in judged.heads:
         scope = held[head] & (ends_N if head == ORM else (scored.step_N > 0))
         for mode in MODES:
             values = q[head, mode]
             clean = scope & (kind_N == "")
-            by: dict[str, float] = {"all": _auc_of(values, clean, scope & (kind_N != ""))}
+            compared = {"all": (clean, scope & (kind_N != ""))}
             for step in range(1, 9):
                 at = scope & (scored.step_N == step)
-                by[f"step {step}"] = _auc_of(values, at & (kind_N == ""), at & (kind_N != ""))
+                compared[f"step {step}"] = at & (kind_N == ""), at & (kind_N != "")
             for kind in sorted(set(kind_N) - {""}):
                 slipped = scope & (kind_N == kind)
-                by[kind] = _auc_of(values, clean, slipped & (first_N | (head == ORM)))
-            table[f"{head}/{mode}"] = by
-    return table
+                compared[kind] = clean, slipped & (first_N | (head == ORM))
+            told = {k: _auc_of(values, *rows, problem_N) for k, rows in compared.items()}
+            table[f"{head}/{mode}"] = {k: value for k, (value, _) in told.items()}
+            intervals[f"{head}/{mode}"] = {k: interval for k, (_, interval) in told.items()}
+    return table, intervals
 
 
-def _auc_of(values: NDArray[Any], positive: Rows, negative: Rows) -> float:
+def _auc_of(
+    values: NDArray[Any], positive: Rows, negative: Rows, problem_N: NDArray[Any]
+) -> tuple[float, list[float]]:
     if positive.sum() < 5 or negative.sum() < 5:
-        return float("nan")
+        return float("nan"), [float("nan")] * 2
     rows = positive | negative
-    return auc(values[rows], positive[rows])
+    high = positive[rows]
+    return auc(values[rows], high), auc_interval(values[rows], high, problem_N[rows])

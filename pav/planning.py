@@ -7,8 +7,10 @@ from transformers import AutoConfig
 from pav.batches import MAX_WASTE
 from pav.data import TOKENS_PER_BATCH, Example, batches, padding_waste
 from pav.errors import UserError
+from pav.lora import check_targets
 from pav.memory import GIB, MemoryPlan, Work, device_memory, plan_memory, shape_of, ways_out
 from pav.train_config import TrainConfig
+from pav.trunk import refuse_unservable
 
 
 def plan(config: TrainConfig, path: str, examples: list[Example], gpu: bool) -> MemoryPlan:
@@ -29,7 +31,11 @@ def plan(config: TrainConfig, path: str, examples: list[Example], gpu: bool) -> 
             "WARNING: bf16-true keeps 8 bits of a weight: updates below 1/256 of it are lost; "
             "bf16-mixed keeps them"
         )
-    shape = shape_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    described = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    refuse_unservable(described)
+    shape = shape_of(described)
+    if config.trunk_mode == "lora":
+        check_targets(config.lora, shape.linear_widths)
     work = Work(
         config.trunk_mode,
         config.precision,

@@ -13,15 +13,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-
 from pav.errors import UserError
 from pav.hub import offline_if_unreachable
 from pav.steps import Stepper, StepRule, compile_rule
 from pav.tasks.base import Problem, Task
 from pav.text import check_text
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ASSET_PREFIX = "pav:"
@@ -228,16 +229,23 @@ class Policy:
 
 
 def load_policy(config: PolicyConfig, rule: StepRule) -> Policy:
-    """Load tokenizer and step rule of ``config.model``."""
+    """Load tokenizer and step rule of ``config.model``.
+
+    Raises:
+        UserError: if they cannot be loaded, or refuse the prompt.
+    """
     path = model_path(config.model)
     tokenizer = load_tokenizer(path)
-    return Policy(
-        settled(config), path, tokenizer, compile_rule(rule, tokenizer, eos_ids(path, tokenizer))
-    )
+    config = settled(config)
+    # A prompt that cannot be made is found now, and not when engines are loaded.
+    encode_prompt(tokenizer, config.prompt, "?")
+    return Policy(config, path, tokenizer, compile_rule(rule, tokenizer, eos_ids(path, tokenizer)))
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Tokenizer at ``path``; remote code is never run."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except UNREADABLE as error:
@@ -248,6 +256,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All ids that end a sequence: the tokenizer's, the model's and its generation config's."""
+    from transformers import AutoConfig, GenerationConfig
+
     ids: set[int] = set()
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
@@ -268,6 +278,8 @@ def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def vocabulary_size(path: str) -> int:
     """Rows of the embedding of the model at ``path``: more than the tokenizer's, if padded."""
+    from transformers import AutoConfig
+
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     return int(config.get_text_config().vocab_size)
 
@@ -291,6 +303,8 @@ def encode_prompt(
         for q, a in shots:
             messages += [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
         messages.append({"role": "user", "content": user})
+        from jinja2 import TemplateError
+
         # A variable of the template hides the function of that name, which reads the real clock.
         given = {**prompt.chat_template_kwargs, CLOCK: prompt.clock(clock).strftime}
         try:
@@ -317,6 +331,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         if backend.padding or backend.truncation:  # the last call's settings, not the tokenizer's
+            from tokenizers import Tokenizer
+
             backend = Tokenizer.from_str(backend.to_str())
             backend.no_padding()
             backend.no_truncation()

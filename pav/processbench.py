@@ -22,7 +22,7 @@ from pav.cli import run
 from pav.data import Example, score
 from pav.encoding import encode_steps
 from pav.errors import UserError
-from pav.evaluate import load_on_trunk
+from pav.evaluate import check_writable, load_on_device, trunk_policy
 from pav.files import json_text
 from pav.policy import Policy
 from pav.printable import cell, one_line
@@ -30,8 +30,13 @@ from pav.processbench_data import Solution, read_subsets
 from pav.processbench_f1 import UNREADABLE, Scores, f1_row, first_wrong, pick_threshold
 from pav.steps import scoring_position
 from pav.tasks.base import Problem, Task
-from pav.trunk import HeadedTrunk
 from pav.verifier import Card, load_verifier, resolve_task
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pav.data import Example
+    from pav.trunk import HeadedTrunk
 
 Score = Literal["last", "min", "advantage"]
 
@@ -93,10 +98,13 @@ def processbench(config: ProcessBenchConfig) -> dict[str, Any]:
             f"separator is {separator!r}, without the delimiter {task.step_rule.delimiter!r} of "
             "the verifier's step rule; steps would not end where it scores them"
         )
-    model, policy = load_on_trunk(verifier, task, config.trunk)
+    check_writable(_output(config))
+    path, policy = trunk_policy(verifier, task, config.trunk)
     # A subset to pick on is often one of those to report on: the same solution is scored once.
     everything = [s for part in (*subsets.values(), *picked.values()) for s in part]
     distinct = {_key(solution): solution for solution in everything}
+    encode(policy, everything[0], separator)  # a tokenizer that cannot is found before loading
+    model = load_on_device(verifier, path)
     scores = score_steps(model, policy, card, head, list(distinct.values()), config, separator)
     known = dict(zip(distinct, scores, strict=True))
     threshold = config.threshold
@@ -161,6 +169,8 @@ def encode(policy: Policy, solution: Solution, separator: str) -> tuple[Example,
     Raises:
         UserError: if the tokenizer does not tell which characters a token holds.
     """
+    from pav.data import Example
+
     prompt = policy.encode(Problem(solution.id, solution.problem))
     steps = [step.strip() for step in solution.steps]
     encoded = encode_steps(policy, steps, separator)
@@ -256,11 +266,14 @@ def _warn(message: str) -> None:
     print(f"WARNING: {one_line(message)}", file=sys.stderr)
 
 
-def _write(config: ProcessBenchConfig, result: dict[str, Any]) -> None:
+def _output(config: ProcessBenchConfig) -> Path:
     name = Path(config.verifier.replace("pav:", "")).stem
-    output = Path(config.output or f"{name}-processbench.json")
+    return Path(config.output or f"{name}-processbench.json")
+
+
+def _write(config: ProcessBenchConfig, result: dict[str, Any]) -> None:
+    output = _output(config)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json_text(result))
     except OSError as error:
         raise UserError(

@@ -19,8 +19,6 @@ from queue import SimpleQueue
 from subprocess import DEVNULL, Popen, TimeoutExpired
 from typing import Any
 
-import torch
-
 from pav.cli import quiet
 from pav.engine import EngineConfig
 from pav.errors import UserError
@@ -130,6 +128,8 @@ def _end(process: Popen[bytes], connection: Connection) -> int:
 
 def visible_devices() -> list[str]:
     """GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch
+
     if not torch.cuda.is_available():
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -76,24 +75,3 @@ class Reporter:
             + (f", {note}" if note else ""),
             flush=True,
         )
-
-
-class LightningProgress(L.Callback):
-    """Feeds a :class:`Reporter` from a training loop; ``total`` counts batches."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.reporter = Reporter("training", self.total, "steps").__enter__()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        optimizers = max(1, len(trainer.optimizers))
-        loss = trainer.callback_metrics.get("loss")
-        note = "" if loss is None else f"loss {float(loss):.4f}"
-        self.reporter.update(trainer.global_step // optimizers, note)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.reporter.__exit__()

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import sys
 from datetime import datetime
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from pav.errors import UserError
 from pav.policy import CLOCK, STARTED, Policy, Prompt, encode_prompt
 from pav.prompts import Rendering, other_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PROBES = ("1+1", "What is 12 * 7?\nSay why.")
 # Renderings of each probe: a choice of two by chance comes out alike in one of 16,000.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,10 @@ from pav.labels import LabelSet
 from pav.measure import measure
 from pav.policy import Policy
 from pav.printable import cell, one_line
+from pav.stats import bootstrap
 from pav.tasks.base import Task
-from pav.verifier import ORM, Card, HeadedTrunk
+from pav.trunk import HeadedTrunk
+from pav.verifier import ORM, Card
 
 PICKS = ("last", "min", "vote", ORM)
 # Training solutions that calibrators read, drawn at random: more would cost a forward pass each,
@@ -115,7 +119,7 @@ def _picks(
     q: dict[tuple[str, str], np.ndarray],
     held: np.ndarray,
     labels: LabelSet,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Accuracy of every pick rule among the seed traces of held-out validation problems."""
     outcome = {(t.problem_id, tuple(t.ids)): t for t in labels.traces if not t.truncated}
     q_base, q_orm = q[card.base_head, "surprise"], q[ORM, "surprise"]
@@ -151,10 +155,12 @@ def _picks(
         winner = max(votes, key=lambda a: votes[a]) if votes else None
         right["vote"].append(any(g[4] for g in group if g[3] == winner))
     accuracies = {pick: float(np.mean(right[pick])) if right[pick] else 0.0 for pick in PICKS}
-    return {**accuracies, "problems": float(len(groups))}
+    told = {p: bootstrap(np.array([right[p]], dtype=float).T) for p in PICKS if right[p]}
+    ci95 = {pick: [interval.low, interval.high] for pick, interval in told.items()}
+    return {**accuracies, "problems": float(len(groups)), "ci95": ci95}
 
 
-def default_pick(picks: dict[str, float]) -> str:
+def default_pick(picks: dict[str, Any]) -> str:
     """The ORM head (the paper's rule), unless another rule wins by over a standard error.
 
     The last Q alone is a poor pick after a search that ranked by it: it is over-optimised.
@@ -171,7 +177,7 @@ def print_report(card: Card, verbose: bool) -> None:
     """The validation metrics as tables (see :func:`print_metrics`)."""
     print_metrics(card.validation, "validation, the half that calibration did not see", verbose)
     if "picks" in card.validation:
-        picks = ", ".join(f"{k} {card.validation['picks'][k]:.3f}" for k in PICKS)
+        picks = ", ".join(f"{k} {shown(card.validation['picks'], k)}" for k in PICKS)
         print(f"right by final pick among seed traces: {picks}; default: {one_line(card.pick)}")
 
 
@@ -216,10 +222,10 @@ def print_metrics(metrics: dict[str, Any], title: str, verbose: bool) -> None:
     columns = {k: v for k, v in _COLUMNS.items() if verbose or k in _SHORT}
     console = Console(highlight=False)
     if not console.is_terminal:  # a log: lines are as long as they need to be
-        console.width = 140
+        console.width = 170
     advantage = metrics.get("advantage", {})
     table = Table(title=cell(title))
-    table.add_column("head / calibrator")
+    table.add_column("head / calibrator", no_wrap=True)
     for column in columns.values():
         table.add_column(column, justify="right")
     for name, m in metrics.items():
@@ -232,13 +238,19 @@ def print_metrics(metrics: dict[str, Any], title: str, verbose: bool) -> None:
         # An advantage's correlation stands beside its sign; that of Q is in the file.
         values = m | {"sign": np.nan, "correlation": np.nan} | advantage.get(name, {})
         values["rows"] = m["rows"]
-        cells = {k: _shown(values[k]) for k in columns}
+        told = m.get("ci95", {})
+        if name in advantage:
+            told = told | {
+                k: advantage[name].get("ci95", {}).get(k, []) for k in ("sign", "correlation")
+            }
+        cells = {k: _shown(values[k], told.get(k), "\n") for k in columns}
         if "sign" in cells and "sign_low" in values and values["sign"] == values["sign"]:
             cells["sign"] = f"{values['sign_low']:.2f} to {values['sign']:.2f}"
         table.add_row(cell(name), *cells.values())
     console.print(table)
     for key, column in columns.items():
         console.print(cell(f"  {column}: {_EXPLAINED[key]}"))
+    _print_verdicts(console, metrics)
     if not verbose:
         return
     noisy = [
@@ -260,23 +272,62 @@ def print_metrics(metrics: dict[str, Any], title: str, verbose: bool) -> None:
         if m["traces"]:
             print(
                 f"first error by {metrics['first_error']['truth']}, {one_line(name)}: found in "
-                f"{_shown(m['error'])} of faulty solutions, none seen in {_shown(m['clean'])} of "
-                f"the others, F1 {_shown(m['f1'])} (Q below {m['threshold']:.2f})"
+                f"{shown(m, 'error')} of faulty solutions, none seen in {shown(m, 'clean')} of "
+                f"the others, F1 {shown(m, 'f1')} (Q below {m['threshold']:.2f})"
             )
-    _print_slips(console, metrics.get("slips") or {})
+    _print_slips(console, metrics.get("slips") or {}, metrics.get("slips_ci95") or {})
 
 
-def _shown(value: float) -> str:
+def shown(figures: dict[str, Any], name: str) -> str:
+    """A figure with its 95% interval, where that is known."""
+    return _shown(figures[name], figures.get("ci95", {}).get(name))
+
+
+def _shown(value: float, interval: Sequence[float] | None = None, between: str = " ") -> str:
     if isinstance(value, int):
         return str(value)
-    return f"{value:.3f}" if value == value else "-"
+    if value != value:
+        return "-"
+    if not interval or interval[0] != interval[0]:
+        return f"{value:.3f}"
+    digits = 2 if abs(value) >= 0.1 else 3
+    low, high = (f"{end:.{digits}f}".replace("0.", ".", 1) for end in interval)
+    return f"{value:.3f}{between}[{low}, {high}]"
+
+
+def _print_verdicts(console: Console, metrics: dict[str, Any]) -> None:
+    """Of every head whether it is worth more than the mean: what no table says at a glance."""
+    for name, m in metrics.items():
+        if name.endswith("/surprise") and isinstance(m, dict) and m.get("ci95") and m["rows"]:
+            console.print(f"{name.removesuffix('/surprise')}: {verdict(m)}", markup=False)
+
+
+def verdict(m: dict[str, Any]) -> str:
+    """Whether values are better than a constant, the mean of the labels, by their Brier score.
+
+    They are, or are worse, where the 95% interval of the difference excludes 0.
+    """
+    low, high = m["ci95"]["brier_gain"]
+    gain = m["brier_constant"] - m["brier"]
+    against = f"against {m['brier_constant']:.3f}"
+    said = f"{abs(gain):.3f} [{abs(low if gain > 0 else high):.3f}, "
+    said += f"{abs(high if gain > 0 else low):.3f}] (Brier {m['brier']:.3f} {against})"
+    if low > 0:
+        return f"better than a constant by {said}"
+    if high < 0:
+        return f"worse than a constant by {said}"
+    return f"no better than a constant: Brier {shown(m, 'brier')} {against}"
 
 
 def _print_steps(console: Console, metrics: dict[str, Any]) -> None:
     """AUC and calibration error by step, of the better calibrator."""
-    columns = {
+    columns: dict[str, dict[int, tuple[float, Any]]] = {
         f"{name.split('/surprise')[0]} {label}": dict(
-            zip(m["steps"]["step"], m["steps"][key], strict=True)
+            zip(
+                m["steps"]["step"],
+                zip_longest(m["steps"][key], m["steps"].get(f"{key}_ci95", [])),
+                strict=True,
+            )
         )
         for name, m in metrics.items()
         if name.endswith("/surprise") and isinstance(m, dict) and m["rows"] and "q/" in name
@@ -289,11 +340,13 @@ def _print_steps(console: Console, metrics: dict[str, Any]) -> None:
     for heading in ("step", *columns):
         table.add_column(cell(heading), justify="right")
     for step in steps:
-        table.add_row(str(step), *(_shown(c.get(step, np.nan)) for c in columns.values()))
+        table.add_row(
+            str(step), *(_shown(*c.get(step, (np.nan, None)), "\n") for c in columns.values())
+        )
     console.print(table)
 
 
-def _print_slips(console: Console, slips: dict[str, Any]) -> None:
+def _print_slips(console: Console, slips: dict[str, Any], told: dict[str, Any]) -> None:
     if not slips:
         return
     names = list(next(iter(slips.values())))
@@ -302,5 +355,8 @@ def _print_slips(console: Console, slips: dict[str, Any]) -> None:
     for column in slips:
         table.add_column(cell(column))
     for name in names:
-        table.add_row(cell(name), *(_shown(by[name]) for by in slips.values()))
+        table.add_row(
+            cell(name),
+            *(_shown(by[name], told.get(of, {}).get(name), "\n") for of, by in slips.items()),
+        )
     console.print(table)

@@ -11,6 +11,7 @@ import os
 import random
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import lightning as L
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -46,11 +48,12 @@ from pav.interrupt import interruptible
 from pav.lock import LOCK, Lock
 from pav.opening import task_option
 from pav.policy import Prompt, encode_prompt, load_tokenizer, model_path
-from pav.progress import LightningProgress
 from pav.prompts import PROMPTS, check_prompts
 from pav.rendered import rendering
+from pav.stats import Interval, bootstrap, few
 from pav.tasks.base import Problem, Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
+from pav.training_progress import LightningProgress
 
 IGNORE = -100
 # Batches that are drawn together and sorted by length, so that padding stays under a few percent.
@@ -225,7 +228,15 @@ def _sft(config: SftConfig, output: Path) -> None:
         raise UserError(f"output {config.output!r} already holds a model; choose another directory")
     path = model_path(config.init) if config.init else ""
     tokenizer = load_tokenizer(path) if path else tape_tokenizer()
+    encode_prompt(tokenizer, config.prompt, "?")  # what it refuses it refuses now
     _refuse_other(config, output, started, tokenizer)
+    problems = list(islice(config.task.problems("validation"), config.eval_problems))
+    if config.eval_problems and not problems:
+        raise UserError(
+            f"task {config.task.name!r} has no validation problems; set eval_problems 0"
+        )
+    if config.eval_problems and (warning := few(len(problems), "validation", config.eval_problems)):
+        print(f"WARNING: {warning}", file=sys.stderr)
     last = whole_checkpoint(output)
     L.seed_everything(config.seed, verbose=False)
     if path:
@@ -275,10 +286,8 @@ def _sft(config: SftConfig, output: Path) -> None:
     for name in (LAST, BEFORE):
         (output / name).unlink(missing_ok=True)
     if config.eval_problems:
-        right = accuracy(model, tokenizer, config)
-        print(
-            f"right in a single sample: {right:.3f} of {config.eval_problems} validation problems"
-        )
+        right = accuracy(model, tokenizer, config, problems)
+        print(f"right in a single sample: {right} of {len(problems)} validation problems")
     task = task_option(task_spec(config.task), always=True)
     usual = asdict(Prompt())
     own = {k: v for k, v in asdict(config.prompt).items() if v != usual[k]}
@@ -354,10 +363,12 @@ def llama_config(config: SftConfig, vocabulary: int) -> LlamaConfig:
 
 @torch.inference_mode()
 def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: SftConfig
-) -> float:
-    """Share of validation problems right in one sample at temperature 1 (shape: scalar)."""
-    problems = list(islice(config.task.problems("validation"), config.eval_problems))
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SftConfig,
+    problems: list[Problem],
+) -> Interval:
+    """Share of ``problems`` that are right in one sample at temperature 1."""
     torch.manual_seed(config.seed)
     model.eval()
     graded: list[tuple[str, Problem]] = []
@@ -379,8 +390,8 @@ def accuracy(
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         graded += zip(texts, part, strict=True)
     with guarded(config.task, Path(config.output) / GRADER_LOG, DEFAULT_TIMEOUT) as grader:
-        right = sum(grader.grade(text, problem).correct for text, problem in graded)
-    return right / len(problems)
+        right = [grader.grade(text, problem).correct for text, problem in graded]
+    return bootstrap(np.array([right], dtype=float).T)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
@@ -36,6 +37,7 @@ from pav.label_files import SOURCES, check_ids, demand
 from pav.labels import LabelSet, read_labels
 from pav.launch import why_not
 from pav.lock import Lock, beside
+from pav.loggers import logger_of
 from pav.lora import adapters_of, merge_into
 from pav.opening import print_opening, task_option
 from pav.planning import plan
@@ -56,6 +58,7 @@ from pav.prompts import PROMPTS
 from pav.reliability import draw
 from pav.rendered import refuse_clock, rendered
 from pav.report import fit_and_report, print_report
+from pav.stats import few
 from pav.tasks.base import Problem, Task, task_spec
 from pav.train_config import TrainConfig
 from pav.trunk import HeadedTrunk, load_trunk
@@ -149,6 +152,9 @@ def _train(config: TrainConfig) -> Card | None:
             f"labels {config.labels} hold {len(train_set)} training and {len(validation)} "
             "validation traces; both are needed: raise problems or validation_problems"
         )
+    for split, part in (("training", train_set), ("validation", validation)):
+        if too_few := few(len({e.problem_id for e in part}), split):
+            print(f"WARNING: {too_few}", file=sys.stderr)
     if config.loss == "hard":
         train_set, validation = hardened(train_set), hardened(validation)
     print(
@@ -161,6 +167,7 @@ def _train(config: TrainConfig) -> Card | None:
     resume = None
     if not config.dry_run:
         resume = resume_or_refuse(config, card, working, [*train_set, *validation])
+    logger_of(config)  # a package that is missing is found before the trunk is loaded
     L.seed_everything(config.seed, verbose=False)
     half = config.trunk_mode == "lora" and not config.precision.startswith("32")
     # On a GPU a frozen trunk computes as it is served; on a CPU single precision is the fast one.

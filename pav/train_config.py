@@ -10,7 +10,7 @@ from pav.lora import Lora
 from pav.losses import Loss
 from pav.policy import Prompt
 from pav.tasks.base import Task
-from pav.trunk import HeadKind
+from pav.verifier import HeadKind
 
 LEARNING_RATES = {"frozen": 0.01, "lora": 2e-4, "full": 2e-5}
 # A bigger head at the rate of a linear one overshoots.

@@ -6,7 +6,7 @@ read by transformers only.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pav.engine import SCORE_SCALE
 from pav.errors import UserError
+from pav.verifier import HeadKind
 
-HeadKind = Literal["linear", "mlp"]
 MLP_WIDTH = 256
 # Logits over a real vocabulary are made this many bytes at a time.
 _LOGIT_BYTES = 1 << 29

@@ -15,11 +15,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
-
-import torch
-from torch import Tensor
-from transformers import AutoConfig
+from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
 from pav.calibrate import SURPRISE, Calibrator
 from pav.errors import UserError
@@ -35,7 +31,13 @@ from pav.policy import (
     weights_digest,
 )
 from pav.tasks.base import BUILT_IN, Task
-from pav.trunk import HeadedTrunk, HeadKind, load_trunk
+
+if TYPE_CHECKING:  # imported where they are used: --help stays fast
+    from torch import Tensor
+
+    from pav.trunk import HeadedTrunk
+
+HeadKind = Literal["linear", "mlp"]
 
 # Of the checkpoint: raised when an older one would not load or would mean something else.
 FORMAT = 2
@@ -182,6 +184,8 @@ def load_verifier(name: str) -> Verifier:
     Raises:
         UserError: if there is none, it is not a verifier, or a number in it is not finite.
     """
+    import torch
+
     path = checkpoint_path(name)
     try:
         if zipfile.is_zipfile(path) and (wrong := damage(path)):
@@ -287,6 +291,8 @@ def load_model(verifier: Verifier, trunk: str) -> HeadedTrunk:
     Raises:
         UserError: if a tensor has another shape than the trunk's.
     """
+    from pav.trunk import HeadedTrunk, load_trunk
+
     model = HeadedTrunk(load_trunk(trunk), len(verifier.card.heads), verifier.card.head)
     try:
         if verifier.trunk_state is not None:
@@ -336,6 +342,8 @@ def trunk_path(verifier: Verifier, override: str | None = None) -> str:
             "right one with --trunk"
         )
     rows = verifier.weight if verifier.mlp is None else verifier.mlp["0.weight"]
+    from transformers import AutoConfig
+
     hidden = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().hidden_size
     if rows.shape[1] != hidden:
         raise UserError(

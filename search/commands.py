@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,13 +24,15 @@ from search.configs import (
 from search.opened import Opened, Row, card_of, claim, open_search, print_rows, serve
 from search.oracle import by_oracle, pass_at
 from search.records import Record
-from search.reward_models import RewardModel
 from search.reward_text import RewardModelConfig
 from search.scoring import StepScorer
 from search.session import Session, load_checked, sibling_orm
 from search.smc import SmcSettings
 from search.solve import beam_record, beam_settings, repick, smc_record, traces_record
 from search.worker import Search
+
+if TYPE_CHECKING:
+    from search.reward_models import RewardModel
 
 __all__ = [
     "AlphaLlmConfig",
@@ -59,12 +62,11 @@ def beam(config: BeamConfig) -> None:
         config.duplicates,
     )
     baseline = _baseline(config, opened)
+    scorer = serve(config, opened)
+    orm = _baseline_scorer(config, opened, baseline)
+    session, rule = opened.session, opened.rule
+    problems = session.problems(config.split, config.problems)
     with claim(config, opened, f"beam-n{config.n}") as directory:
-        scorer = serve(config, opened)
-        orm = _baseline_scorer(config, opened, baseline)
-        session, rule = opened.session, opened.rule
-        problems = session.problems(config.split, config.problems)
-
         search = partial(beam_record, session, scorer, settings, rule, "beam", config.seed)
         records, seconds = session.run(
             directory / "beam.jsonl", problems, search, config.concurrency, f"beam N={config.n}"
@@ -105,7 +107,7 @@ def _baseline_scorer(
         orm = session.scorer(baseline, "separate", config.surprise, None)
     else:
         orm = baseline
-    # The ORM is never fused: best-of-N samples from the plain policy, which must be loaded now.
+    # The ORM is never fused: best-of-N samples from the plain policy, which is loaded with it.
     session.sampling_engine(orm)
     return orm
 
@@ -213,15 +215,14 @@ def smc(config: SmcConfig) -> None:
 def best_of_n(config: BestOfNConfig) -> None:
     """Run best-of-N (see :class:`BestOfNConfig`)."""
     opened = open_search(config, None)
+    session, rule = opened.session, opened.rule
+    scorer = None
+    if opened.card is None:
+        session.sampling_engine(None)
+    else:
+        scorer = serve(config, opened)
+    problems = session.problems(config.split, config.problems)
     with claim(config, opened, f"best-of-{config.n}") as directory:
-        session, rule = opened.session, opened.rule
-        scorer = None
-        if opened.card is None:
-            session.sampling_engine(None)
-        else:
-            scorer = serve(config, opened)
-        problems = session.problems(config.split, config.problems)
-
         search = partial(
             traces_record,
             session,
@@ -260,12 +261,13 @@ def _tree(
     job: Callable[[StepScorer], Search],
 ) -> None:
     """Run one search of its own directory and print its row."""
+    scorer = serve(config, opened)
+    session = opened.session
+    problems = session.problems(config.split, config.problems)
     with claim(config, opened, f"{name}-n{config.n}") as directory:
-        scorer = serve(config, opened)
-        session = opened.session
         records, seconds = session.run(
             directory / f"{name}.jsonl",
-            session.problems(config.split, config.problems),
+            problems,
             job(scorer),
             config.concurrency,
             f"{label} N={config.n}",

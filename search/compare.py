@@ -21,9 +21,7 @@ from search.efficiency import Ratio, print_ratios, ratios, said, write_ratios
 from search.headline import headline
 from search.investment import invested_flops
 from search.opened import say_opening
-from search.pick import check_pick
 from search.plan import CompareConfig, Investment, Method, Selectable
-from search.plot import plot_accuracy, plot_optimisation
 from search.points import (
     PICKS,
     Point,
@@ -36,11 +34,11 @@ from search.points import (
 )
 from search.records import MANIFEST, open_run
 from search.report import write_report
-from search.sampled import sample_points
+from search.sampled import other_policy, ranker, sample_points
 from search.select import Choice, choose, print_choice, write_choice
 from search.select import manifest as selected
 from search.session import Session, capped, open_session, sibling_orm
-from search.sweep import Sweep, search_points
+from search.sweep import Sweep, prepared, search_points
 
 __all__ = ["CompareConfig", "Investment", "Method", "compare", "main"]
 
@@ -67,22 +65,19 @@ def compare(config: CompareConfig) -> None:
                 f"verifiers {str(first.path)!r} and {str(verifier.path)!r} were made "
                 "for different policies; compare them in two runs"
             )
-    # What cannot be read, or does not fit the pick, must not cost the night either.
-    reward_models = [(m, session.reward_model(m.orm)) for m in config.methods if m.orm]
-    for method, model in reward_models:
-        rule = method.pick or model.pick
-        check_pick(rule, model.heads, model.base_head, model.config.model)  # type: ignore[arg-type]
     output = Path(config.output)
-    digests = {name: v.digest for name, v in verifiers.items()}
-    digests |= {model.config.model: model.digest for _, model in reward_models}
+    problems = session.problems(config.split, config.problems, config.skip)
+    sweep = Sweep(config, verifiers, session, problems, output)
     _expect(config, session, verifiers)
+    _prepare(sweep)
+    digests = {name: v.digest for name, v in verifiers.items()}
+    digests |= {model.config.model: model.digest for model in session.readers.values()}
     if not (output / MANIFEST).exists():
         session.check_models()
     prompts = session.prompts(verifiers.values()) | _own_policies(config, session)
     with open_run(output, manifest(config, digests) | {PROMPTS: prompts}):
-        problems = session.problems(config.split, config.problems, config.skip)
         say_opening(session, problems, config.split)
-        sweep = with_choices(Sweep(config, verifiers, session, problems, output))
+        sweep = with_choices(sweep)
         points: list[Point] = []
         for method in sweep.config.methods:
             if method.kind != "best_of_n":
@@ -97,6 +92,8 @@ def compare(config: CompareConfig) -> None:
 def _expect(config: CompareConfig, session: Session, verifiers: dict[str, Verifier]) -> None:
     """Tell ``session`` which engines the methods will load."""
     for method in config.methods:
+        if method.orm:
+            session.reward_model(method.orm)
         scoring = method.scoring
         if method.kind == "best_of_n":
             own = method.policy and load_policy(method.policy, session.task.step_rule)
@@ -111,6 +108,21 @@ def _own_policies(config: CompareConfig, session: Session) -> dict[str, Renderin
     policies = {m.policy.label: m.policy for m in config.methods if m.policy}
     rule = session.task.step_rule
     return {f"the policy {n!r}": rendered(load_policy(p, rule)) for n, p in policies.items()}
+
+
+def _prepare(sweep: Sweep) -> None:
+    """Have the session know all models; what does not fit must not cost the night either.
+
+    Raises:
+        UserError: if a method cannot be searched as it is set.
+    """
+    for method in sweep.config.methods:
+        if method.kind != "best_of_n":
+            prepared(sweep, method)
+            continue
+        sweep.session.sampling_engine(None, other_policy(sweep, method))
+        if method.verifier or method.orm:
+            ranker(sweep, method)
 
 
 def with_choices(sweep: Sweep) -> Sweep:
@@ -165,6 +177,9 @@ def _following(verifiers: dict[str, Verifier]) -> str:
 def _report(
     config: CompareConfig, points: list[Point], invested: dict[str, float], following: str
 ) -> None:
+
+    from search.plot import plot_accuracy, plot_optimisation
+
     output = Path(config.output)
     order = {m.name: i for i, m in enumerate(config.methods)}
     points.sort(key=lambda p: (order[p.method], p.n))

@@ -13,6 +13,7 @@ from pav.errors import UserError
 from pav.opening import print_opening, settle_cap, task_for
 from pav.policy import PolicyConfig, Sampler
 from pav.prompts import PROMPTS
+from pav.stats import bootstrap
 from pav.tasks.base import Problem
 from pav.verifier import Verifier, load_verifier
 from search.configs import SearchConfig, manifest, run_directory
@@ -23,7 +24,6 @@ from search.report import write_report
 from search.scoring import StepScorer
 from search.session import Session, load_checked, open_session, plain_session
 from search.solve import beam_settings
-from search.stats import bootstrap
 from search.table import print_table, result_row
 
 
@@ -142,7 +142,7 @@ def claim(config: SearchConfig, opened: Opened, name: str) -> Iterator[Path]:
 
 
 def serve(config: SearchConfig, opened: Opened) -> StepScorer:
-    """The scorer in service, and the engine that samples."""
+    """The scorer and the engine that samples; they are loaded when something is searched."""
     scorer: StepScorer
     if config.orm is not None:
         scorer = opened.session.reward_model(config.orm)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from pav.stats import Interval, bootstrap
 from search.points import Point, oracle_points
-from search.stats import Interval, bootstrap
 
 matplotlib.use("Agg")
 # Names hold dollar signs; they are no formulas.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +16,17 @@ from numpy.typing import NDArray
 from pav.files import json_text
 from pav.policy import Policy
 from pav.printable import csv_text
+from pav.stats import Interval, bootstrap, mcnemar
 from pav.tasks.base import Split
 from pav.verifier import ORM
 from search.cost import record_flops, shape_of
 from search.pick import ORM_RULES
 from search.records import Record
-from search.reward_models import RewardModel
 from search.scoring import Scorer
-from search.stats import Interval, bootstrap, mcnemar
 from search.table import print_table, result_row
+
+if TYPE_CHECKING:
+    from search.reward_models import RewardModel
 
 # What every point picked, in a comparison's directory.
 PICKS = "picks.json"

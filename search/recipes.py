@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from pav.tasks.base import Problem
-from search.pick import Pick
+from search.pick import Pick, check_pick
 from search.records import Record
 from search.scoring import Scorer
 from search.session import Session
@@ -62,11 +62,19 @@ class Kitchen:
         return [k for k in KINDS if self.orm is not None or not k.startswith("orm-")]
 
     def warm_up(self) -> None:
-        """Load every engine that some recipe samples from."""
+        """Load every engine that some recipe samples from.
+
+        Raises:
+            UserError: if a setting does not fit the verifier, before anything is loaded.
+        """
+        card = self.pav.verifier.card
+        beam_settings(card, 1, self.samples, self.alpha, self.prover)
+        check_pick(self._pick, card.heads, card.base_head, str(self.pav.verifier.path))
         self.session.sampling_engine(self.pav)
         self.session.sampling_engine(self._voter)
         if self.orm is not None:
             self.session.sampling_engine(self.orm)
+        self.session.start()
 
     @property
     def _voter(self) -> Scorer | None:

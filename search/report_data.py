@@ -16,6 +16,7 @@ import numpy as np
 from pav.errors import UserError
 from pav.files import json_text, read_object
 from pav.printable import from_csv_text
+from pav.stats import bootstrap
 from pav.verifier import ORM
 from search.efficiency import Ratio, ratio_rows, ratio_title
 from search.headline import headline
@@ -23,7 +24,6 @@ from search.points import PICKS, difference_rows, shown_row
 from search.rank import Values, prover_q
 from search.records import Candidate, Record, peek
 from search.report_tree import last_steps, tree
-from search.stats import bootstrap
 from search.table import explained, result_row
 
 PROBLEMS = 20

@@ -56,19 +56,28 @@ class RewardModel:
     A score is kept until the next run, so that no text is read twice; a PRM's forward pass scores
     all steps of its text at once.
 
+    It takes its weights when it is started, or first asked.
+
     Args:
         config: which model.
         policy: whose solutions are scored.
-        load: take the weights, too; without them it stands for the one that every worker has.
     """
 
     fused = False
     alpha = 0.0
 
-    def __init__(self, config: RewardModelConfig, policy: Policy, load: bool = True) -> None:
+    def __init__(self, config: RewardModelConfig, policy: Policy) -> None:
         self.config, self._policy = config, policy
         self.layout = _layout(config)
         self._reader = Reader(config, self.layout)
+        found = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+        self._limit = getattr(found, "max_position_embeddings", None)
+        labels = getattr(found, "num_labels", 2)
+        if self.layout in ("sequence", "token") and labels > 2:
+            raise UserError(
+                f"{config.model!r} has {labels} labels; a reward model has one, or a bad and a "
+                "good one"
+            )
         if self.layout == "shepherd":
             signs = self._reader.encode("+ -")
             if len(signs) != 2:
@@ -79,13 +88,18 @@ class RewardModel:
             self._signs = signs
         self._known: dict[tuple[str, tuple[str, ...]], tuple[float, int]] = {}
         self._waiting: deque[tuple[Text, asyncio.Future[float]]] = deque()
-        if load:
-            self._load_weights()
+        self._model: Any = None
 
-    def _load_weights(self) -> None:
+    def start(self) -> None:
+        """Take the weights, unless that is done.
+
+        Raises:
+            UserError: if they cannot be loaded, or some are missing.
+        """
+        if self._model is not None:
+            return
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = _load(self.config, self.layout).to(self._device).eval()
-        self._limit = getattr(self._model.config, "max_position_embeddings", None)
         # Without a padding id transformers cannot tell where a padded text ends.
         self._batch = self.config.batch
         if self.layout == "sequence" and self._model.config.pad_token_id is None:
@@ -190,6 +204,7 @@ class RewardModel:
                 f"{len(text.ids)} tokens are more than the {self._limit} that "
                 f"{self.config.model!r} reads"
             )
+        self.start()
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._waiting.append((text, future))
         value = await future
@@ -228,6 +243,8 @@ class RewardModel:
 
     def shutdown(self) -> None:
         """Free the device."""
+        if self._model is None:
+            return
         self._model.to("meta")
         if self._device == "cuda":
             torch.cuda.empty_cache()
@@ -348,10 +365,5 @@ def _load(config: RewardModelConfig, layout: Layout) -> Any:
         raise UserError(
             f"{config.model!r} lacks the weights {', '.join(sorted(told['missing_keys'])[:3])} of "
             f"layout {layout}; choose another orm.layout or another model"
-        )
-    labels = getattr(model.config, "num_labels", 2)
-    if layout in ("sequence", "token") and labels > 2:
-        raise UserError(
-            f"{config.model!r} has {labels} labels; a reward model has one, or a bad and a good one"
         )
     return model

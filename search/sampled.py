@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -23,18 +24,21 @@ from pav.tasks.base import Problem
 from search.cost import Cost
 from search.failures import ERRORS
 from search.grow import together
-from search.pick import EVERY_STEP, Pick
+from search.pick import EVERY_STEP, Pick, check_pick
 from search.plan import Method
 from search.points import Point, make_point
+from search.rank import Defaults
 from search.records import Candidate, Record
-from search.reward_models import RewardModel
 from search.scoring import NOTHING, Scorer, StepScorer
 from search.session import Session
 from search.solve import beam_settings, failed, repick, traces_record
 from search.sweep import Sweep, rule_of
 
+if TYPE_CHECKING:
+    from search.reward_models import RewardModel
+
 # What values a sample set.
-Ranker = Scorer | RewardModel
+Ranker: TypeAlias = "Scorer | RewardModel"
 
 
 def _other(chosen: PolicyConfig, session: Session) -> Policy:
@@ -51,7 +55,7 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
     points: list[Point] = []
     for chosen in {_policy_key(m): m.policy for m in methods}.values():
         own = [m for m in methods if m.policy == chosen]
-        other = None if chosen is None else _other(chosen, session)
+        other = other_policy(sweep, own[0])
         label = session.policy.config.label if chosen is None else chosen.label
         # A small first set tells how long a trace is; its traces are the first of the full set.
         few = min(4, max(config.n))
@@ -87,7 +91,7 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
                 if scorer is not None:
                     head = scorer.base_head
                     if rule == "pav":
-                        card = scorer if isinstance(scorer, RewardModel) else scorer.verifier.card
+                        card = scorer.verifier.card if isinstance(scorer, Scorer) else scorer
                         score = beam_settings(card, 1, 1, method.alpha, method.prover).score
                 picked = [
                     [_first(repick(r, rule, n, head, score), r, rule, n, total) for r in records]
@@ -151,18 +155,44 @@ def _sample_set(
     return records, seconds, path
 
 
+def other_policy(sweep: Sweep, method: Method) -> Policy | None:
+    """The policy that a method samples from, where that is not the session's."""
+    if method.policy is None:
+        return None
+    return _other(method.policy, sweep.session)
+
+
+def ranker(sweep: Sweep, method: Method) -> Ranker:
+    """What values the sample sets of a method that names a verifier or a reward model.
+
+    Raises:
+        UserError: if the method's pick reads what it does not give.
+    """
+    scorer: Ranker
+    card: Defaults
+    if method.orm is not None:
+        scorer = card = sweep.session.reward_model(method.orm)
+        name = method.orm.model
+    else:
+        verifier = sweep.verifiers[str(method.verifier)]
+        # Sampled ids do not depend on what ranks them, so scoring is always a pass of its own.
+        scorer = sweep.session.scorer(verifier, "separate", method.surprise, None)
+        card, name = verifier.card, str(method.verifier)
+    rule = rule_of(sweep, method)
+    check_pick(rule, card.heads, card.base_head, name)
+    if rule == "pav":
+        beam_settings(card, 1, 1, method.alpha, method.prover)
+    return scorer
+
+
 def _scored_sets(
     sweep: Sweep, method: Method, label: str, sets: list[list[Record]]
 ) -> tuple[list[list[Record]], float, Ranker, list[Path]]:
-    # Sampled ids do not depend on what ranks them, so scoring is always a pass of its own.
-    scorer: Ranker
-    if method.orm is not None:
-        scorer = sweep.session.reward_model(method.orm)
-        name, digest = Path(method.orm.model).name, scorer.digest
+    scorer = ranker(sweep, method)
+    if isinstance(scorer, Scorer):
+        name, digest = scorer.verifier.path.stem, scorer.verifier.digest
     else:
-        verifier = sweep.verifiers[str(method.verifier)]
-        scorer = sweep.session.scorer(verifier, "separate", method.surprise, None)
-        name, digest = verifier.path.stem, verifier.digest
+        name, digest = Path(scorer.config.model).name, scorer.digest
     every_step = rule_of(sweep, method) in EVERY_STEP
     out, files, seconds = [], [], 0.0
     for seed, records in zip(sweep.config.seeds, sets, strict=True):

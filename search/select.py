@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pav.opening import task_option
 from pav.policy import Sampler
 from pav.printable import cell, csv_text, one_line
 from pav.prompts import PROMPTS
+from pav.stats import bootstrap
 from pav.tasks.base import Task
 from pav.verifier import Card
 from search.opened import say_opening
@@ -33,7 +35,7 @@ from search.plan import CompareConfig, Method, Selectable, Selection
 from search.points import Point
 from search.records import MANIFEST, open_run
 from search.session import Scoring, capped, load_checked, open_session
-from search.sweep import Sweep, search_points
+from search.sweep import Sweep, prepared, search_points
 from search.workers import check_workers
 
 COARSE = (10.0, 5.0, 2.5, 1.25, 0.625, 0.3125)
@@ -86,11 +88,13 @@ class Choice:
     Attributes:
         alpha, prover: None where it was not to be chosen.
         tried: (stage, point) in the order of the search.
+        notes: how sure the choice is.
     """
 
     alpha: float | None
     prover: str | None
     tried: list[tuple[str, Point]]
+    notes: tuple[str, ...] = ()
 
 
 def select(config: SelectConfig) -> None:
@@ -115,15 +119,15 @@ def select(config: SelectConfig) -> None:
         "sampler": None if config.sampler is None else asdict(config.sampler),
         "method": asdict(method),
     }
+    sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
+    problems = session.problems("validation", config.selection.problems)
     known[PROMPTS] = session.prompts([verifier])
     session.expect_scorer(verifier, config.scoring, None)
+    prepared(sweep, method)
     if not (output / MANIFEST).exists():
         session.check_models()
     with open_run(output, known | manifest(config.select, config.selection)):
-        say_opening(
-            session, session.problems("validation", config.selection.problems), "validation"
-        )
-        sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
+        say_opening(session, problems, "validation")
         choice = choose(sweep, method, config.select, config.selection)
         session.shutdown()
         write_choice(choice, output)
@@ -145,6 +149,10 @@ def manifest(chosen: list[Selectable], selection: Selection) -> dict[str, Any]:
 def choose(sweep: Sweep, method: Method, what: list[Selectable], how: Selection) -> Choice:
     """Choose for one beam method; only validation problems are searched.
 
+    The most accurate value wins. Of several that are exactly as accurate the default (the method's,
+    else the verifier's) is kept, where it is among them or where all that was tried is equal; else
+    the first is taken: the smallest alpha, the smallest K.
+
     Args:
         sweep: session, verifiers and where records go; its problems are not used.
         method: the beam; its own alpha and prover are kept where they are not to be chosen.
@@ -161,26 +169,32 @@ def choose(sweep: Sweep, method: Method, what: list[Selectable], how: Selection)
     sweep.output.mkdir(parents=True, exist_ok=True)
     tried: list[tuple[str, Point]] = []
 
-    def accuracy(stage: str, alpha: float, prover: str) -> float:
+    def searched(stage: str, alpha: float, prover: str) -> Point:
         named = replace(
             method, name=f"alpha {alpha:g}, {prover}", alpha=alpha, prover=prover, n=[how.n]
         )
         (point,) = search_points(sweep, named)
         tried.append((stage, point))
-        return point.accuracy.mean
+        return point
 
+    notes = []
     alpha = card.alpha if method.alpha is None else method.alpha
     if "alpha" in what:
-        alphas = how.alphas or _grid(lambda a: accuracy("coarse", a, "bo1"))
-        # Of equals the smallest: the least that is added to Q.
-        alpha = _best(sorted(alphas), lambda a: accuracy("alpha", a, "bo1"))
-    prover = method.prover
+        alphas = how.alphas or _grid(lambda a: searched("coarse", a, "bo1").accuracy.mean)
+        points = {a: searched("alpha", a, "bo1") for a in sorted(alphas)}
+        alpha, note = _best(points, alpha)
+        notes.append(f"alpha: {note}")
+    prover = method.prover or card.prover_head
     if "K" in what:
-        prover = _best(_provers(card, how), lambda p: accuracy("K", alpha, p))
-    return Choice(alpha if "alpha" in what else None, prover if "K" in what else None, tried)
+        by_prover = {p: searched("K", alpha, p) for p in _provers(card, how)}
+        prover, note = _best(by_prover, prover)
+        notes.append(f"prover: {note}")
+    return Choice(
+        alpha if "alpha" in what else None, prover if "K" in what else None, tried, tuple(notes)
+    )
 
 
-def _grid(accuracy: Any) -> list[float]:
+def _grid(accuracy: Callable[[float], float]) -> list[float]:
     """Ten steps up to the first alpha, halved from 10, that beats alpha 0."""
     plain = accuracy(0.0)
     top = next((a for a in COARSE if accuracy(a) > plain), COARSE[-1])
@@ -192,9 +206,26 @@ def _provers(card: Card, how: Selection) -> list[str]:
     return [*(f"bo{k}" for k in sorted(how.ks)), *others]
 
 
-def _best(values: list[Any], accuracy: Any) -> Any:
-    # max() keeps the first of equals.
-    return max([(v, accuracy(v)) for v in values], key=lambda pair: pair[1])[0]
+def _best(points: dict[Any, Point], default: Any) -> tuple[Any, str]:
+    """(the value of the best point, how sure that is); see :func:`choose` for equals."""
+    means = {value: point.accuracy.mean for value, point in points.items()}
+    best = [value for value in means if means[value] == max(means.values())]
+    if len(best) > 1 and (default in best or len(best) == len(means)):
+        return default, f"tie: default kept ({default}; as accurate: {_listed(best)})"
+    chosen = best[0]
+    if len(best) > 1:
+        return chosen, f"tie: the first of {_listed(best)} is taken"
+    others = [value for value in means if value != chosen]
+    if not others:
+        return chosen, "nothing else was tried"
+    second = max(others, key=lambda value: means[value])
+    ahead = bootstrap(points[chosen].correct_PS - points[second].correct_PS)
+    said = "ahead of" if ahead.low > 0 else "not distinguishable from"
+    return chosen, f"{said} {second}, the second best, by {ahead}"
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _chosen(choice: Choice) -> dict[str, Any]:
@@ -235,7 +266,7 @@ def print_choice(choice: Choice, how: Selection) -> None:
         )
     Console(width=100).print(table)
     chosen = ", ".join(f"{k} {v}" for k, v in _chosen(choice).items())
-    print(f"chosen on validation: {one_line(chosen)}")
+    print("\n".join([*map(one_line, choice.notes), f"chosen on validation: {one_line(chosen)}"]))
 
 
 def main() -> None:

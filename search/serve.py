@@ -220,7 +220,7 @@ def make_app(service: Service) -> FastAPI:
 
 
 def open_kitchen(config: ServeConfig) -> Kitchen:
-    """Load verifiers and every engine."""
+    """Load verifiers, and every engine once it is clear that all fit."""
     verifier = load_checked(config.verifier, "pav")
     session = open_session(
         verifier,

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pav.drive import drive
 from pav.engine import Engine, EngineConfig
@@ -17,7 +17,7 @@ from pav.errors import UserError
 from pav.export import ensure_export
 from pav.gpu_memory import share_gpu
 from pav.guarded import DEFAULT_TIMEOUT, GuardedGrader
-from pav.loading import ON_CPU, check_model
+from pav.loading import check_model, on_cpu
 from pav.policy import (
     Dtype,
     Policy,
@@ -36,6 +36,7 @@ from pav.printable import one_line
 from pav.progress import Reporter
 from pav.prompts import Rendering
 from pav.rendered import rendered, warn_clock, warn_other_prompt
+from pav.stats import few
 from pav.tasks.base import Problem, Split, Task
 from pav.verifier import Card, Verifier, load_verifier, prompt_from, resolve_task, trunk_path
 from search.failures import (
@@ -47,18 +48,20 @@ from search.failures import (
     truncated_share,
 )
 from search.records import Record, append, read, read_seconds, rewrite, write_seconds
-from search.reward_models import RewardModel
 from search.reward_text import RewardModelConfig
 from search.scoring import Scorer, StepScorer
 from search.worker import Search
 from search.workers import Elsewhere, Workers
+
+if TYPE_CHECKING:
+    from search.reward_models import RewardModel
 
 Scoring = Literal["auto", "fused", "separate"]
 
 
 @dataclass
 class Session:
-    """Policy, task and engines; engines are loaded once, when first needed.
+    """Policy, task and engines; engines are loaded once, when something is to be searched.
 
     Attributes:
         task: problems and grader.
@@ -111,6 +114,10 @@ class Session:
             raise UserError(
                 f"task {self.task.name!r} has no {split} problems{after}; check task.data"
             )
+        # Few of a test set are the user's choice, and their intervals are shown.
+        chosen = split == "test" and len(found) == count
+        if not chosen and (warning := few(len(found), split, count)):
+            warn(warning)
         return found
 
     def sampling_engine(self, scorer: StepScorer | None, policy: Policy | None = None) -> Engine:
@@ -148,7 +155,7 @@ class Session:
 
     @cached_property
     def _shares(self) -> dict[tuple[str, Dtype], EngineConfig]:
-        readers = [] if ON_CPU else [reader.planned for reader in self.readers.values()]
+        readers = [] if on_cpu() else [reader.planned for reader in self.readers.values()]
         served = list(self.expected.values())
         shared = share_gpu(self.engine_config, served, self.sampler.max_length, readers)
         return dict(zip(served, shared, strict=True))
@@ -168,6 +175,13 @@ class Session:
         """All engines and reward models."""
         return [*self.engines.values(), *self.readers.values()]
 
+    def start(self) -> None:
+        """Load all engines and reward models that are not loaded, those first that load faster."""
+        for reader in self.readers.values():
+            reader.start()
+        for engine in self.engines.values():
+            engine.start()
+
     def scorer(
         self, verifier: Verifier, scoring: Scoring, with_surprise: bool, trunk: str | None
     ) -> Scorer:
@@ -180,6 +194,7 @@ class Session:
         self.expect_scorer(verifier, scoring, trunk)
         policy = self.trunk(verifier, trunk)
         fused = self._fused(verifier, scoring, trunk)
+
         directory, score_ids = ensure_export(verifier, policy.path)
         engine = self._engine(str(directory), policy.path, card.dtype, score_ids)  # type: ignore[arg-type]
         # The engine has the trunk's weights; they need not cross to workers.
@@ -215,8 +230,10 @@ class Session:
 
     def reward_model(self, config: RewardModelConfig) -> RewardModel:
         """Put a third-party reward model into service."""
+        from search.reward_models import RewardModel
+
         if config.model not in self.readers:
-            self.readers[config.model] = RewardModel(config, self.policy, load=not self.workers)
+            self.readers[config.model] = RewardModel(config, self.policy)
         return self.readers[config.model]
 
     def _fused(self, verifier: Verifier, scoring: Scoring, trunk: str | None) -> bool:
@@ -281,6 +298,8 @@ class Session:
         before = read_seconds(path, len(found))
         if self.workers and owed:
             self.workers.open(self, search, len(owed), concurrency)
+        elif owed:
+            self.start()
         started = monotonic()
         with Reporter(what, len(problems), "problems") as reporter:
 

@@ -13,6 +13,7 @@ from search.beam import BeamSettings
 from search.pick import Pick, check_pick
 from search.plan import CompareConfig, Method
 from search.points import Point, make_point
+from search.scoring import Scorer
 from search.session import Session
 from search.smc import SmcSettings
 from search.solve import beam_record, beam_settings, repick, smc_record
@@ -45,14 +46,27 @@ class Sweep:
         )
 
 
+def prepared(sweep: Sweep, method: Method) -> tuple[Scorer, Pick]:
+    """(scorer, final pick) of a search; its engines are known then, and not yet loaded.
+
+    Raises:
+        UserError: if a setting does not fit the verifier.
+    """
+    verifier = sweep.verifiers[str(method.verifier)]
+    scorer = sweep.session.scorer(verifier, method.scoring, method.surprise, None)
+    sweep.session.sampling_engine(scorer)
+    rule = rule_of(sweep, method)
+    check_pick(rule, verifier.card.heads, verifier.card.base_head, str(method.verifier))
+    for n in method.n or sweep.config.n:
+        _beam_settings(sweep, method, n)
+    return scorer, rule
+
+
 def search_points(sweep: Sweep, method: Method) -> list[Point]:
     """A search (all but best-of-N) at all its widths."""
     config, session = sweep.config, sweep.session
     verifier = sweep.verifiers[str(method.verifier)]
-    scorer = session.scorer(verifier, method.scoring, method.surprise, None)
-    session.sampling_engine(scorer)
-    rule = rule_of(sweep, method)
-    check_pick(rule, verifier.card.heads, verifier.card.base_head, str(method.verifier))
+    scorer, rule = prepared(sweep, method)
     points = []
     for n in method.n or config.n:
         settings = _beam_settings(sweep, method, n)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pav.printable import cell
-from search.stats import Interval
+from pav.stats import Interval
 
 # What a column of any table of results means; terminal and report say it under the table.
 EXPLAINED = {

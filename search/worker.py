@@ -65,6 +65,7 @@ def serve(_: None, inbox: SimpleQueue[Any], send: Callable[[Any], None]) -> None
         try:
             session, search = pickle.loads(job.pickled)  # noqa: S301 (from the one that leads)
             served = session.served
+            session.start()
             for engine in served:
                 engine.reset_prefix_cache()
             asked = _asked(search, inbox, send)

@@ -34,7 +34,8 @@ from pav.policy import (
 )
 from pav.tasks.base import Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
-from pav.verifier import Card, HeadedTrunk, load_trunk
+from pav.trunk import HeadedTrunk, load_trunk
+from pav.verifier import Card
 
 # (architecture, its differences) by the name that ``tiny_model`` takes. Heads of 32, because vLLM's
 # attention on CPUs knows no smaller ones.

@@ -16,10 +16,12 @@ import pytest
 
 from data_gen.rollouts import RolloutsConfig, rollouts
 from pav.cli import run
+from pav.engine import Engine
 from pav.lock import LOCK, Lock, beside
 from pav.sft import SftConfig, sft
 from pav.train import TrainConfig, train
-from search.commands import BeamConfig, BestOfNConfig, beam, best_of_n
+from search.commands import BeamConfig, BestOfNConfig, SmcConfig, beam, best_of_n, smc
+from search.serve import ServeConfig, serve
 
 COMMANDS: dict[str, tuple[Any, type]] = {
     "data_gen.rollouts": (rollouts, RolloutsConfig),
@@ -27,6 +29,8 @@ COMMANDS: dict[str, tuple[Any, type]] = {
     "pav.sft": (sft, SftConfig),
     "search.beam": (beam, BeamConfig),
     "search.best_of_n": (best_of_n, BestOfNConfig),
+    "search.smc": (smc, SmcConfig),
+    "search.serve": (serve, ServeConfig),
 }
 TAPE = ["--task", "Tape"]
 SMALL = [*TAPE, "--problems", "2", "--validation_problems", "2", "--n_seeds", "2",
@@ -60,12 +64,13 @@ def world(
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused; returns its one line."""
+    """Runs a command that must be refused before an engine is started; returns its one line."""
 
     def command(name: str, *arguments: str) -> str:
         function, config = COMMANDS[name]
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(Engine, "start", lambda _: pytest.fail("an engine was started"))
             run(function, config, name, arguments)
         printed = capsys.readouterr().err
         assert stopped.value.code == 2, printed
@@ -108,6 +113,55 @@ def test_baseline_that_is_not_there(
     said = refused("search.beam", "--verifier", str(tmp_path / "pav.ckpt"), "--baseline", "orm")
     assert "no ORM baseline beside" in said
     assert "train one with pav.train --recipe orm, or name it with --baseline_verifier" in said
+
+
+def test_what_does_not_fit_the_verifier(
+    refused: Callable[..., str], world: World, tmp_path: Path
+) -> None:
+    start = ["--verifier", world.verifier]
+    out = ["--output", str(tmp_path / "run")]
+    assert "prover is 'q/no'; give bo<K>" in refused("search.beam", *start, "--prover", "q/no")
+    assert "head is 'q/no'; the verifier has" in refused("search.smc", *start, "--head", "q/no")
+    said = refused("search.best_of_n", "--verifier", world.orm, "--pick", "pav", *out)
+    assert "pick pav reads a Q head, which" in said
+    serving = [*start, "--port", "0"]
+    assert "prover is 'q/no'; give bo<K>" in refused("search.serve", *serving, "--prover", "q/no")
+    said = refused("search.serve", *serving, "--orm", world.verifier)
+    assert "is a verifier of recipe 'pav'; this needs 'orm'" in said
+    (tmp_path / "none.jsonl").write_text('{"question": "1+1?", "answer": "2", "split": "train"}\n')
+    said = refused("search.best_of_n", "--pick", "majority", "--policy", world.policy, *out,
+                   "--task.data", str(tmp_path / "none.jsonl"))  # fmt: skip
+    assert "leaves no problem for the test split (1 problems in all" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_chat_prompt_without_a_chat_template(
+    refused: Callable[..., str], world: World, tmp_path: Path
+) -> None:
+    chat = ["--policy", world.policy, "--policy.prompt.chat", "true"]
+    for command in (
+        ["data_gen.rollouts", *chat, "--output", str(tmp_path / "labels")],
+        ["search.best_of_n", *chat, "--pick", "majority", "--output", str(tmp_path / "run")],
+        ["search.beam", "--verifier", world.verifier, *chat],
+        ["pav.train", "--labels", f"[{world.labels}]", "--trunk", world.policy, "--prompt.chat",
+         "true", "--output", str(tmp_path / "pav.ckpt")],
+        ["pav.sft", "--init", world.policy, "--prompt.chat", "true", "--output",
+         str(tmp_path / "sft")],
+    ):  # fmt: skip
+        said = refused(*command)
+        assert "prompt.chat is true, but the tokenizer " in said and "has no chat template" in said
+    assert {p.name for p in tmp_path.iterdir()} <= {"sft"}
+
+
+def test_finished_label_run_is_printed_again_without_an_engine(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Engine, "start", lambda _: pytest.fail("an engine was started"))
+    made = ["--policy", world.policy, "--output", world.labels, *SMALL]
+    run(rollouts, RolloutsConfig, "data_gen.rollouts", made)
+    said = capsys.readouterr()
+    assert f" rollouts in {world.labels}" in said.out and "next: pav.train" in said.out
+    assert "2 train problems, fewer than 50: figures of so few say little" in said.err
 
 
 def test_missing_policy(refused: Callable[..., str], world: World, tmp_path: Path) -> None:

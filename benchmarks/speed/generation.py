@@ -160,6 +160,7 @@ def _case(
 
 
 def _time(engine: Engine, work: Callable[[], int]) -> Turn:
+    engine.start()
     engine.reset_prefix_cache()
     inner, steps = engine._engine.step, 0
 

@@ -97,6 +97,9 @@ class Recorder:
         self.reads.append((list(ids), logprobs_from))
         return await self.engine.read(ids, logprobs_from=logprobs_from)
 
+    def start(self) -> None:
+        self.engine.start()
+
     def reset_prefix_cache(self) -> None:
         self.engine.reset_prefix_cache()
 
@@ -310,6 +313,7 @@ def _timed(
         nonlocal total
         total += size(out)
 
+    engine.start()
     engine.reset_prefix_cache()
     started = seconds()
     drive([engine], jobs, keep, len(jobs))

@@ -41,16 +41,17 @@ from pav.cli import run
 from pav.drive import drive
 from pav.engine import Engine, EngineConfig, Read, Sampled, seed_of
 from pav.policy import Policy, Sampler
+from pav.stats import bootstrap
 from pav.steps import scoring_position
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
-from pav.verifier import HeadedTrunk, Verifier, load_model, load_verifier, trunk_path
+from pav.trunk import HeadedTrunk
+from pav.verifier import Verifier, load_model, load_verifier, trunk_path
 from search.cost import Cost
 from search.records import Record
 from search.scoring import NOTHING, Reading, Scorer
 from search.session import Session, open_session
 from search.solve import beam_record, beam_settings
-from search.stats import bootstrap
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.search_loops"
 SEQUENTIAL = {1: 10.0, 16: 4.0}
@@ -140,6 +141,9 @@ class Batched:
         for (ids, future), heads, logprobs in zip(texts, heads_BH, logprobs_BT, strict=True):
             future.set_result(Read(heads, logprobs[: len(ids) - 1], len(ids), 0))
 
+    def start(self) -> None:
+        """Loaded as it is."""
+
     def reset_prefix_cache(self) -> None:
         """There is none."""
 
@@ -181,6 +185,9 @@ class Barrier:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting.append(future)
         return future
+
+    def start(self) -> None:
+        self.engine.start()
 
     def reset_prefix_cache(self) -> None:
         self.engine.reset_prefix_cache()
@@ -353,6 +360,7 @@ def raw_rate(
         )
         for i, prompt in enumerate(prompts)
     ]
+    engine.start()
     engine.reset_prefix_cache()
     started = seconds()
     drive([engine], jobs, keep, in_flight)

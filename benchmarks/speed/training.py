@@ -45,8 +45,8 @@ from pav.checkpoints import LastCheckpoint, WholeCheckpoints
 from pav.cli import run
 from pav.data import Example, batches
 from pav.fit import VerifierModule, prepare, trainer_of
-from pav.progress import LightningProgress
 from pav.train_config import TrainConfig
+from pav.training_progress import LightningProgress
 from pav.trunk import HeadedTrunk
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.training"

@@ -114,6 +114,7 @@ def _wait(roller: Roller) -> None:
 def _made(config: RolloutsConfig, rollers: list[Roller]) -> Made:
     engine = rollers[0].engine
     if not isinstance(engine, RemoteEngine):  # workers keep a few blocks of the turn before
+        engine.start()
         engine.reset_prefix_cache()
     rounds = rounds_of(config, [roller.policy for roller in rollers])
     with TemporaryDirectory() as name, Store(Path(name), {}) as store:

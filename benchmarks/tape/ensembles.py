@@ -36,6 +36,7 @@ from pav.engine import EngineConfig
 from pav.labels import read_labels
 from pav.policy import PolicyConfig, load_policy, model_path
 from pav.report import first_half
+from pav.stats import bootstrap
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
 from pav.train import new_card, save
@@ -49,7 +50,6 @@ from search.rank import Values, step_score
 from search.records import Record
 from search.session import Session, open_session
 from search.solve import beam_settings, searched
-from search.stats import bootstrap
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.tape.ensembles"
 MEMBERS = 5

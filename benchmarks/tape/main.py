@@ -29,8 +29,8 @@ from benchmarks.speed.results import machine
 from pav.cli import run
 from pav.errors import UserError
 from pav.files import json_text
+from pav.stats import bootstrap
 from search.records import read
-from search.stats import bootstrap
 
 RESULTS = Path(__file__).parents[1] / "results"
 BEAM = "PAV beam"

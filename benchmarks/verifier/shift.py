@@ -27,7 +27,7 @@ from benchmarks.verifier.results import metric, write
 from pav.calibrate import Calibrator, fit_calibrator
 from pav.cli import run
 from pav.data import pav_examples, score
-from pav.evaluate import load_on_trunk
+from pav.evaluate import load_on_device, trunk_policy
 from pav.judged import MODES, Judged, judge
 from pav.labels import read_labels
 from pav.metrics import Array, reliability_bins, value_metrics
@@ -63,7 +63,8 @@ def shift(config: ShiftConfig) -> None:
     """Measure and write (see the module)."""
     verifier = load_verifier(config.verifier)
     card = verifier.card
-    model, policy = load_on_trunk(verifier, Tape(), None)
+    path, policy = trunk_policy(verifier, Tape(), None)
+    model = load_on_device(verifier, path)
     judged: dict[str, Judged] = {}
     for name, directory in ((SAMPLED, config.sampled), (SEARCHED, config.searched)):
         labels = read_labels([directory])

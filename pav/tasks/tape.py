@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
-
 from pav.tasks.base import Grade, Problem, Split, Task, problem_id, split_of
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Endless streams of problems and solutions differ by split and use, never by time.
 _STREAM_SEED = {"train": 1, "validation": 2, "test": 3, "solutions": 4}
@@ -177,6 +179,10 @@ def _check(
 
 def tape_tokenizer() -> PreTrainedTokenizerFast:
     """Character tokenizer of the tape: PAD, BOS, EOS and 16 characters."""
+    # Not at the top: every command knows this task.
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     tokens = ["<pad>", "<s>", "</s>", *"0123456789+-*=A\n"]
     core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

@@ -135,6 +135,11 @@ def test_likelihoods_of_every_boundary_stand_in_a_table_of_their_own(
     assert len(wanted) < sum(len(prefixes(t)) for t in labels.traces)  # shared ones are read once
     rows = rows_of(run.output)
     assert len(rows) == len(wanted)
+    with monkeypatch.context() as patch:  # found before the model is loaded
+        patch.setattr(likelihood_module, "_load", pytest.fail)
+        patch.setattr(likelihood_module, "_boundaries", lambda _: iter([("key", 250)]))
+        with pytest.raises(UserError, match=r"are 2\d\d tokens, the model knows 256 positions"):
+            likelihood(LikelihoodConfig(run.output))
     policy = load_policy(run.policy, run.task.step_rule)
     assert {r["policy_fingerprint"] for r in rows} == {policy.fingerprint}
     trace = labels.traces[0]
@@ -222,7 +227,7 @@ def test_likelihood_run_that_dies_goes_on_where_it_was(
     rows = rows_of(run.output)
     assert len(rows) == len(read_likelihood(Path(run.output)))
     # Nothing is owed any more: no model is loaded.
-    monkeypatch.setattr(likelihood_module, "load_trunk", pytest.fail)
+    monkeypatch.setattr(likelihood_module, "_load", pytest.fail)
     likelihood(LikelihoodConfig(run.output))
 
 

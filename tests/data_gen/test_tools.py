@@ -520,7 +520,7 @@ def test_health_counts_what_went_wrong(policy: Policy, made: Path) -> None:
     assert again["wrong_without_error_step"] == pytest.approx(3 / 4)
 
 
-@pytest.mark.parametrize(("right", "contaminated"), [(36, True), (34, False)])
+@pytest.mark.parametrize(("right", "contaminated"), [(52, True), (45, False), (36, False)])
 def test_base_that_knows_the_label_problems_is_called_contaminated(
     policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str], right: int,
     contaminated: bool,
@@ -536,7 +536,8 @@ def test_base_that_knows_the_label_problems_is_called_contaminated(
     assert accuracy["difference"] == pytest.approx((right - 30) / 100)
     low, high = accuracy["ci95"]
     assert low < accuracy["difference"] < high
-    assert accuracy["contaminated"] == contaminated
+    # Where chance alone may have put it above the limit of 0.05 nothing is claimed.
+    assert accuracy["contaminated"] == contaminated == (low > 0.05)
     print_health(health, tmp_path)
     said = capsys.readouterr()
     assert ("WARNING: labels are contaminated" in said.err) == contaminated

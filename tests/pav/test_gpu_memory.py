@@ -91,7 +91,7 @@ def test_planned_sizes_are_those_of_the_model(
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of 80 GiB, as far as planning goes."""
-    monkeypatch.setattr("pav.gpu_memory.ON_CPU", False)
+    monkeypatch.setattr("pav.gpu_memory.on_cpu", lambda: False)
     monkeypatch.setattr("pav.gpu_memory.gpu_bytes", lambda: 80 * GIB)
 
 
@@ -112,7 +112,7 @@ def test_cpu_is_not_shared_out(tiny_model: Callable[..., Path]) -> None:
 
 
 def test_vllm_is_told_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pav.loading.ON_CPU", False)
+    monkeypatch.setattr("pav.loading.on_cpu", lambda: False)
 
     def told(**settings: Any) -> tuple[float, int | None]:
         arguments = engine_arguments("model", "float32", 160, EngineConfig(**settings))

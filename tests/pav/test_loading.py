@@ -68,7 +68,7 @@ def test_whatever_vllm_raises_at_start_is_one_line_and_a_log(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     # Weights of another shape: an AssertionError of vLLM's.
     other = changed(tiny_model("llama"), tmp_path / "other", intermediate_size=256)
-    said = refused(lambda: Engine(other, "float32", 160, config=EngineConfig(kv_gib=0.02)))
+    said = refused(Engine(other, "float32", 160, config=EngineConfig(kv_gib=0.02)).start)
     assert repr(other) in said and "engine.kv_gib" in said
     log = Path(re.findall(r"traceback: (\S+)\)", said)[0])
     assert log.parent == tmp_path

@@ -22,7 +22,7 @@ from data_gen.store import Store
 from pav.ceilings import advantage_ceilings, ceilings, deconvolve, irreducible_brier
 from pav.data import pav_examples, score
 from pav.errors import UserError
-from pav.evaluate import EvaluateConfig, evaluate, load_on_trunk
+from pav.evaluate import EvaluateConfig, evaluate, load_on_device, trunk_policy
 from pav.first_error import first_error_metrics, first_error_threshold, halves_agree
 from pav.judged import judge
 from pav.labels import Completion, Trace, prefix_key, read_labels
@@ -35,6 +35,7 @@ from pav.metrics import (
     value_metrics,
 )
 from pav.policy import PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
+from pav.report import verdict
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape, parse
 from pav.tasks.tape import apply as press
@@ -372,7 +373,8 @@ def test_a_predictor_of_the_truth_reaches_the_ceilings_of_real_labels(
     labels: str, verifier: str
 ) -> None:
     found, loaded = read_labels([labels]), load_verifier(verifier)
-    model, policy = load_on_trunk(loaded, TASK, None)
+    path, policy = trunk_policy(loaded, TASK, None)
+    model = load_on_device(loaded, path)
     heads = loaded.card.heads
     examples = pav_examples(found, "validation", heads, policy, 64)
     scored = score(model, examples, policy, "scoring")
@@ -438,13 +440,47 @@ def test_evaluate_prints_and_writes_metrics_of_any_label_run(
     assert written["q/base/surprise"]["auc"] == pytest.approx(found["q/base/surprise"]["auc"])
     assert written["data"]["prefixes"]["base"].keys() == {"4"}
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    said = capsys.readouterr().out
+    told = capsys.readouterr()
+    said = told.out
     assert "q/base/ceiling" in said
     assert f"metrics: {output}" in said
+    # Every figure with its interval, and of every head whether it is worth anything.
+    low, high = written["q/base/surprise"]["ci95"]["auc"]
+    assert low < written["q/base/surprise"]["auc"] < high
+    assert f"[{low:.2f}, {high:.2f}]".replace("0.", ".") in said
+    assert written["q/base/surprise"]["problems"] == 60 and "WARNING" not in told.err
+    for head in ("q/base", "orm"):
+        (line,) = [line for line in said.splitlines() if line.startswith(f"{head}: ")]
+        assert " than a constant" in line
     # Nothing is fitted on these labels: other labels, the same values.
     card = load_verifier(verifier).card
     assert "calibrators" not in written
     assert card.validation == {}
+
+
+def test_small_split_is_warned_of_by_its_number(
+    trunk: Path, verifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = write_labels(tmp_path / "labels", trunk, n=2, problems=3)
+    evaluate(EvaluateConfig(verifier, [few]))
+    warned = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert warned == ["WARNING: 3 validation problems, fewer than 50: figures of so few say little"]
+
+
+def test_verdict_follows_from_the_interval() -> None:
+    def of(brier: float, low: float, high: float) -> str:
+        ci95 = {"brier_gain": [low, high], "brier": [0.15, 0.25]}
+        return verdict({"brier": brier, "brier_constant": 0.194, "ci95": ci95})
+
+    assert of(0.199, -0.05, 0.04) == (
+        "no better than a constant: Brier 0.199 [.15, .25] against 0.194"
+    )
+    assert of(0.163, 0.02, 0.042) == (
+        "better than a constant by 0.031 [0.020, 0.042] (Brier 0.163 against 0.194)"
+    )
+    assert of(0.224, -0.06, -0.01) == (
+        "worse than a constant by 0.030 [0.010, 0.060] (Brier 0.224 against 0.194)"
+    )
 
 
 def test_evaluate_refuses_labels_of_another_task_or_policy(
@@ -458,7 +494,12 @@ def test_evaluate_refuses_labels_of_another_task_or_policy(
     make_verifier(trunk, harder, task=Tape(n_ops=5))
     with pytest.raises(UserError, match=r"about another task than verifier .*give labels of its"):
         evaluate(EvaluateConfig(str(harder), [labels]))
-    with pytest.raises(UserError, match=r"hold no solutions of train problems; set split"):
-        evaluate(EvaluateConfig(verifier, [labels], split="train"))
+    with pytest.MonkeyPatch.context() as patch:  # before the model is loaded
+        patch.setattr("pav.evaluate.load_on_device", lambda *_: pytest.fail("loaded"))
+        with pytest.raises(UserError, match=r"hold no solutions of train problems; set split"):
+            evaluate(EvaluateConfig(verifier, [labels], split="train"))
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match=r"cannot be written .*; choose another"):
+            evaluate(EvaluateConfig(verifier, [labels], output=str(tmp_path / "file" / "x.json")))
     with pytest.raises(UserError, match=r"output is 'x'; give a file name ending in .json"):
         EvaluateConfig(verifier, [labels], output="x")

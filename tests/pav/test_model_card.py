@@ -22,7 +22,8 @@ from pav.export import ensure_export
 from pav.export_prm import ExportPrmConfig, export_prm
 from pav.model_card import PLOT, model_card
 from pav.train import save
-from pav.verifier import HeadedTrunk, load_model, load_verifier
+from pav.trunk import HeadedTrunk
+from pav.verifier import load_model, load_verifier
 
 FIGURES = {
     "q/base/plain": {"rows": 90, "auc": 0.71, "spearman": 0.4, "brier": 0.2,

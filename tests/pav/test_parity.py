@@ -22,7 +22,8 @@ from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.read_check import check_reads
 from pav.steps import scoring_position
 from pav.tasks.tape import Tape
-from pav.verifier import HeadedTrunk, load_trunk, load_verifier
+from pav.trunk import HeadedTrunk, load_trunk
+from pav.verifier import load_verifier
 
 T = TypeVar("T")
 HEADS = ("q/base", "q/prover", "orm")

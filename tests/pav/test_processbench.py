@@ -267,6 +267,12 @@ def test_settings_that_cannot_work_are_refused(verifier: str, tmp_path: Path) ->
     ]:
         with pytest.raises(UserError, match=message):
             processbench(ProcessBenchConfig(verifier, str(data), **settings))
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "out.json")
+    with pytest.MonkeyPatch.context() as patch:  # before the model is loaded
+        patch.setattr("pav.processbench.load_on_device", lambda *_: pytest.fail("loaded"))
+        with pytest.raises(UserError, match=r"cannot be written .*; choose another"):
+            processbench(ProcessBenchConfig(verifier, str(data), 0.5, output=nowhere))
     data.write_text(json.dumps(rows([0, 0, 0, 0, 0])))
     with pytest.raises(UserError, match="pick_on needs solutions with an error"):
         processbench(ProcessBenchConfig(verifier, str(data), pick_on=str(data)))

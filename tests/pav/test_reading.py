@@ -97,7 +97,9 @@ def engine_on(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(form: Form, cache: Any) -> Engine:
         scripted = ScriptedVllm(form, cache)
         monkeypatch.setattr("pav.engine.load", lambda *_: scripted)
-        return Engine("nowhere", "float32", LENGTH + 1, [*HEADS, REFERENCE])
+        engine = Engine("nowhere", "float32", LENGTH + 1, [*HEADS, REFERENCE])
+        engine.start()
+        return engine
 
     return make
 
@@ -193,6 +195,6 @@ def test_engine_that_reads_on_a_gpu_begins_with_the_check(
     monkeypatch.setattr("pav.engine.check_reads", checked.append)
     engine_on("every row", in_blocks(4, 0))
     assert not checked  # a CPU's runner is known, and the check costs a second
-    monkeypatch.setattr("pav.engine.ON_CPU", False)
+    monkeypatch.setattr("pav.engine.on_cpu", lambda: False)
     engine = engine_on("every row", in_blocks(4, 0))
     assert checked == [engine]

@@ -140,7 +140,10 @@ def test_adapters_of_a_sharded_trunk_change_their_shards_alone(
         ensure_export(load_verifier(str(tmp_path / "lost.ckpt")), str(source))
 
 
-def test_adapter_of_a_layer_that_the_trunk_lacks_is_refused(config: TrainConfig) -> None:
+def test_adapter_of_a_layer_that_the_trunk_lacks_is_refused_before_the_trunk_is_loaded(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pav.train, "load_trunk", lambda *_: pytest.fail("loaded"))
     wrong = replace(config, trunk_mode="lora", lora=Lora(targets=["query"]))
     with pytest.raises(UserError, match=r"names 'query', which is no linear .* q_proj, up_proj"):
         train(wrong)
@@ -342,6 +345,7 @@ def test_logger_without_its_package_is_an_error_that_names_it(
     for flag in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
         monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{flag}", False)
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
+    monkeypatch.setattr(pav.train, "load_trunk", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=f"needs the package {package}.*pip install {package}"):
         train(replace(config, logger=logger))
 

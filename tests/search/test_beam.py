@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pav.drive import drive
-from pav.engine import EngineConfig
+from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.steps import StepRule
@@ -301,6 +301,7 @@ def test_command_prints_a_table_and_the_same_command_searches_nothing_again(
         raise AssertionError("searched again")
 
     monkeypatch.setattr("search.commands.beam_record", never)
+    monkeypatch.setattr(Engine, "start", lambda _: pytest.fail("an engine was started"))
     same = BeamConfig(verifier, n=2, problems=2, output=str(tmp_path / "run"),
                       engine=EngineConfig(kv_gib=0.02))  # fmt: skip
     beam(same)

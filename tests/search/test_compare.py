@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pav.engine import EngineConfig
+from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.policy import PolicyConfig, Sampler
 from pav.tasks.tape import Tape
@@ -190,12 +190,37 @@ def test_a_finished_comparison_is_not_run_again_and_another_is_refused(
 
     monkeypatch.setattr("search.sweep.beam_record", refuse)
     monkeypatch.setattr("search.sampled.traces_record", refuse)
+    monkeypatch.setattr(Engine, "start", refuse)
     compare(config)
     assert {p.name: p.read_bytes() for p in Path(config.output).glob("*.jsonl")} == before
     # The seconds of the first start are remembered, though nothing was searched by this one.
     assert all(float(r["seconds"]) > 0 for r in rows(config))
     with pytest.raises(UserError, match="seeds"):
         compare(replace(config, seeds=[0]))
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (Method("x", "best_of_n", "orm.ckpt", pick="last"), "pick last reads a Q head, which"),
+        (Method("x", "best_of_n", "pav.ckpt", pick="pav", prover="q/no"), "prover is 'q/no'; give"),
+        (Method("x", "beam", "pav.ckpt", prover="q/no"), "prover is 'q/no'; give bo<K>"),
+        (Method("x", "beam", "pav.ckpt", samples=0), "samples is 0; give at least 1"),
+        (Method("x", "beam", "orm.ckpt"), "prover is ''; give"),
+        (Method("x", "best_of_n", pick="majority", policy=PolicyConfig("pav:no")), "no shipped"),
+    ],
+)
+def test_last_method_that_cannot_be_searched_is_found_before_the_first_is(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: Method,
+    message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Engine, "start", lambda _: pytest.fail("an engine was started"))
+    if last.verifier:
+        last = replace(last, verifier=str(Path(config.output).parent / last.verifier))
+    methods = [*config.methods[:1], last]
+    with pytest.raises(UserError, match=message):
+        compare(replace(config, methods=methods, output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_the_first_version_is_resumed(config: CompareConfig, tmp_path: Path) -> None:

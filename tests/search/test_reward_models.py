@@ -270,7 +270,7 @@ def test_model_that_is_no_reward_model_is_refused(
 ) -> None:
     def refused(path: Path | str, **changes: Any) -> str:
         with pytest.raises(UserError) as error:
-            RewardModel(RewardModelConfig(str(path), **changes), policy)
+            RewardModel(RewardModelConfig(str(path), **changes), policy).start()
         assert "\n" not in str(error.value)
         return str(error.value)
 

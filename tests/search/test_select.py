@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,6 +18,7 @@ from pav.cli import run
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
 from pav.policy import Sampler
+from pav.stats import Interval
 from pav.tasks.base import Problem, Split
 from pav.tasks.tape import Tape
 from search.commands import BeamConfig
@@ -24,7 +26,6 @@ from search.compare import CompareConfig, Method, compare
 from search.plan import Selection
 from search.records import read
 from search.select import COARSE, Choice, SelectConfig, choose, select
-from search.stats import Interval
 from search.sweep import Sweep
 
 ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)
@@ -46,7 +47,8 @@ def chosen(
         assert method.alpha is not None and method.prover is not None
         tried.append((method.alpha, method.prover))
         mean = accuracy(method.alpha, method.prover)
-        return [SimpleNamespace(accuracy=Interval(mean, mean, mean))]
+        right_PS = (np.arange(200) < round(200 * mean)).astype(float)[:, None]
+        return [SimpleNamespace(accuracy=Interval(mean, mean, mean), correct_PS=right_PS)]
 
     def problems(split: Split, count: int) -> list[Problem]:
         assert split == "validation"
@@ -54,7 +56,9 @@ def chosen(
 
     monkeypatch.setattr("search.select.search_points", search_points)
     session: Any = SimpleNamespace(problems=problems)
-    card = SimpleNamespace(alpha=0.5, heads=["q/base", "q/prover", "orm"], base_head="q/base")
+    card = SimpleNamespace(
+        alpha=0.5, heads=["q/base", "q/prover", "orm"], base_head="q/base", prover_head="q/prover"
+    )
     verifiers: Any = {"v": SimpleNamespace(card=card)}
     made = method or Method("beam", verifier="v")
     sweep = Sweep(CompareConfig([made], "unused"), verifiers, session, [], Path("/tmp"))
@@ -93,12 +97,38 @@ def test_prover_is_chosen_with_the_chosen_alpha(monkeypatch: pytest.MonkeyPatch)
     assert (alone.alpha, alone.prover) == (None, "bo4")
 
 
-def test_of_equal_alphas_the_smallest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, tried = chosen(monkeypatch, lambda alpha, prover: 0.5, ["alpha"])
-    assert found.alpha == 0.0
+def test_tie_keeps_the_default_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, tried = chosen(monkeypatch, lambda alpha, prover: 0.5, ["alpha", "K"])
+    assert (found.alpha, found.prover) == (0.5, "q/prover")
     # Where no alpha beats 0 the coarse stage ends at its last.
     assert [a for a, _ in tried[1:7]] == list(COARSE)
-    assert max(a for a, _ in tried[7:]) == COARSE[-1]
+    assert max(a for a, _ in tried[7:18]) == COARSE[-1]
+    alpha, prover = found.notes
+    assert alpha.startswith("alpha: tie: default kept (0.5; as accurate: 0.0, 0.03125, ")
+    assert prover.startswith("prover: tie: default kept (q/prover; as accurate: bo1, bo2, ")
+    # A default among the best is kept, too; where it is not the smallest of them is taken.
+    best = {0.25, 0.5}
+    some = [0.0, 0.25, 0.5, 1.0]
+    found, _ = chosen(monkeypatch, lambda a, _: 0.4 + (a in best) / 10, ["alpha"], alphas=some)
+    assert (found.alpha, found.notes) == (
+        0.5, ("alpha: tie: default kept (0.5; as accurate: 0.25, 0.5)",),
+    )  # fmt: skip
+    best = {0.25, 1.0}
+    found, _ = chosen(monkeypatch, lambda a, _: 0.4 + (a in best) / 10, ["alpha"], alphas=some)
+    assert (found.alpha, found.notes) == (0.25, ("alpha: tie: the first of 0.25, 1.0 is taken",))
+
+
+def test_choice_says_whether_it_can_be_told_from_the_second_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def of(gain: float) -> str:
+        table = {0.0: 0.3, 0.5: 0.4, 1.0: 0.4 + gain}
+        found, _ = chosen(monkeypatch, lambda a, _: table[a], ["alpha"], alphas=list(table))
+        assert found.alpha == 1.0
+        return found.notes[0]
+
+    assert of(0.2).startswith("alpha: ahead of 0.5, the second best, by 0.200 [0.1")
+    assert of(0.005).startswith("alpha: not distinguishable from 0.5, the second best, by 0.005 [0")
 
 
 # -- on a tiny model -------------------------------------------------------------------------------
@@ -140,7 +170,9 @@ def test_choice_is_made_without_test_problems_and_search_beam_takes_it(
         ("alpha", "bo1"), ("alpha", "bo1"), ("K", "bo1"), ("K", "bo2"), ("K", "q/prover"),
     ]  # fmt: skip
     provers = [(float(t["accuracy"]), t["prover"]) for t in tried if t["stage"] == "K"]
-    assert next(p for a, p in provers if a == max(provers)[0]) == found["prover"]
+    best = [p for a, p in provers if a == max(provers)[0]]
+    # Of equals the verifier's own.
+    assert found["prover"] == ("q/prover" if "q/prover" in best else best[0])
     taken: list[BeamConfig] = []
     argv = ["--config", str(tmp_path / "run" / "choice.yaml"), "--verifier", verifier]
     run(taken.append, BeamConfig, "search.beam", argv)
@@ -162,7 +194,9 @@ def test_choice_is_made_without_test_problems_and_search_beam_takes_it(
         raise AssertionError("searched again")
 
     monkeypatch.setattr("search.sweep.beam_record", never)
-    select(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "start", lambda _: pytest.fail("an engine was started"))
+        select(config)
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.jsonl")} == runs
     with pytest.raises(UserError, match="another selection"):
         select(replace(config, selection=replace(HOW, problems=4)))
@@ -172,13 +206,14 @@ def test_comparison_chooses_on_validation_and_tests_with_the_choice_in_one_engin
     verifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
-    load = Engine.__post_init__
+    load = Engine.start
 
     def counting(engine: Engine) -> None:
-        loaded.append(engine.model)
+        if engine._engine is None:
+            loaded.append(engine.model)
         load(engine)
 
-    monkeypatch.setattr(Engine, "__post_init__", counting)
+    monkeypatch.setattr(Engine, "start", counting)
     compare(
         CompareConfig(
             [

@@ -30,7 +30,7 @@ def made(
     make_verifier(model, tmp_path / "pav.ckpt", sampler=SAMPLER)
     make_verifier(model, tmp_path / "orm.ckpt", heads=("orm",), sampler=SAMPLER)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pav.gpu_memory.ON_CPU", False)
+    monkeypatch.setattr("pav.gpu_memory.on_cpu", lambda: False)
     monkeypatch.setattr("pav.gpu_memory.gpu_bytes", lambda: 80 * GIB)
     made: dict[str, EngineConfig] = {}
 

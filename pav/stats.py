@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 4000
+# Problems below which a split is warned of.
+FEW = 50
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,21 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def few(count: int, split: str, asked: int | None = None) -> str | None:
+    """What to warn of where figures of a split stand on too few problems; None where they do not.
+
+    Args:
+        count: problems that there are.
+        split: what they are called.
+        asked: how many were asked for, where that is known.
+    """
+    wanted = f" ({asked} were asked for)" if asked is not None and asked > count else ""
+    said = f"{count} {split} problem{'s' * (count != 1)}{wanted}"
+    if count >= FEW:
+        return said if wanted else None
+    return f"{said}, fewer than {FEW}: figures of so few say little"
 
 
 def bootstrap(values_PS: NDArray[np.float64], seed: int = 0) -> Interval:
