@@ -35,7 +35,7 @@ from pav.gpu_memory import share_gpu
 from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, GraderFailed, check_timeout, guarded
 from pav.interrupt import interruptible
 from pav.loading import check_model
-from pav.opening import print_opening, settle_cap, task_for
+from pav.opening import check_policies, print_opening, settle_cap, task_for
 from pav.policy import (
     Policy,
     PolicyConfig,
@@ -295,22 +295,6 @@ def _engines(config: RolloutsConfig, policies: list[Policy]) -> Iterator[Engine 
     models = [Model(p.path, p.config.dtype, length, config.engine, p.stepper) for p in policies]
     note = None if config.dry_run else config.directory / WORKERS
     yield from open_pool(models, config.workers, config.ray, note).engines
-
-
-def check_policies(policies: list[Policy]) -> None:
-    """Policies must share a tokenizer (solution ids are exchanged) and differ in name."""
-    base, *provers = policies
-    names = {base.config.label: "policy"}
-    for prover in provers:
-        if tokenizer_fingerprint(base.tokenizer) != tokenizer_fingerprint(prover.tokenizer):
-            raise UserError(
-                f"prover {prover.config.model!r} has another tokenizer than policy "
-                f"{base.config.model!r}; choose a prover of the same tokenizer"
-            )
-        name = prover.config.label
-        if name in names:
-            raise UserError(f"{names[name]} and prover are both called {name!r}; set prover.name")
-        names[name] = f"prover {prover.config.model!r}"
 
 
 def _problems(config: RolloutsConfig) -> list[tuple[Split, Problem]]:

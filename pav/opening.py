@@ -11,7 +11,8 @@ from heapq import nlargest
 from typing import Any
 
 from pav.errors import UserError
-from pav.policy import ASSET_PREFIX, Policy, Sampler
+from pav.policy import ASSET_PREFIX, Policy, Sampler, tokenizer_fingerprint
+from pav.printable import one_line, printable
 from pav.tasks.base import BUILT_IN, Problem, Task, task_spec
 from pav.tasks.tape import Tape
 
@@ -35,6 +36,22 @@ def task_for(task: Task | None, models: Sequence[str]) -> Task:
         f"model {own!r} is named, and no task; add one, e.g. --task.data problems.jsonl or --task "
         "Gsm8k (--task Tape is the built-in calculator tape)"
     )
+
+
+def check_policies(policies: Sequence[Policy]) -> None:
+    """Policies must share a tokenizer (solution ids are exchanged) and differ in name."""
+    base, *provers = policies
+    names = {base.config.label: "policy"}
+    for prover in provers:
+        if tokenizer_fingerprint(base.tokenizer) != tokenizer_fingerprint(prover.tokenizer):
+            raise UserError(
+                f"prover {prover.config.model!r} has another tokenizer than policy "
+                f"{base.config.model!r}; choose a prover of the same tokenizer"
+            )
+        name = prover.config.label
+        if name in names:
+            raise UserError(f"{names[name]} and prover are both called {name!r}; set prover.name")
+        names[name] = f"prover {prover.config.model!r}"
 
 
 def settle_cap(
@@ -104,7 +121,8 @@ def print_opening(
         differs = (
             "" if policy.config.prompt == base.config.prompt else ", another than the policy's"
         )
-        print(f"{role}: {policy.config.model} ({kind} prompt{differs}), {policy.config.dtype}")
+        model = one_line(policy.config.model)
+        print(f"{role}: {model} ({kind} prompt{differs}), {policy.config.dtype}")
     shown: set[str] = set()
     for role, policy in policies:
         text = policy.tokenizer.decode(policy.encode(first))
@@ -127,10 +145,7 @@ def block(text: str, most: int | None = MOST_SHOWN) -> str:
     if most is not None and len(text) > most:
         half = most // 2
         text = f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}"
-    return "\n".join(
-        "  | " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-        for line in text.split("\n")
-    )
+    return "\n".join("  | " + line for line in printable(text).split("\n"))
 
 
 def task_option(spec: dict[str, Any], always: bool = False) -> str:
