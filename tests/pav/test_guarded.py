@@ -144,7 +144,7 @@ def test_time_limit_that_is_none_is_refused() -> None:
 
 WAITING = """
 import sys
-from data_gen.interrupt import interruptible
+from pav.interrupt import interruptible
 from pav.drive import drive
 from pav.guarded import GuardedGrader
 from pav.tasks.base import Problem
