@@ -74,7 +74,7 @@ def compare(config: CompareConfig) -> None:
     digests |= {model.config.model: model.digest for model in session.readers.values()}
     if not (output / MANIFEST).exists():
         session.check_models()
-    prompts = session.prompts(verifiers.values()) | _own_policies(config, session)
+    prompts = session.prompts() | _own_policies(sweep)
     with open_run(output, manifest(config, digests) | {PROMPTS: prompts}):
         say_opening(session, problems, config.split)
         sweep = with_choices(sweep)
@@ -103,11 +103,10 @@ def _expect(config: CompareConfig, session: Session, verifiers: dict[str, Verifi
             session.expect_scorer(verifiers[method.verifier], scoring, None)
 
 
-def _own_policies(config: CompareConfig, session: Session) -> dict[str, Rendering]:
+def _own_policies(sweep: Sweep) -> dict[str, Rendering]:
     """How the policies are asked that methods sample from in place of the verifiers' own."""
-    policies = {m.policy.label: m.policy for m in config.methods if m.policy}
-    rule = session.task.step_rule
-    return {f"the policy {n!r}": rendered(load_policy(p, rule)) for n, p in policies.items()}
+    own = [p for p in (other_policy(sweep, m) for m in sweep.config.methods) if p is not None]
+    return {f"the policy {p.config.label!r}": rendered(p) for p in own}
 
 
 def _prepare(sweep: Sweep) -> None:

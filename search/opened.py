@@ -135,9 +135,8 @@ def claim(config: SearchConfig, opened: Opened, name: str) -> Iterator[Path]:
     directory = run_directory(config, name, path)
     if not (directory / MANIFEST).exists():
         opened.session.check_models()
-    asked = [opened.verifier] if opened.verifier is not None and config.orm is None else []
-    prompts = opened.session.prompts(asked, config.trunk)
-    with open_run(directory, manifest(config, opened.verifier) | {PROMPTS: prompts}):
+    prompts = {PROMPTS: opened.session.prompts()}
+    with open_run(directory, manifest(config, opened.verifier) | prompts):
         yield directory
 
 

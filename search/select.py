@@ -121,9 +121,9 @@ def select(config: SelectConfig) -> None:
     }
     sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
     problems = session.problems("validation", config.selection.problems)
-    known[PROMPTS] = session.prompts([verifier])
     session.expect_scorer(verifier, config.scoring, None)
     prepared(sweep, method)
+    known[PROMPTS] = session.prompts()
     if not (output / MANIFEST).exists():
         session.check_models()
     with open_run(output, known | manifest(config.select, config.selection)):

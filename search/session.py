@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -214,18 +214,10 @@ class Session:
                 warn_clock(policy)
         return self.trunks[key]
 
-    def prompts(
-        self, verifiers: Iterable[Verifier], trunk: str | None = None
-    ) -> dict[str, Rendering]:
-        """How all are asked that a search depends on, for the manifest of its run.
-
-        Args:
-            verifiers: what scores, beside the reward models that are in service.
-            trunk: new place of their trunk.
-        """
+    def prompts(self) -> dict[str, Rendering]:
+        """How policy, trunks and reward models in service are asked, for a run's manifest."""
         found = {"the policy": rendered(self.policy)}
-        for v in verifiers:
-            found[f"the trunk of {str(v.path)!r}"] = rendered(self.trunk(v, trunk))
+        found |= {f"the trunk of {str(p)!r}": rendered(t) for (p, _), t in self.trunks.items()}
         return found | {f"the model {m!r}": r.rendered for m, r in self.readers.items()}
 
     def reward_model(self, config: RewardModelConfig) -> RewardModel:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_gen.likelihood import LikelihoodConfig, likelihood
 from data_gen.merge import MergeConfig, merge
@@ -169,10 +170,13 @@ def test_verifier_and_searches_remember_how_policy_and_trunk_were_asked(
     assert verifier.card.policy_prompt == verifier.card.trunk_prompt == card.policy_prompt
 
     def opened() -> Session:
-        return open_session(verifier, None, None, None, EngineConfig())
+        session = open_session(verifier, None, None, None, EngineConfig())
+        session.trunk(verifier)
+        session.trunk(verifier)  # what is wrong is said once
+        return session
 
     capsys.readouterr()
-    then = {PROMPTS: opened().prompts([verifier])}
+    then = {PROMPTS: opened().prompts()}
     assert list(then[PROMPTS]) == ["the policy", f"the trunk of {training.output!r}"]
     assert "WARNING" not in capsys.readouterr().err
     for name, settings in (("search", {"n": 4} | then), ("old", {"n": 4})):
@@ -180,7 +184,7 @@ def test_verifier_and_searches_remember_how_policy_and_trunk_were_asked(
             (tmp_path / name / "beam.jsonl").write_text("{}\n")
     template(model, SYSTEM)
     session = opened()
-    now = {PROMPTS: session.prompts([verifier, verifier])}
+    now = {PROMPTS: session.prompts()}
     told = capsys.readouterr().err.splitlines()
     assert [line.partition(": its ")[2].partition(" reads ")[0] for line in told] == [
         "policy", "trunk"
@@ -197,7 +201,7 @@ def test_verifier_and_searches_remember_how_policy_and_trunk_were_asked(
     # Training that was interrupted: the trunk's prompt is compared before anything else.
     working = tmp_path / "pav.training"
     resume_or_refuse(training, card, working, [])
-    (working / "last.ckpt").touch()
+    torch.save({"callbacks": {}}, working / "last.ckpt")
     resume_or_refuse(training, card, working, [])
     other = replace(card, trunk_prompt=rendered(session.trunk(verifier)))
     with pytest.raises(UserError, match=r"unfinished run in .* trunk '.*model' reads another pro"):
