@@ -140,8 +140,9 @@ def test_chat_prompt_without_a_chat_template(
 ) -> None:
     chat = ["--policy", world.policy, "--policy.prompt.chat", "true"]
     for command in (
-        ["data_gen.rollouts", *chat, "--output", str(tmp_path / "labels")],
-        ["search.best_of_n", *chat, "--pick", "majority", "--output", str(tmp_path / "run")],
+        ["data_gen.rollouts", *chat, "--task", "Tape", "--output", str(tmp_path / "labels")],
+        ["search.best_of_n", *chat, "--task", "Tape", "--pick", "majority", "--output",
+         str(tmp_path / "run")],
         ["search.beam", "--verifier", world.verifier, *chat],
         ["pav.train", "--labels", f"[{world.labels}]", "--trunk", world.policy, "--prompt.chat",
          "true", "--output", str(tmp_path / "pav.ckpt")],

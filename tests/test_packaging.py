@@ -86,7 +86,7 @@ def test_gpu_setup_never_takes_the_cpu_pins() -> None:
 
 def test_every_config_that_the_makefile_names_exists() -> None:
     commands = make_would_run("demo") + make_would_run("demo-gsm8k")
-    configs = re.findall(r"--config ([^\s;]+)", commands)
+    configs = re.findall(r"--config ([^\s;\"]+)", commands)
     assert configs
     assert [c for c in configs if not (ROOT / c).is_file()] == []
 
