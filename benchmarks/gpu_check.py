@@ -29,7 +29,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +45,8 @@ from pav.errors import UserError
 from pav.export import export_verifier
 from pav.files import json_text
 from pav.gpu_memory import share_gpu
-from pav.policy import Dtype, Prompt, Sampler, asset, encode_prompt, load_tokenizer
+from pav.policy import Dtype, PolicyConfig, Prompt, Sampler, asset, encode_prompt, load_tokenizer
+from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape
 from pav.trunk import HeadedTrunk, load_trunk
 from pav.verifier import Card, Verifier
@@ -224,9 +225,9 @@ def _card(trunk: Path) -> Card:
         frozen=True,
         prompt={},
         dtype="bfloat16",
-        task={},
+        task=task_spec(Tape()),
         task_fingerprint="",
-        policy={},
+        policy=asdict(PolicyConfig(str(trunk), dtype="bfloat16")),
         policy_fingerprint="",
         tokenizer="",
         sampler={},
