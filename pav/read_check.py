@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pav.drive import drive
 from pav.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,27 +21,34 @@ TOKENS = 100
 def check_reads(engine: Engine) -> None:
     """Compare the log-probabilities of one text, read anew and read with its beginning cached.
 
-    Takes about a second; leaves an empty prefix cache and no usage.
+    Takes about a second; leaves an empty prefix cache and no usage. May be called where an event
+    loop runs: an engine that is first asked there loads there.
 
     Raises:
         UserError: if they differ.
     """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+
+        async def alone() -> None:
+            _compare(engine)
+
+        asyncio.run(alone())
+    else:
+        _compare(engine)
+
+
+def _compare(engine: Engine) -> None:
     length = min(TOKENS, engine.max_length - 1)
-    # Any tokens do, as long as what is said of them differs; the heads' ids come after them.
     if length < 2:
         return
+    # Any tokens do, as long as what is said of them differs; the heads' ids come after them.
     ids = [int(i) for i in np.random.default_rng(0).integers(0, engine.score_ids[0], length)]
-
-    async def both() -> tuple[Read, Read]:
-        anew = await engine.read(ids, logprobs_from=1)
-        return anew, await engine.read(ids, logprobs_from=1)
-
-    found: list[tuple[Read, Read]] = []
     engine.reset_prefix_cache()
-    drive([engine], [both], found.append, 1)
+    anew, cached = (_waited_for(engine, engine.read(ids, logprobs_from=1)) for _ in range(2))
     engine.reset_prefix_cache()
     engine.usage = type(engine.usage)()
-    anew, cached = found[0]
     assert anew.logprobs is not None and cached.logprobs is not None
     off = float(np.abs(anew.logprobs - cached.logprobs).mean())
     if not off <= ALLOWED:  # NaN, too
@@ -49,3 +57,15 @@ def check_reads(engine: Engine) -> None:
             f"anew (log-probabilities differ by {off:.2g} on average): scores would be wrong. Set "
             "VLLM_USE_V2_MODEL_RUNNER=0 in the environment, or search with --surprise false"
         )
+
+
+def _waited_for(engine: Engine, reading: Coroutine[Any, Any, Read]) -> Read:
+    """What a reading returns, the engine stepped meanwhile; the event loop makes no turn."""
+    try:
+        while True:
+            reading.send(None)
+            while engine.busy:
+                engine.step()
+    except StopIteration as returned:
+        found: Read = returned.value
+        return found

@@ -21,6 +21,7 @@ from pav.engine import EngineConfig
 from pav.errors import UserError
 from pav.gpu_memory import GIB, Planned, gpu_shares, planned, share_gpu
 from pav.loading import UTILIZATION, engine_arguments
+from pav.tasks.tape import Tape
 
 ENGINES = st.lists(
     st.builds(
@@ -133,12 +134,13 @@ def test_engines_of_a_label_run_get_shares_here_and_in_workers(
         made.append(config.gpu_memory_utilization)
         if len(made) == 2:
             raise UserError("enough")  # a worker that serves would never end
-        return SimpleNamespace(shutdown=lambda: None)
+        return SimpleNamespace(start=lambda: None, shutdown=lambda: None)
 
     monkeypatch.setattr(rollouts_module, "Engine", engine)
     monkeypatch.setattr(workers, "Engine", engine)
     config = rollouts_module.RolloutsConfig(
         output="unused",
+        task=Tape(),
         policy=rollouts_module.PolicyConfig(path, name="base"),
         prover=rollouts_module.PolicyConfig(path, name="prover"),
     )

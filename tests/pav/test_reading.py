@@ -198,3 +198,14 @@ def test_engine_that_reads_on_a_gpu_begins_with_the_check(
     monkeypatch.setattr("pav.engine.on_cpu", lambda: False)
     engine = engine_on("every row", in_blocks(4, 0))
     assert checked == [engine]
+
+
+def test_engine_that_is_first_asked_inside_a_running_loop_is_checked_there(
+    engine_on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_on("computed rows", in_blocks(4, 0))  # vLLM is scripted from here on
+    monkeypatch.setattr("pav.engine.on_cpu", lambda: False)
+    engine = Engine("nowhere", "float32", LENGTH + 1, [*HEADS, REFERENCE])
+    out = read(engine, IDS, 1)
+    np.testing.assert_array_equal(out.logprobs, LOGPROBS)
+    assert engine.usage.prefilled == LENGTH
