@@ -31,6 +31,7 @@ from pav.grading import Grader, reference
 from pav.interrupt import interruptible
 from pav.labels import Completion, Trace, prefix_key
 from pav.policy import Policy, PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
+from pav.printable import one_line
 from pav.prompts import PROMPTS
 from pav.rendered import refuse_clock, rendered
 from pav.steps import StepRule
@@ -96,7 +97,10 @@ def import_labels(config: ImportConfig) -> None:
     traces, completions, left_out = encode(solutions, policy, name, config.sampler.max_length)
     if bad:
         left_out["bad rows"] = len(bad)
-        print(f"WARNING: {len(bad)} bad rows are skipped; the first: {bad[0]}", file=sys.stderr)
+        print(
+            f"WARNING: {len(bad)} bad rows are skipped; the first: {one_line(bad[0])}",
+            file=sys.stderr,
+        )
     if not traces:
         reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
         raise UserError(f"data {config.data!r}: no solution can be used ({reasons})")

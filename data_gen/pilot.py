@@ -20,6 +20,7 @@ from pav.journal import JOURNAL
 from pav.labels import Completion, Trace
 from pav.opening import block
 from pav.policy import Policy
+from pav.printable import one_line
 from pav.steps import Stepper
 
 PROBLEMS = 32
@@ -113,7 +114,7 @@ def _print_solutions(config: RolloutsConfig, policy: Policy, pilot: Pilot) -> No
             f"{len(trace.step_ends)} steps\n{block(policy.text(trace.ids), most=None)}"
         )
     if doubt := watch.doubt():
-        print(f"WARNING: {doubt}", file=sys.stderr)
+        print(f"WARNING: {one_line(doubt)}", file=sys.stderr)
 
 
 def _first_of_each_writer(rounds: list[list[Seed]]) -> list[list[Seed]]:

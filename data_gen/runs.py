@@ -21,6 +21,7 @@ from pav.label_files import SOURCES, check_ids, demand
 from pav.labels import Completion, Key, Trace, count, own_endings, read_rows
 from pav.opening import task_option
 from pav.policy import Policy, PolicyConfig, load_policy, tokenizer_fingerprint, vocabulary_size
+from pav.printable import one_line
 from pav.steps import Stepper, StepRule
 from pav.tasks.base import Task
 from pav.unfinished import Part, lacking, said
@@ -116,7 +117,7 @@ def part_of(run: Run, stepper: Stepper | None = None) -> Part:
 def warn_unfinished(run: Run, stepper: Stepper | None = None) -> None:
     """Say what a run lacks, where it lacks something."""
     if lack := said(lacking([part_of(run, stepper)])):
-        print(f"WARNING: labels are not complete: {lack}", file=sys.stderr)
+        print(f"WARNING: labels are not complete: {one_line(lack)}", file=sys.stderr)
 
 
 def policy_config(manifest: dict[str, Any]) -> PolicyConfig:

@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     verifier = load_verifier(config.verifier)
     labels = read_labels(config.labels)
     for warning in labels.warnings:
-        print(f"WARNING: {warning}")
+        print(f"WARNING: {one_line(warning)}")
     output = Path(config.output) if config.output else _beside(config.labels[0], verifier)
     with Lock(beside(output), output):
         return _evaluate(config, verifier, labels, output)

@@ -23,6 +23,7 @@ from typing import Any
 from pav import helper_process
 from pav.errors import UserError
 from pav.helper_process import START_SECONDS, Helper
+from pav.printable import one_line, printable
 from pav.tasks.base import Grade, Problem, Task
 
 WRONG = Grade(None, False)
@@ -215,7 +216,7 @@ def log_error(log: Path | None, what: str, error: BaseException) -> str:
         error.trace if isinstance(error, _Raised) else "".join(traceback.format_exception(error))
     )
     if log is None:
-        print(f"{what}\n{trace}", file=sys.stderr)
+        print(printable(f"{what}\n{trace}"), file=sys.stderr)
         return "the traceback is above"
     try:
         with log.open("a", errors="backslashreplace") as stream:
@@ -240,7 +241,7 @@ def _checked(grade: Any) -> Grade:
 
 
 def _warn(message: str) -> None:
-    print(f"WARNING: {message}", file=sys.stderr)
+    print(f"WARNING: {one_line(message)}", file=sys.stderr)
 
 
 def serve() -> None:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
 from rich.text import Text
 
-# Line ends and tabs pass. All other controls go, ESC and C1 among them, which move a terminal's
-# cursor, retitle it or paste into it; so do marks that turn the direction of writing, separators
-# that only some programs take for line ends, invisible tags, and halves of a character.
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
-    "\U000e0000-\U000e007f]"
-)
 _FORMULA = tuple("=+-@\t\r")
 
 
 def printable(text: object) -> str:
-    r"""The text with everything that a terminal would obey as ``\x1b``, ``\u202e``, ..."""
-    return _UNSAFE.sub(lambda found: _escape(found[0]), str(text))
+    r"""The text with what nobody would see, or a terminal would obey, as ``\x1b``, ``\u202e``, ...
+
+    Line ends pass. ESC and C1 controls move a terminal's cursor, retitle it or paste into it; marks
+    turn the direction of writing; halves of a character cannot be written at all.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
 def one_line(text: object) -> str:
@@ -39,14 +34,3 @@ def csv_text(text: str) -> str:
 def from_csv_text(text: str) -> str:
     """What :func:`csv_text` was given."""
     return text[1:] if text[:1] == "'" and text[1:].startswith(_FORMULA) else text
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    return (
-        f"\\x{code:02x}"
-        if code < 0x100
-        else f"\\u{code:04x}"
-        if code < 0x10000
-        else (f"\\U{code:08x}")
-    )

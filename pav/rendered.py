@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pav.errors import UserError
 from pav.policy import CLOCK, STARTED, Policy, Prompt, encode_prompt
+from pav.printable import one_line
 from pav.prompts import Rendering, other_prompt
 
 if TYPE_CHECKING:
@@ -103,4 +104,4 @@ def _clock(policy: Policy) -> str:
 
 
 def _warn(message: str) -> None:
-    print(f"WARNING: {message}", file=sys.stderr)
+    print(f"WARNING: {one_line(message)}", file=sys.stderr)

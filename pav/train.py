@@ -118,7 +118,7 @@ def _train(config: TrainConfig) -> Card | None:
     labels = read_labels(config.labels)
     demand(labels.manifest, SOURCES, f"{config.labels[0]}/manifest.json")
     for warning in labels.warnings:
-        print(f"WARNING: {warning}")
+        print(f"WARNING: {one_line(warning)}")
     if config.processes > 1 and not labels.sealed:
         raise UserError(
             f"labels {config.labels} are not sealed, and {config.processes} processes may find "

@@ -161,7 +161,7 @@ class Service:
                 record = task.result()
             except UserError as error:
                 # Of the models, not of the request.
-                print(f"search of {problem.id} failed: {error}", file=sys.stderr)
+                print(f"search of {problem.id} failed: {one_line(error)}", file=sys.stderr)
                 raise ApiError(500, "the search failed; the server's log says why") from error
         finally:
             task.cancel()
