@@ -170,10 +170,9 @@ def _load(policy: Policy, device: str) -> PreTrainedModel:
 def _write(
     run: Run, task: Task, policy: Policy, model: PreTrainedModel, owed: list[Trace], done: set[str]
 ) -> None:
-
-    folder = run.directory / LIKELIHOODS
     from data_gen.forced_answer import answer_ids, one_by_one, scorer_for
 
+    folder = run.directory / LIKELIHOODS
     scorer: Scorer | None = None
     rows: list[dict[str, Any]] = []
     asked = rendered(policy)["ids"]

@@ -10,10 +10,9 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pav.calibrate import SURPRISE, surprise
 from pav.errors import UserError
@@ -22,8 +21,12 @@ from pav.policy import Policy
 from pav.progress import Reporter
 from pav.steps import scoring_position
 from pav.tasks.base import Problem
-from pav.trunk import HeadedTrunk
 from pav.verifier import LIK, ORM
+
+if TYPE_CHECKING:  # imported where they are used: --help stays fast
+    from torch import Tensor
+
+    from pav.trunk import HeadedTrunk
 
 TOKENS_PER_BATCH = 8192
 
@@ -205,6 +208,8 @@ def padding_waste(parts: Sequence[Sequence[Example]]) -> float:
 
 def pad(batch: Sequence[Example]) -> Tensor:
     """Right-padded ids (B, T)."""
+    import torch
+
     ids = torch.zeros(len(batch), max(len(e.ids) for e in batch), dtype=torch.long)
     for row, example in zip(ids, batch, strict=True):
         row[: len(example.ids)] = torch.tensor(example.ids)
@@ -233,7 +238,6 @@ class Scored:
     step_N: np.ndarray
 
 
-@torch.inference_mode()
 def score(
     model: HeadedTrunk,
     examples: Sequence[Example],
@@ -255,6 +259,22 @@ def score(
     Raises:
         UserError: if a score is not finite.
     """
+    import torch
+
+    with torch.inference_mode():
+        return _score(model, examples, policy, what, labelled_only, with_surprise)
+
+
+def _score(
+    model: HeadedTrunk,
+    examples: Sequence[Example],
+    policy: Policy,
+    what: str,
+    labelled_only: bool,
+    with_surprise: bool,
+) -> Scored:
+    import torch
+
     model.eval()
     device = next(model.parameters()).device
     number = {id(e): i for i, e in enumerate(examples)}

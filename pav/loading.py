@@ -9,7 +9,7 @@ import textwrap
 import traceback
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # Set before vLLM is imported: one process, so that a repeat of a run is bit-identical.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -20,13 +20,18 @@ from pav.errors import UserError
 from pav.policy import Dtype
 from pav.processor import check_processor, is_emulated
 
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vllm import EngineArgs, LLMEngine
+
+# Share of a GPU for all engines on it where nothing is set.
+UTILIZATION = 0.85
 
 
 @cache
 def on_cpu() -> bool:
-    """Whether engines compute on the CPU; says so to torch and vLLM, which is imported later."""
+    """Whether engines compute on the CPU; settles what torch and vLLM have to know of it."""
     # Not at the top: who only asks for --help need not wait for torch.
     import torch
 
@@ -40,10 +45,6 @@ def on_cpu() -> bool:
     # vLLM would bind its threads to cores of its own choice; the user's OMP_NUM_THREADS rules.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return True
-
-
-# Share of a GPU for all engines on it where nothing is set.
-UTILIZATION = 0.85
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ class EngineConfig:
 
 def engine_arguments(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> EngineArgs:
     """What vLLM is told of an engine; see :class:`~pav.engine.Engine`."""
+    cpu = on_cpu()  # before vLLM is imported
     from vllm import EngineArgs
 
-    kv_gib = config.kv_gib or (1.0 if on_cpu() else None)
+    kv_gib = config.kv_gib or (1.0 if cpu else None)
     arguments: dict[str, Any] = {}
     if kv_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_gib * (1 << 30))
@@ -86,9 +88,9 @@ def engine_arguments(model: str, dtype: Dtype, max_length: int, config: EngineCo
         arguments["gpu_memory_utilization"] = 0.05
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization or UTILIZATION
-    if config.block_size or on_cpu():
+    if config.block_size or cpu:
         arguments["block_size"] = config.block_size or 32
-    if on_cpu():
+    if cpu:
         # A prefill cut in two rewinds the request's generator, which CPU generators cannot.
         arguments["enable_chunked_prefill"] = False
     return EngineArgs(
@@ -104,7 +106,7 @@ def engine_arguments(model: str, dtype: Dtype, max_length: int, config: EngineCo
         enable_prefix_caching=True,
         logprobs_mode="raw_logprobs",
         tensor_parallel_size=config.tensor_parallel_size,
-        enforce_eager=config.enforce_eager or on_cpu(),
+        enforce_eager=config.enforce_eager or cpu,
         seed=0,
         disable_log_stats=True,
         use_tqdm_on_load=False,
@@ -161,8 +163,6 @@ def load(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> LLM
     Raises:
         UserError: with vLLM's reason where it does not start; its traceback is in a file.
     """
-    from vllm import LLMEngine
-
     if on_cpu():
         check_processor()
         if is_emulated(dtype):
@@ -171,6 +171,7 @@ def load(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> LLM
                 "than float32; if memory allows use dtype float32"
             )
     import torch
+    from vllm import LLMEngine
 
     threads = torch.get_num_threads()
     try:
@@ -229,13 +230,13 @@ def main() -> None:
         check_processor()
     except UserError as error:
         sys.exit(f"error: {error}")
+    on_cpu()
+    import torch
     import vllm
     from vllm.platforms import current_platform
 
     # It knows which of its builds this machine can run; importing another one is fatal.
     current_platform.import_kernels()
-    import torch
-
     if not hasattr(torch.ops._C, "rms_norm"):
         sys.exit(
             "error: vLLM's kernels do not load; what it says above is the reason. Run 'make clean' "

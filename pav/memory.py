@@ -12,9 +12,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from pav.data import TOKENS_PER_BATCH
 from pav.lora import Lora, linear_layers
 
@@ -73,6 +70,9 @@ class Shape:
 
 def shape_of(config: Any) -> Shape:
     """The sizes of the model that a transformers config describes; allocates no weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     widths: Counter[str] = Counter()
@@ -240,5 +240,7 @@ def ways_out(shape: Shape, work: Work, lora: Lora, budget: int) -> list[str]:
 def device_memory(gpu: bool) -> int:
     """Bytes of the first GPU, or of this machine."""
     if gpu:
+        import torch
+
         return int(torch.cuda.get_device_properties(0).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

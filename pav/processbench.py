@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from pav.cli import run
-from pav.data import Example, score
 from pav.encoding import encode_steps
 from pav.errors import UserError
 from pav.evaluate import check_writable, load_on_device, trunk_policy
@@ -194,6 +193,8 @@ def score_steps(
     separator: str,
 ) -> list[Scores]:
     """Scores of every step of every solution, from one forward pass per solution."""
+    from pav.data import score
+
     encoded = [encode(policy, solution, separator) for solution in solutions]
     longest = getattr(model.trunk.config, "max_position_embeddings", None) or sys.maxsize
     readable = [i for i, (e, _, _) in enumerate(encoded) if len(e.ids) <= longest]

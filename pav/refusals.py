@@ -17,9 +17,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from pav.errors import UserError
-from pav.tasks.base import Task
-
-_BUILT_IN = "pav.tasks."
+from pav.tasks.base import BUILT_IN, Task
 
 
 def given(args: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -179,7 +177,7 @@ def _parts(kind: Any) -> Iterator[Any]:
 
 
 def _built_in() -> list[Any]:
-    return [c for c in _subclasses(Task) if c.__module__.startswith(_BUILT_IN)]
+    return [c for c in _subclasses(Task) if c.__module__.startswith(BUILT_IN)]
 
 
 def _tasks(path: str | None) -> list[Any]:
@@ -193,7 +191,8 @@ def _tasks(path: str | None) -> list[Any]:
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:
-    for child in cls.__subclasses__():
+    children: list[Any] = cls.__subclasses__()
+    for child in children:
         yield child
         yield from _subclasses(child)
 

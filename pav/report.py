@@ -250,7 +250,8 @@ def print_metrics(metrics: dict[str, Any], title: str, verbose: bool) -> None:
     console.print(table)
     for key, column in columns.items():
         console.print(cell(f"  {column}: {_EXPLAINED[key]}"))
-    _print_verdicts(console, metrics)
+    console.print(cell("  in brackets: 95% intervals over problems"))
+    _print_verdicts(metrics)
     if not verbose:
         return
     noisy = [
@@ -295,11 +296,11 @@ def _shown(value: float, interval: Sequence[float] | None = None, between: str =
     return f"{value:.3f}{between}[{low}, {high}]"
 
 
-def _print_verdicts(console: Console, metrics: dict[str, Any]) -> None:
+def _print_verdicts(metrics: dict[str, Any]) -> None:
     """Of every head whether it is worth more than the mean: what no table says at a glance."""
     for name, m in metrics.items():
         if name.endswith("/surprise") and isinstance(m, dict) and m.get("ci95") and m["rows"]:
-            console.print(f"{name.removesuffix('/surprise')}: {verdict(m)}", markup=False)
+            print(f"{one_line(name.removesuffix('/surprise'))}: {verdict(m)}")
 
 
 def verdict(m: dict[str, Any]) -> str:
@@ -355,8 +356,6 @@ def _print_slips(console: Console, slips: dict[str, Any], told: dict[str, Any]) 
     for column in slips:
         table.add_column(cell(column))
     for name in names:
-        table.add_row(
-            cell(name),
-            *(_shown(by[name], told.get(of, {}).get(name), "\n") for of, by in slips.items()),
-        )
+        told_of = [(by[name], told.get(of, {}).get(name)) for of, by in slips.items()]
+        table.add_row(cell(name), *(_shown(value, ci95, "\n") for value, ci95 in told_of))
     console.print(table)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 from pav.calibrate import SURPRISE, Calibrator
 from pav.errors import UserError
 from pav.files import damage, finite
-from pav.lora import merge_into
 from pav.policy import (
     ASSET_PREFIX,
     PolicyConfig,
@@ -291,6 +290,7 @@ def load_model(verifier: Verifier, trunk: str) -> HeadedTrunk:
     Raises:
         UserError: if a tensor has another shape than the trunk's.
     """
+    from pav.lora import merge_into
     from pav.trunk import HeadedTrunk, load_trunk
 
     model = HeadedTrunk(load_trunk(trunk), len(verifier.card.heads), verifier.card.head)
@@ -341,9 +341,9 @@ def trunk_path(verifier: Verifier, override: str | None = None) -> str:
             f"(digest {weights_digest(path)}, expected {verifier.card.trunk_digest}); name the "
             "right one with --trunk"
         )
-    rows = verifier.weight if verifier.mlp is None else verifier.mlp["0.weight"]
     from transformers import AutoConfig
 
+    rows = verifier.weight if verifier.mlp is None else verifier.mlp["0.weight"]
     hidden = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().hidden_size
     if rows.shape[1] != hidden:
         raise UserError(

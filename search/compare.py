@@ -37,7 +37,7 @@ from search.report import write_report
 from search.sampled import other_policy, ranker, sample_points
 from search.select import Choice, choose, print_choice, write_choice
 from search.select import manifest as selected
-from search.session import Session, capped, open_session, sibling_orm
+from search.session import Session, capped, open_session, sibling_orm, warn_few
 from search.sweep import Sweep, prepared, search_points
 
 __all__ = ["CompareConfig", "Investment", "Method", "compare", "main"]
@@ -67,6 +67,7 @@ def compare(config: CompareConfig) -> None:
             )
     output = Path(config.output)
     problems = session.problems(config.split, config.problems, config.skip)
+    warn_few(len(problems), config.split, config.problems)
     sweep = Sweep(config, verifiers, session, problems, output)
     _expect(config, session, verifiers)
     _prepare(sweep)
@@ -176,7 +177,6 @@ def _following(verifiers: dict[str, Verifier]) -> str:
 def _report(
     config: CompareConfig, points: list[Point], invested: dict[str, float], following: str
 ) -> None:
-
     from search.plot import plot_accuracy, plot_optimisation
 
     output = Path(config.output)

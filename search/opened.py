@@ -22,7 +22,7 @@ from search.rank import Defaults
 from search.records import MANIFEST, Record, open_run
 from search.report import write_report
 from search.scoring import StepScorer
-from search.session import Session, load_checked, open_session, plain_session
+from search.session import Session, load_checked, open_session, plain_session, warn_few
 from search.solve import beam_settings
 from search.table import print_table, result_row
 
@@ -98,7 +98,9 @@ def open_search(config: SearchConfig, recipe: str | None) -> Opened:
             "no verifier is named; give --verifier with a checkpoint of pav.train (or "
             "pav:reference), or --orm with a reward model"
         )
-    say_opening(session, session.problems(config.split, config.problems), config.split)
+    problems = session.problems(config.split, config.problems)
+    warn_few(len(problems), config.split, config.problems)
+    say_opening(session, problems, config.split)
     card: Defaults | None = verifier.card if verifier else None
     if config.orm is not None:
         card = session.reward_model(config.orm)

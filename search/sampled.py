@@ -19,7 +19,7 @@ import numpy as np
 
 from pav.errors import UserError
 from pav.guarded import log_error
-from pav.policy import Policy, PolicyConfig, asked, like, load_policy
+from pav.policy import Policy, asked, like, load_policy
 from pav.tasks.base import Problem
 from search.cost import Cost
 from search.failures import ERRORS
@@ -30,7 +30,6 @@ from search.points import Point, make_point
 from search.rank import Defaults
 from search.records import Candidate, Record
 from search.scoring import NOTHING, Scorer, StepScorer
-from search.session import Session
 from search.solve import beam_settings, failed, repick, traces_record
 from search.sweep import Sweep, rule_of
 
@@ -39,12 +38,6 @@ if TYPE_CHECKING:
 
 # What values a sample set.
 Ranker: TypeAlias = "Scorer | RewardModel"
-
-
-def _other(chosen: PolicyConfig, session: Session) -> Policy:
-    """Another policy; asked as the session's is, unless it has a prompt of its own."""
-    policy = asked(like(chosen, session.policy.config), session.task)
-    return load_policy(policy, session.task.step_rule)
 
 
 def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
@@ -156,10 +149,15 @@ def _sample_set(
 
 
 def other_policy(sweep: Sweep, method: Method) -> Policy | None:
-    """The policy that a method samples from, where that is not the session's."""
+    """The policy that a method samples from, where that is not the session's.
+
+    It is asked as the session's is, unless it has a prompt of its own.
+    """
     if method.policy is None:
         return None
-    return _other(method.policy, sweep.session)
+    session = sweep.session
+    policy = asked(like(method.policy, session.policy.config), session.task)
+    return load_policy(policy, session.task.step_rule)
 
 
 def ranker(sweep: Sweep, method: Method) -> Ranker:

@@ -34,7 +34,7 @@ from search.pick import Pick
 from search.plan import CompareConfig, Method, Selectable, Selection
 from search.points import Point
 from search.records import MANIFEST, open_run
-from search.session import Scoring, capped, load_checked, open_session
+from search.session import Scoring, capped, load_checked, open_session, warn_few
 from search.sweep import Sweep, prepared, search_points
 from search.workers import check_workers
 
@@ -161,6 +161,7 @@ def choose(sweep: Sweep, method: Method, what: list[Selectable], how: Selection)
     """
     card = sweep.verifiers[str(method.verifier)].card
     problems = sweep.session.problems("validation", how.problems)
+    warn_few(len(problems), "validation", how.problems)
     sweep = replace(
         sweep,
         config=replace(sweep.config, seeds=how.seeds, split="validation"),

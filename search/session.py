@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pav.drive import drive
 from pav.engine import Engine, EngineConfig
 from pav.errors import UserError
-from pav.export import ensure_export
 from pav.gpu_memory import share_gpu
 from pav.guarded import DEFAULT_TIMEOUT, GuardedGrader
 from pav.loading import check_model, on_cpu
@@ -114,10 +113,6 @@ class Session:
             raise UserError(
                 f"task {self.task.name!r} has no {split} problems{after}; check task.data"
             )
-        # Few of a test set are the user's choice, and their intervals are shown.
-        chosen = split == "test" and len(found) == count
-        if not chosen and (warning := few(len(found), split, count)):
-            warn(warning)
         return found
 
     def sampling_engine(self, scorer: StepScorer | None, policy: Policy | None = None) -> Engine:
@@ -194,6 +189,7 @@ class Session:
         self.expect_scorer(verifier, scoring, trunk)
         policy = self.trunk(verifier, trunk)
         fused = self._fused(verifier, scoring, trunk)
+        from pav.export import ensure_export
 
         directory, score_ids = ensure_export(verifier, policy.path)
         engine = self._engine(str(directory), policy.path, card.dtype, score_ids)  # type: ignore[arg-type]
@@ -439,6 +435,14 @@ def load_checked(name: str, recipe: str) -> Verifier:
             f"{name!r} is a verifier of recipe {verifier.card.recipe!r}; this needs {recipe!r}"
         )
     return verifier
+
+
+def warn_few(count: int, split: Split, asked_for: int) -> None:
+    """Say that a split has fewer problems than were asked for, or few to choose settings on."""
+    # Few of a test set are the user's choice, and their intervals are shown.
+    is_wanted = split == "test" and count == asked_for
+    if not is_wanted and (warning := few(count, split, asked_for)):
+        warn(warning)
 
 
 def warn(message: str) -> None:
