@@ -435,7 +435,7 @@ def test_evaluate_prints_and_writes_metrics_of_any_label_run(
     labels: str, verifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new" / "found.json"
-    found = evaluate(EvaluateConfig(verifier, [labels], output=str(output)))
+    found = evaluate(EvaluateConfig(verifier, [labels], output=str(output), verbose=True))
     written = json.loads(output.read_text())
     assert written["q/base/surprise"]["auc"] == pytest.approx(found["q/base/surprise"]["auc"])
     assert written["data"]["prefixes"]["base"].keys() == {"4"}
@@ -499,7 +499,7 @@ def test_evaluate_refuses_labels_of_another_task_or_policy(
         with pytest.raises(UserError, match=r"hold no solutions of train problems; set split"):
             evaluate(EvaluateConfig(verifier, [labels], split="train"))
         (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match=r"cannot be written .*; choose another"):
+        with pytest.raises(UserError, match=r"is not writable .*; choose another"):
             evaluate(EvaluateConfig(verifier, [labels], output=str(tmp_path / "file" / "x.json")))
     with pytest.raises(UserError, match=r"output is 'x'; give a file name ending in .json"):
         EvaluateConfig(verifier, [labels], output="x")

@@ -100,6 +100,11 @@ def command(config: TrainConfig) -> list[str]:
     return words
 
 
+def said_of(err: str) -> list[str]:
+    """Lines of stderr but those about few problems, which a tiny label run has."""
+    return [line for line in err.splitlines() if "figures of so few say little" not in line]
+
+
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
@@ -355,7 +360,7 @@ def test_damaged_last_checkpoint_is_said_and_passed_over_for_the_one_before(
         train(config)
         printed = capsys.readouterr()
         assert f"resuming from {died / 'last-1.ckpt'}" in printed.out
-        (line,) = [text for text in printed.err.splitlines() if "WARNING" in text]
+        (line,) = [text for text in said_of(printed.err) if "WARNING" in text]
         assert line.startswith(f"WARNING: {str(died / 'last.ckpt')!r} is damaged (")
         assert line.endswith("; it is passed over")
         assert same(weights(config), weights(unbroken))
@@ -383,7 +388,7 @@ def test_what_cannot_be_done_without_is_named_before_the_run_goes_on(
     with pytest.raises(SystemExit) as stopped:
         run(train, TrainConfig, "pav.train", command(config))
     assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = said_of(capsys.readouterr().err)
     assert str(died / name) in line
     assert line.endswith(f"restore it, or remove {str(died)!r} to train from the beginning")
 
@@ -409,7 +414,7 @@ def test_full_disk_ends_the_run_with_one_line_and_the_same_command_goes_on(
             run(train, TrainConfig, "pav.train", command(config))
     monkeypatch.undo()
     assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = said_of(capsys.readouterr().err)
     assert line.startswith("pav.train: error: checkpoint ") and f"{what}' cannot be written" in line
     assert line.endswith(
         "(File too large); earlier ones are safe: free disk space or raise the quota there, then "
