@@ -61,6 +61,55 @@ CHATML = (
 )
 
 
+# Files that start engines, train or run whole commands; `make quick` leaves them out.
+SLOW = [
+    "test_gpu_check",
+    "test_labels",
+    "test_verifier_consistency",
+    "test_verifier_gsm8k",
+    "test_verifier_lora",
+    "test_verifier_study",
+    "test_crash",
+    "test_likelihood",
+    "test_provers",
+    "test_rollouts",
+    "test_strategies",
+    "test_tools",
+    "test_workers",
+    "test_final_step",
+    "test_guarded",
+    "test_launch",
+    "test_loading",
+    "test_parity",
+    "test_positions",
+    "test_resume",
+    "test_tensor_parallel",
+    "test_train",
+    "test_training_modes",
+    "test_beam",
+    "test_compare",
+    "test_methods",
+    "test_reward_models",
+    "test_search_workers",
+    "test_select",
+    "test_serve",
+    "test_stops",
+    "test_errors",
+    "test_first_run",
+    "test_next_commands",
+    "test_packaging",
+    "test_sft",
+    "test_user_task",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow files."""
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 def build_chat_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE; tokens carry newlines with other text: ``.\\n``, ``\\n\\n``, ``\\n  ``."""
     merges = [(".", "Ċ"), ("Ċ", "Ċ"), ("Ċ", "Ġ"), ("ĊĠ", "Ġ"), ("Ġ", "Ġ")]
