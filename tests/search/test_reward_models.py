@@ -383,7 +383,8 @@ def test_commands_take_reward_models_in_the_verifiers_place(
              "--engine.kv_gib", "0.02"]  # fmt: skip
     # Without a checkpoint of ours: task, policy and sampler are given or built in.
     run(commands.best_of_n, BestOfNConfig, "search.best_of_n",
-        ["--orm", orm, "--policy", base, "--output", str(tmp_path / "bon"), *small])  # fmt: skip
+        ["--orm", orm, "--policy", base, "--task", "Tape", "--output", str(tmp_path / "bon"),
+         *small])  # fmt: skip
     for one in read(tmp_path / "bon" / "best_of_n.jsonl"):
         assert one.error is None
         assert (one.settings["pick"], one.settings["layout"]) == ("orm", "sequence")
