@@ -198,8 +198,9 @@ def rollouts(config: RolloutsConfig) -> None:
     for policy in policies:
         # A run of an older version goes on.
         (refuse_clock if is_new else warn_clock)(policy)
-    config = replace(config, sampler=say_opening(config, policies))
-    rounds = _rounds(config, policies)
+    problems = _problems(config)
+    config = replace(config, sampler=say_opening(config, policies, problems))
+    rounds = _rounds(config, policies, problems)
     if config.dry_run:
         from data_gen.pilot import print_plan
 
@@ -255,9 +256,10 @@ def rollouts(config: RolloutsConfig) -> None:
         )
 
 
-def say_opening(config: RolloutsConfig, policies: list[Policy]) -> Sampler:
+def say_opening(
+    config: RolloutsConfig, policies: list[Policy], problems: list[tuple[Split, Problem]]
+) -> Sampler:
     """Say what the run is about; the sampler, with a length cap where none is given."""
-    problems = _problems(config)
     everything = [problem for _, problem in problems]
     # That of all shards: labels of different samplers cannot be merged.
     sampler, cap = settle_cap(config.sampler, config.task, policies, everything)
@@ -352,9 +354,10 @@ def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
     }
 
 
-def _rounds(config: RolloutsConfig, policies: list[Policy]) -> list[list[Seed]]:
+def _rounds(
+    config: RolloutsConfig, policies: list[Policy], problems: list[tuple[Split, Problem]]
+) -> list[list[Seed]]:
     """The seed solutions of the run, one per problem in a round; the writers take turns."""
-    problems = _problems(config)
     i, n = _shard(config.shard or "0/1")
     own = problems[i::n]
     if not own:

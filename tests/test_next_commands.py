@@ -106,8 +106,10 @@ def verifiers(tiny_model: Callable[..., Path], make_verifier: Any, tmp_path: Pat
 
 
 def test_searches_that_comparison_and_choice_print_run(
-    verifiers: Path, capsys: pytest.CaptureFixture[str]
+    verifiers: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What random models sample is often cut, which ends a search with exit code 2.
+    monkeypatch.setattr("search.session.check_truncation", lambda *_: None)
     device = EngineConfig(kv_gib=0.02, max_num_seqs=32)
     orm, pav = str(verifiers / "orm.ckpt"), str(verifiers / "pav.ckpt")
     methods = [Method("best", "best_of_n", orm, pick="orm"), Method("beam", verifier=pav)]
@@ -115,11 +117,8 @@ def test_searches_that_comparison_and_choice_print_run(
     select(SelectConfig(pav, str(verifiers / "select"), select=["K"], engine=device,
                         selection=Selection(n=1, problems=2, ks=[1, 2])))  # fmt: skip
     for command in printed(capsys.readouterr().out):
-        # What random models sample is often cut, which ends a search with exit code 2.
         small = ["--n", "1", "--problems", "2", "--engine.kv_gib", "0.02"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("search.session.check_truncation", lambda *_: None)
-            follow(command, *small, "--output", str(verifiers / f"beam-{len(command)}"))
+        follow(command, *small, "--output", str(verifiers / f"beam-{len(command)}"))
     found = sorted(p.parent.name for p in verifiers.glob("beam-*/beam.jsonl"))
     assert len(found) == 2
     assert Tape().fingerprint == load_verifier(pav).card.task_fingerprint
