@@ -23,14 +23,8 @@ from pav.policy import PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape
 from pav.train import TrainConfig, save, train
-from pav.verifier import (
-    HeadedTrunk,
-    Verifier,
-    load_trunk,
-    load_verifier,
-    resolve_task,
-    trunk_path,
-)
+from pav.trunk import HeadedTrunk, load_trunk
+from pav.verifier import Verifier, load_verifier, resolve_task, trunk_path
 from search.session import open_session
 
 
