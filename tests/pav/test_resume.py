@@ -422,7 +422,7 @@ def test_full_disk_ends_the_run_with_one_line_and_the_same_command_goes_on(
     )
     assert not [p for p in tmp_path.rglob(".*.tmp")]
     monkeypatch.setattr(pav.train, "fit_and_report", lambda card, *_: card)
-    monkeypatch.setattr(pav.train, "print_report", lambda card: None)
+    monkeypatch.setattr(pav.train, "print_report", lambda *_: None)
     train(config)
     assert same(weights(config), weights(unbroken))
 
