@@ -5,6 +5,7 @@ All are session-scoped: build once, never write into what they return (copy the 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,10 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job ignores it, and so would all that tests send it to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that start engines, train or run whole commands; `make quick` leaves them out.
 SLOW = [
