@@ -198,9 +198,8 @@ def rollouts(config: RolloutsConfig) -> None:
     for policy in policies:
         # A run of an older version goes on.
         (refuse_clock if is_new else warn_clock)(policy)
-    problems = _problems(config)
-    config = replace(config, sampler=say_opening(config, policies, problems))
-    rounds = _rounds(config, policies, problems)
+    config = replace(config, sampler=say_opening(config, policies))
+    rounds = _rounds(config, policies)
     if config.dry_run:
         from data_gen.pilot import print_plan
 
@@ -256,14 +255,17 @@ def rollouts(config: RolloutsConfig) -> None:
         )
 
 
-def say_opening(
-    config: RolloutsConfig, policies: list[Policy], problems: list[tuple[Split, Problem]]
-) -> Sampler:
+def say_opening(config: RolloutsConfig, policies: list[Policy]) -> Sampler:
     """Say what the run is about; the sampler, with a length cap where none is given."""
+    problems = _problems(config)
     everything = [problem for _, problem in problems]
     # That of all shards: labels of different samplers cannot be merged.
     sampler, cap = settle_cap(config.sampler, config.task, policies, everything)
     counts = Counter(split for split, _ in problems)
+    asked_for = {"train": config.problems, "validation": config.validation_problems}
+    for split, count in asked_for.items():
+        if count and (warning := few(counts[split], split, count)):
+            print(f"WARNING: {warning}", file=sys.stderr)
     roles = [("policy" if i == 0 else "prover", p) for i, p in enumerate(policies)]
     said = ", ".join(f"{n} {split}" for split, n in counts.items()) + " problems"
     print_opening(config.task, said, roles, everything[0], sampler, cap)
@@ -308,9 +310,7 @@ def _problems(config: RolloutsConfig) -> list[tuple[Split, Problem]]:
     for split, count in wanted:
         if not count:
             continue
-        part = list(islice(config.task.problems(split), config.skip, config.skip + count))
-        if warning := few(len(part), split, count):
-            print(f"WARNING: {warning}", file=sys.stderr)
+        part = islice(config.task.problems(split), config.skip, config.skip + count)
         found += [(split, problem) for problem in part]
     if not any(split == "train" for split, _ in found):
         raise UserError(
@@ -354,10 +354,9 @@ def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
     }
 
 
-def _rounds(
-    config: RolloutsConfig, policies: list[Policy], problems: list[tuple[Split, Problem]]
-) -> list[list[Seed]]:
+def _rounds(config: RolloutsConfig, policies: list[Policy]) -> list[list[Seed]]:
     """The seed solutions of the run, one per problem in a round; the writers take turns."""
+    problems = _problems(config)
     i, n = _shard(config.shard or "0/1")
     own = problems[i::n]
     if not own:

@@ -70,6 +70,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 SLOW = [
     "test_gpu_check",
     "test_labels",
+    "test_likelihood_head",
+    "test_planted",
+    "test_verifier",
     "test_verifier_consistency",
     "test_verifier_gsm8k",
     "test_verifier_lora",
