@@ -262,7 +262,10 @@ def say_opening(config: RolloutsConfig, policies: list[Policy]) -> Sampler:
     # That of all shards: labels of different samplers cannot be merged.
     sampler, cap = settle_cap(config.sampler, config.task, policies, everything)
     counts = Counter(split for split, _ in problems)
-    asked_for = {"train": config.problems, "validation": config.validation_problems}
+    asked_for: dict[Split, int] = {
+        "train": config.problems,
+        "validation": config.validation_problems,
+    }
     for split, count in asked_for.items():
         if count and (warning := few(counts[split], split, count)):
             print(f"WARNING: {warning}", file=sys.stderr)
