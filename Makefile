@@ -41,7 +41,7 @@ setup: .venv/.installed
 		echo "error: vLLM on a CPU needs the system library libnuma.so.1; install it (Debian: apt-get install libnuma1; Fedora: dnf install numactl-libs) and repeat" >&2; exit 2; }
 	@! $(BIN)/python -c 'import torchvision' 2>/dev/null || { \
 		echo "error: torchvision is in .venv and does not belong there; run 'make clean' and repeat" >&2; exit 2; }
-	@$(BIN)/python -m pav.loading
+	@$(BIN)/python -m pav.engine.loading
 	@touch $@
 
 # Models of a million parameters gain nothing from a second thread and lose much when it has to wait.

@@ -38,19 +38,30 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from pav.cli import run
-from pav.drive import drive
-from pav.engine import Engine, EngineConfig, Sampled, seed_of
-from pav.errors import UserError
-from pav.export import export_verifier
-from pav.files import json_text
-from pav.gpu_memory import share_gpu
-from pav.policy import Dtype, PolicyConfig, Prompt, Sampler, asset, encode_prompt, load_tokenizer
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.files import json_text
+from pav.core.seeds import seed_of
+from pav.engine.gpu_memory import share_gpu
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.vllm import VllmEngine
+from pav.export.vllm import export_verifier
+from pav.policy.inference import Sampled
+from pav.policy.policy import (
+    Dtype,
+    PolicyConfig,
+    Prompt,
+    Sampler,
+    asset,
+    encode_prompt,
+    load_tokenizer,
+)
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape
-from pav.trunk import HeadedTrunk, load_trunk
-from pav.verifier import Card, Verifier
-from search.records import read as read_records
+from pav.verifier.checkpoint import Card, Verifier
+from pav.verifier.trunk import HeadedTrunk, load_trunk
+from search.run.records import read as read_records
 
 Check = Literal["scores", "commands", "shared_device", "first_runner", "graphs", "devices"]
 Row = dict[str, Any]
@@ -112,10 +123,10 @@ class Subject:
         model.head.weight.data.copy_(self.weight)
         return model.to(dtype).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    def engine(self, **settings: Any) -> Engine:
+    def engine(self, **settings: Any) -> VllmEngine:
         """The export in vLLM, bfloat16."""
         config = EngineConfig(kv_gib=KV_GIB, **settings)
-        engine = Engine(self.export, "bfloat16", 256, self.score_ids, config)
+        engine = VllmEngine(self.export, "bfloat16", 256, self.score_ids, config)
         engine.start()
         return engine
 
@@ -238,7 +249,7 @@ def _card(trunk: Path) -> Card:
     )
 
 
-def sample(engine: Engine, prompts: list[list[int]], *, greedy: bool = False) -> list[Sampled]:
+def sample(engine: VllmEngine, prompts: list[list[int]], *, greedy: bool = False) -> list[Sampled]:
     """``NEW_TOKENS`` after every prompt, with scores."""
     sampler = Sampler(top_k=1 if greedy else 0, max_length=256)
 
@@ -259,7 +270,7 @@ def sample(engine: Engine, prompts: list[list[int]], *, greedy: bool = False) ->
     return _in_order([engine], [job(i) for i in range(len(prompts))])
 
 
-def _in_order(engines: list[Engine], jobs: list[Callable[[], Any]]) -> list[Any]:
+def _in_order(engines: list[VllmEngine], jobs: list[Callable[[], Any]]) -> list[Any]:
     results: list[tuple[int, Any]] = []
     drive(engines, jobs, results.append, concurrency=64)
     return [value for _, value in sorted(results, key=lambda pair: pair[0])]
@@ -303,7 +314,7 @@ def gap(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.abs(left - right).max())
 
 
-def compare(subject: Subject, engine: Engine, report: Report, label: str = "") -> None:
+def compare(subject: Subject, engine: VllmEngine, report: Report, label: str = "") -> None:
     """Parity of ``engine`` and transformers on text that the engine samples itself."""
     sampled = sample(engine, subject.prompts)
     sequences = [[*p, *s.ids] for p, s in zip(subject.prompts, sampled, strict=True)]
@@ -451,11 +462,11 @@ def check_shared_device(output: Path, report: Report) -> None:
     subject = subjects(output)[-1]
     served: list[tuple[str, Dtype]] = [(subject.trunk, "bfloat16")] * 2
     shares = share_gpu(EngineConfig(), served, 256)
-    policy = Engine(subject.trunk, "bfloat16", 256, config=shares[0])
+    policy = VllmEngine(subject.trunk, "bfloat16", 256, config=shares[0])
     policy.start()
     alone = [s.ids for s in sample(policy, subject.prompts)]
     policy.reset_prefix_cache()
-    verifier = Engine(subject.export, "bfloat16", 256, subject.score_ids, shares[1])
+    verifier = VllmEngine(subject.export, "bfloat16", 256, subject.score_ids, shares[1])
     verifier.start()
 
     def job(i: int) -> Callable[[], Any]:

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from pav.cli import run
-from pav.errors import UserError
+from pav.cli.run import run
+from pav.core.errors import UserError
 
 FIELDS = {
     "metric", "value", "ci95", "target", "seeds", "n_problems", "command", "machine", "date",

@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_gen.data_card import write_data_card
-from data_gen.health import print_health, write_health
-from data_gen.likelihood import write_part
-from data_gen.runs import Run, part_of, print_train_command, read_run, run_on_directories
+from data_gen.inspect.card import write_data_card
+from data_gen.inspect.health import print_health, write_health
+from data_gen.label_run import Run, part_of, print_train_command, read_run, run_on_directories
+from data_gen.likelihood.command import write_part
 from data_gen.store import MANIFEST, Store, replace_file
-from pav.errors import UserError
-from pav.files import json_text
-from pav.interrupt import interruptible
-from pav.label_files import two_askers
-from pav.labels import LIKELIHOODS, check_agreement, likelihood_rows
-from pav.prompts import PROMPTS
-from pav.unfinished import COMMON, lacking, said
+from pav.core.errors import UserError
+from pav.core.files import json_text
+from pav.core.signals import interruptible
+from pav.labels.files import two_askers
+from pav.labels.tables import LIKELIHOODS, check_agreement, likelihood_rows
+from pav.labels.unfinished import COMMON, lacking, said
+from pav.policy.prompts import PROMPTS
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,18 @@ from time import monotonic
 
 import numpy as np
 
-from data_gen.label import Labeler, Roller, Seed, label
-from data_gen.rollouts import RolloutsConfig, loaded
+from data_gen.config import RolloutsConfig
+from data_gen.engines import loaded
+from data_gen.inspect.watch import watch_for
+from data_gen.labeler import Labeler, Roller, Seed, label
 from data_gen.store import Store
-from data_gen.watch import watch_for
-from pav.guarded import guarded
-from pav.journal import JOURNAL
-from pav.labels import Completion, Trace
-from pav.opening import block
-from pav.policy import Policy
-from pav.printable import one_line
-from pav.steps import Stepper
+from pav.core.journal import JOURNAL
+from pav.core.printable import one_line
+from pav.core.steps import Stepper
+from pav.grading.sandbox import guarded
+from pav.labels.tables import Completion, Trace
+from pav.policy.opening import block
+from pav.policy.policy import Policy
 
 PROBLEMS = 32
 

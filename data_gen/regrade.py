@@ -8,16 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from data_gen.data_card import write_data_card
-from data_gen.health import print_health, write_health
-from data_gen.runs import Run, base_policy, part_of, read_run, run_on_directories, task_of
+from data_gen.inspect.card import write_data_card
+from data_gen.inspect.health import print_health, write_health
+from data_gen.label_run import Run, base_policy, part_of, read_run, run_on_directories, task_of
 from data_gen.store import MANIFEST, Store, replace_file
-from pav.errors import UserError
-from pav.files import json_text
-from pav.guarded import DEFAULT_TIMEOUT, GRADER_LOG, check_timeout, guarded
-from pav.interrupt import interruptible
-from pav.labels import Completion, Trace
-from pav.progress import Reporter
+from pav.core.errors import UserError
+from pav.core.files import json_text
+from pav.core.progress import Reporter
+from pav.core.signals import interruptible
+from pav.grading.sandbox import DEFAULT_TIMEOUT, GRADER_LOG, check_timeout, guarded
+from pav.labels.tables import Completion, Trace
 from pav.tasks.base import Problem, Task, task_spec
 
 Record = TypeVar("Record", Trace, Completion)

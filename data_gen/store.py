@@ -18,13 +18,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pav.errors import FULL, UserError, unwritable
-from pav.files import json_text, write_whole
-from pav.journal import JOURNAL, journal_line, journal_lines
-from pav.label_files import checked_manifest
-from pav.labels import COMPLETIONS, LABELS, TRACES, Completion, Key, Trace, place, remember, sealed
-from pav.lock import LOCK, Lock
-from pav.prompts import PROMPTS, other_prompt, refusal
+from pav.core.errors import FULL, UserError, unwritable
+from pav.core.files import json_text, write_whole
+from pav.core.journal import JOURNAL, journal_line, journal_lines
+from pav.core.lock import LOCK, Lock
+from pav.labels.files import checked_manifest
+from pav.labels.tables import (
+    COMPLETIONS,
+    LABELS,
+    TRACES,
+    Completion,
+    Key,
+    Trace,
+    place,
+    remember,
+    sealed,
+)
+from pav.policy.prompts import PROMPTS, other_prompt, refusal
 
 MANIFEST = "manifest.json"
 # What a manifest says of how far a run is, not of what it is.
@@ -295,5 +305,5 @@ def _refuse_foreign(directory: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write ``path`` at once (see :func:`pav.files.write_whole`)."""
+    """Write ``path`` at once (see :func:`pav.core.files.write_whole`)."""
     write_whole(path, lambda stream: stream.write(content))

@@ -17,12 +17,12 @@ its prefixes, of the number of workers, or of the moment at which a run was kill
     states of high value found on the way; all of ours are seeds, which start at the problem.
 ``adaptive``
     The solution's own ending is the first rollout of each of its prefixes (:func:`own_endings` in
-    ``pav/labels.py``), and the policies that did not write it add one each. More only where a token
-    teaches more than it does in a new solution (see :func:`adaptive`); ``n_mc`` sampled rollouts
-    per prefix on average at most, so that with 0 endings are all there is. What is saved buys
-    solutions: raise ``n_seeds``. Where the stop depends on outcomes, the mean of k/n over prefixes
-    is biased, but the sum of (k - n Q) is not (optional stopping), and that is what training on
-    counts fits.
+    ``pav/labels/tables.py``), and the policies that did not write it add one each. More only where
+    a token teaches more than it does in a new solution (see :func:`adaptive`); ``n_mc`` sampled
+    rollouts per prefix on average at most, so that with 0 endings are all there is. What is saved
+    buys solutions: raise ``n_seeds``. Where the stop depends on outcomes, the mean of k/n over
+    prefixes is biased, but the sum of (k - n Q) is not (optional stopping), and that is what
+    training on counts fits.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pav.labels import Completion, Key, Trace, prefix_key, prefixes
-from pav.steps import Stepper
+from pav.core.steps import Stepper
+from pav.labels.tables import Completion, Key, Trace, prefix_key, prefixes
 
 Strategy = Literal["all_prefixes", "first_pit", "adaptive"]
 Counts = NDArray[np.int64]

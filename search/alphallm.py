@@ -1,75 +1,60 @@
-"""``search.alphallm``: beam search by Q and AlphaLLM's bonus (PAV paper, Appendix K).
-
-Prefixes whose children differ much in value are worth more visits. Among the prefixes s of a round
-
-    score(child of s) = Q(child) + weight * U(s),    U(s) = sqrt(n(s) / sum over s' of n(s')),
-    n(s) = 2 * I(s),    I(s) = max over children of |Q(s) - Q(child)|.
-
-The factor 2 cancels. All children of one prefix have the same bonus, so it shifts width between
-prefixes; in the first round it changes nothing.
-"""
+"""Command ``search.alphallm``; the search itself is in :mod:`search.methods.alphallm`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
-from pav.engine import Engine
-from pav.policy import Policy, Sampler
-from pav.tasks.base import Problem
-from search.beam import BeamSettings, beam_search, with_score
-from search.cost import Cost
-from search.grow import Found, Prefix
-from search.scoring import StepScorer
+from pav.cli.run import run
+from pav.verifier.scoring import StepScorer
+from search.methods.alphallm import WEIGHT
+from search.run.command import run_tree
+from search.run.config import SearchConfig
+from search.run.setup import card_of, open_search
+from search.run.solve import beam_record, beam_settings
+from search.run.worker import Search
 
-# C of the paper.
-WEIGHT = 0.25
-
-
-async def alphallm(
-    problem: Problem,
-    settings: BeamSettings,
-    weight: float,
-    engine: Engine,
-    policy: Policy,
-    sampler: Sampler,
-    scorer: StepScorer,
-    seed: int,
-    cost: Cost,
-) -> Found:
-    """Search one problem; of ``settings`` the prover, alpha and ``score_by`` are not used."""
-    head = settings.base_head
-
-    def rescore(
-        places: Sequence[Prefix], children: list[tuple[int, Prefix]]
-    ) -> list[tuple[int, Prefix]]:
-        # A fused verifier values the root with its first children: step 0 is in every child.
-        importance = dict.fromkeys((i for i, _ in children), 0.0)
-        for i, child in children:
-            before, after = child.candidate.q[head][-2:]
-            importance[i] = max(importance[i], abs(before - after))
-        bonus = bonuses(importance, weight)
-        return [(i, with_score(c, c.values[head] + bonus[i])) for i, c in children]
-
-    return await beam_search(
-        problem, settings, engine, policy, sampler, scorer, seed, cost, ("alphallm",), rescore
-    )
+if TYPE_CHECKING:
+    pass
 
 
-def bonuses(importance: dict[int, float], weight: float) -> dict[int, float]:
-    """``weight`` * U of every prefix from its importance I; 0 where no child differs from it."""
-    total = sum(importance.values())
-    if not total:
-        return dict.fromkeys(importance, 0.0)
-    return {i: weight * math.sqrt(value / total) for i, value in importance.items()}
+@dataclass(frozen=True)
+class AlphaLlmConfig(SearchConfig):
+    """Beam search by Q_base and AlphaLLM's bonus for prefixes whose children differ.
+
+    Args:
+        samples: children per place and step.
+        bonus: weight of the bonus.
+    """
+
+    samples: int = 3
+    bonus: float = WEIGHT
+
+
+def alphallm(config: AlphaLlmConfig) -> None:
+    """Run beam search by Q and AlphaLLM's bonus (see :class:`AlphaLlmConfig`)."""
+    opened = open_search(config, "pav")
+    settings = beam_settings(card_of(opened), config.n, config.samples, 0.0, None, "q")
+
+    def job(scorer: StepScorer) -> Search:
+        return partial(
+            beam_record,
+            opened.session,
+            scorer,
+            settings,
+            opened.rule,
+            "alphallm",
+            config.seed,
+            bonus=config.bonus,
+        )
+
+    run_tree(config, opened, "alphallm", "AlphaLLM bonus", job)
 
 
 def main() -> None:
     """Entry point of ``search.alphallm``."""
-    from pav.cli import run
-    from search import commands
-
-    run(commands.alphallm, commands.AlphaLlmConfig, "search.alphallm")
+    run(alphallm, AlphaLlmConfig, "search.alphallm")
 
 
 if __name__ == "__main__":

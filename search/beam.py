@@ -1,170 +1,170 @@
-"""``search.beam``: beam search by Q_base + alpha * A_prover (PAV paper, Section 4).
-
-The first step draws N*C children; later the kept beams share N*C draws. Finished and unfinished
-candidates compete by the same score for the N places; a finished one draws no more. Duplicates are
-merged, so that places are distinct and no width is wasted, and a place draws in proportion to how
-often its step was drawn. The pick is among finished candidates only.
-
-Where the next step is all but given (a line of arithmetic, say), all right children of a round are
-one, and merged they hold one place of N: with equal shares (``duplicates: merge``) they draw C
-children where the verifier would have given them all N*C, and the search is lost if none of the C
-is right.
-
-With one place (``--n 1``) it is greedy step search: the best of C steps, one after the other.
-"""
+"""Command ``search.beam``; the search itself is in :mod:`search.methods.beam`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from pav.engine import Engine
-from pav.policy import Policy, Sampler
+import numpy as np
+
+from pav.cli.run import run
+from pav.core.errors import UserError
 from pav.tasks.base import Problem
-from search.cost import Cost
-from search.grow import Found, Grower, Prefix, together
-from search.rank import Score, Values, step_score
-from search.records import Candidate, Node
-from search.scoring import StepScorer
+from pav.verifier.checkpoint import Verifier
+from pav.verifier.score import Score
+from pav.verifier.scoring import StepScorer
+from search.methods.beam import Duplicates
+from search.run.config import SearchConfig
+from search.run.oracle import by_oracle
+from search.run.records import Record
+from search.run.session import Session, load_checked, sibling_orm
+from search.run.setup import Opened, Row, card_of, claim, open_search, print_rows, serve
+from search.run.solve import beam_record, beam_settings, repick, traces_record
+from search.run.worker import Search
+from search.scoring.text import RewardModelConfig
 
-Duplicates = Literal["weigh", "merge"]
+if TYPE_CHECKING:
+    from search.scoring.reward_model import RewardModel
 
 
 @dataclass(frozen=True)
-class BeamSettings:
-    """Settings of one beam search.
+class BeamConfig(SearchConfig):
+    """Beam search by Q_base + alpha * A_prover; with n 1 greedy step search.
 
-    Attributes:
-        n: places.
-        samples: children per place (C; the paper takes 3).
-        alpha: weight of the advantage; 0 ranks by Q_base alone.
-        prover: a head (``q/<policy>``), ``bo<K>`` for Best-of-K of the base policy, or a weighted
-            mean (``q/a:0.5,q/b:0.5``).
-        base_head: head of Q_base.
-        score_by: what ranks a step.
-        duplicates: whether places share the draws in proportion to how often their last step was
-            drawn (``weigh``), or alike (``merge``).
+    Args:
+        samples: children per place and step (C).
+        alpha: weight of the advantage; by default the verifier's.
+        prover: a head such as q/prover, bo4 for Best-of-4 of the base policy, or a weighted mean
+            such as q/a:0.5,q/b:0.5; by default the verifier's.
+        score: rank steps by Q + alpha * A (``q+a``, the default), by Q or by A alone.
+        duplicates: ``weigh`` (the default): places share the draws of a round in proportion to how
+            often their last step was drawn, which is better where right steps hardly differ;
+            ``merge``: alike.
+        baseline: ``orm`` also runs best-of-N by the ORM, at the same N and at the tokens that beam
+            spent, and majority vote.
+        baseline_verifier: the ORM, a checkpoint or the directory of a third-party reward model; by
+            default orm.ckpt beside the verifier.
     """
 
-    n: int
-    samples: int
-    alpha: float
-    prover: str
-    base_head: str
-    score_by: Score = "q+a"
+    samples: int = 3
+    alpha: float | None = None
+    prover: str | None = None
+    score: Score | None = None
     duplicates: Duplicates = "weigh"
-
-    def score(self, before: Values, after: Values) -> float:
-        """Score of the step between two states."""
-        return step_score(before, after, self.base_head, self.prover, self.alpha, self.score_by)
+    baseline: Literal["orm"] | None = None
+    baseline_verifier: str | None = None
 
 
-BeamResult = Found
-# Changes the scores of a round's children before they are ranked: (places, children by the index
-# of their parent among them) -> the children.
-Rescore = Callable[[Sequence[Prefix], list[tuple[int, Prefix]]], list[tuple[int, Prefix]]]
-
-
-async def beam_search(
-    problem: Problem,
-    settings: BeamSettings,
-    engine: Engine,
-    policy: Policy,
-    sampler: Sampler,
-    scorer: StepScorer,
-    seed: int,
-    cost: Cost,
-    name: tuple[object, ...] = ("beam",),
-    rescore: Rescore | None = None,
-) -> Found:
-    """Search one problem; ``cost`` is charged as it goes.
-
-    Seeds derive from (seed, problem, ``name``, round, prefix, index).
-    """
-    prompt = policy.encode(problem)
-    if len(prompt) >= sampler.max_length:
-        # Every draw is cut before its first token.
-        return Found([], settings.n * settings.samples, 0, [], [])
-    grower = Grower(problem, prompt, engine, policy, sampler, scorer, cost, settings.score)
-    places = [await grower.root()]
-    weights = [1]
-    truncated: list[Candidate] = []
-    merged = 0
-    steps: list[list[tuple[int, bool, float, str]]] = []
-    nodes: list[list[Node]] = []
-    round_number = 0
-
-    async def grow(parent: int, index: int) -> tuple[int, Prefix | Candidate | None]:
-        """One child of a place, scored; a bare candidate if truncated, None if a duplicate."""
-        prefix = places[parent]
-        ids = prefix.candidate.ids
-        step = await grower.draw(prefix, (seed, problem.id, *name, round_number, *ids, index))
-        if isinstance(step, Candidate):
-            return parent, step
-        # Claimed before it is scored: a duplicate costs the verifier nothing.
-        key = tuple(ids + step.ids)
-        claimed[key] = claimed.get(key, 0) + 1
-        if claimed[key] > 1:
-            return parent, None
-        return parent, await grower.grown(prefix, step)
-
-    while any(not p.candidate.finished for p in places):
-        active = [i for i, p in enumerate(places) if not p.candidate.finished]
-        draws = settings.samples * (settings.n - (len(places) - len(active)))
-        shares = divided(draws, [weights[i] for i in active])
-        claimed: dict[tuple[int, ...], int] = {}
-        grown = await together(
-            grow(i, c) for i, share in zip(active, shares, strict=True) for c in range(share)
+def beam(config: BeamConfig) -> None:
+    """Run beam search, and its baselines if asked for (see :class:`BeamConfig`)."""
+    opened = open_search(config, "pav")
+    settings = beam_settings(
+        card_of(opened),
+        config.n,
+        config.samples,
+        config.alpha,
+        config.prover,
+        config.score,
+        config.duplicates,
+    )
+    baseline = _baseline(config, opened)
+    scorer = serve(config, opened)
+    orm = _baseline_scorer(config, opened, baseline)
+    session, rule = opened.session, opened.rule
+    problems = session.problems(config.split, config.problems)
+    with claim(config, opened, f"beam-n{config.n}") as directory:
+        search = partial(beam_record, session, scorer, settings, rule, "beam", config.seed)
+        records, seconds = session.run(
+            directory / "beam.jsonl", problems, search, config.concurrency, f"beam N={config.n}"
         )
-        truncated += [c for _, c in grown if isinstance(c, Candidate)]
-        merged += sum(c is None for _, c in grown)
-        children = [(parent, c) for parent, c in grown if isinstance(c, Prefix)]
-        if rescore is not None:
-            children = rescore(places, children)
-        contenders = [(-1, p) for p in places if p.candidate.finished] + children
-        # Sorting is stable: ties go to the earlier contender.
-        contenders.sort(key=lambda c: -c[1].candidate.score)
-        ranked = [(rank, i, p) for rank, (i, p) in enumerate(contenders) if i >= 0]
-        steps.append(
-            [
-                (i, rank < settings.n, p.candidate.score, grower.last_step(p.candidate))
-                for rank, i, p in ranked
-            ]
-        )
-        nodes.append([grower.node(p, [rank] if rank < settings.n else []) for rank, _, p in ranked])
-        places = [p for _, p in contenders[: settings.n]]
-        weights = [1] * len(places)
-        if settings.duplicates == "weigh":
-            # A finished one of an earlier round was not drawn in this one, and draws no more.
-            weights = [claimed.get(tuple(p.candidate.ids), 1) for p in places]
-        round_number += 1
-    return Found([p.candidate for p in places], len(truncated), merged, steps, nodes)
+        rows = [Row(f"PAV beam ({rule})", config.n, records, seconds)]
+        if orm is not None:
+            rows += _baselines(config, session, orm, problems, records, directory)
+        session.shutdown()
+        print_rows(rows, directory, config.split)
+        session.check()
 
 
-def divided(draws: int, weights: Sequence[int]) -> list[int]:
-    """``draws`` shared out in proportion to ``weights``, the earlier ones first among equals.
+def _baseline(config: BeamConfig, opened: Opened) -> Verifier | RewardModel | None:
+    """The ORM of the baseline, found and checked; its engine is not loaded yet."""
+    if not config.baseline:
+        return None
+    session, name = opened.session, config.baseline_verifier
+    if name is None:
+        if opened.verifier is None:
+            raise UserError("no ORM baseline is known without a verifier; name --baseline_verifier")
+        name = sibling_orm(opened.verifier.path)
+    if Path(name).is_dir():
+        session.expect()
+        return session.reward_model(RewardModelConfig(name))
+    verifier = load_checked(name, "orm")
+    session.expect_scorer(verifier, "separate", None)
+    return verifier
 
-    A share of less than one draw may come to none.
-    """
-    whole = sum(weights)
-    shares = [draws * weight // whole for weight in weights]
-    rest = [draws * weight % whole for weight in weights]
-    for i in sorted(range(len(weights)), key=lambda i: -rest[i])[: draws - sum(shares)]:
-        shares[i] += 1
-    return shares
+
+def _baseline_scorer(
+    config: BeamConfig, opened: Opened, baseline: Verifier | RewardModel | None
+) -> StepScorer | None:
+    if baseline is None:
+        return None
+    session = opened.session
+    orm: StepScorer
+    if isinstance(baseline, Verifier):
+        orm = session.scorer(baseline, "separate", config.surprise, None)
+    else:
+        orm = baseline
+    # The ORM is never fused: best-of-N samples from the plain policy, which is loaded with it.
+    session.sampling_engine(orm)
+    return orm
 
 
-def with_score(prefix: Prefix, score: float) -> Prefix:
-    """The prefix under another score."""
-    return replace(prefix, candidate=replace(prefix.candidate, score=score))
+def _baselines(
+    config: BeamConfig,
+    session: Session,
+    orm: StepScorer,
+    problems: list[Problem],
+    beam_records: list[Record],
+    directory: Path,
+) -> list[Row]:
+    """Best-of-N at the same N and at beam's tokens (trace count rounded up)."""
+    spent = float(np.mean([r.policy_tokens for r in beam_records]))
+
+    def sample(n: int) -> Search:
+        return partial(traces_record, session, orm, n, "orm", "best-of-N", config.seed)
+
+    same, seconds = session.run(
+        directory / "best_of_n.jsonl",
+        problems,
+        sample(config.n),
+        config.concurrency,
+        f"best-of-{config.n}",
+    )
+    per_trace = float(np.mean([c.tokens for r in same for c in r.candidates]))
+    matched = max(config.n, math.ceil(spent / per_trace))
+    equal, more = session.run(
+        directory / "best_of_n_equal_tokens.jsonl",
+        problems,
+        sample(matched),
+        config.concurrency,
+        f"best-of-{matched}",
+    )
+    rows = []
+    for n, records, took in ((config.n, same, seconds), (matched, equal, more)):
+        for label, rule in (
+            ("best-of-N, ORM", "orm"),
+            ("ORM-weighted vote", "orm_vote"),
+            ("majority vote", "majority"),
+        ):
+            rows.append(Row(label, n, [repick(r, rule) for r in records], took))  # type: ignore[arg-type]
+        rows.append(Row("oracle (pass@N)", n, [by_oracle(r) for r in records], took))
+    return rows
 
 
 def main() -> None:
     """Entry point of ``search.beam``."""
-    from pav.cli import run
-    from search.commands import BeamConfig, beam
-
     run(beam, BeamConfig, "search.beam")
 
 

@@ -1,94 +1,72 @@
-"""``search.best_of_n``: independent solutions, ranked by a verifier at their last position."""
+"""Command ``search.best_of_n``; the search itself is in :mod:`search.methods.best_of_n`."""
 
 from __future__ import annotations
 
-from pav.engine import Engine, seed_of
-from pav.policy import Policy, Sampler
-from pav.tasks.base import Problem
-from search.cost import Cost
-from search.grow import together
-from search.rank import Values
-from search.records import Candidate
-from search.scoring import NOTHING, StepScorer
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pav.cli.run import run
+from search.run.config import SearchConfig
+from search.run.oracle import by_oracle, pass_at
+from search.run.setup import Row, claim, open_search, print_rows, serve
+from search.run.solve import repick, traces_record
+
+if TYPE_CHECKING:
+    pass
 
 
-async def sample_traces(
-    problem: Problem,
-    n: int,
-    engine: Engine,
-    policy: Policy,
-    sampler: Sampler,
-    scorer: StepScorer | None,
-    seed: int,
-    cost: Cost,
-    every_step: bool = False,
-) -> list[Candidate]:
-    """``n`` graded-to-be solutions of one problem.
+@dataclass(frozen=True)
+class BestOfNConfig(SearchConfig):
+    """Best-of-N: independent solutions, ranked at their last position.
 
-    Trace i depends on (seed, problem, i) alone: the first m of n are what a run with n=m samples.
-
-    Args:
-        problem: the problem.
-        n: how many.
-        engine: the policy's engine.
-        policy: tokenizer and prompt.
-        sampler: how to sample.
-        scorer: verifier that values them; None for none.
-        seed: run seed.
-        cost: charged as it goes.
-        every_step: value all steps and not only the last (for the minimum over steps).
+    Without verifier and reward model only ``pick: majority`` is left.
     """
-    prompt = policy.encode(problem)
-    room = sampler.max_length - len(prompt)
-    if room <= 0:
-        return [Candidate([], [], {}, 0.0, finished=False, truncated=True) for _ in range(n)]
 
-    async def one(index: int) -> Candidate:
-        fused = scorer is not None and scorer.fused
-        out = await engine.sample(
-            prompt,
-            sampler,
-            stop_ids=sorted(policy.stepper.eos_ids),
-            max_tokens=room,
-            seed=seed_of(seed, problem.id, "trace", index),
-            scores=fused,
-            until=policy.stepper,
-        )
-        cost.sampled(out)
-        ends = policy.stepper.step_ends(out.ids)
-        finished = out.stopped and bool(ends) and ends[-1] == len(out.ids)
-        q: dict[str, list[float]] = {}
-        if scorer is not None and finished:
-            rows: list[Values] = []
-            logprobs = NOTHING
-            for j in range(0 if every_step else len(ends), len(ends) + 1):
-                end, upto = (ends[j - 1] if j else 0), ends[:j]
-                if fused and out.heads is not None and out.logprobs is not None:
-                    at = out.heads[max(end - 1, 0)]
-                    rows.append(scorer.values(at, out.logprobs, out.ids[:end], upto))
-                else:
-                    read = await scorer.read(problem, out.ids[:end], upto, cost, logprobs)
-                    rows.append(read.values)
-                    logprobs = read.logprobs
-            q = {h: [r[h] for r in rows] for h in rows[0]}
-        return Candidate(
-            ids=out.ids,
-            ends=ends,
-            q=q,
-            score=0.0,
-            finished=finished,
-            truncated=not finished,
-            tokens=len(out.ids),
-        )
 
-    return await together(one(i) for i in range(n))
+def best_of_n(config: BestOfNConfig) -> None:
+    """Run best-of-N (see :class:`BestOfNConfig`)."""
+    opened = open_search(config, None)
+    session, rule = opened.session, opened.rule
+    scorer = None
+    if opened.card is None:
+        session.sampling_engine(None)
+    else:
+        scorer = serve(config, opened)
+    problems = session.problems(config.split, config.problems)
+    with claim(config, opened, f"best-of-{config.n}") as directory:
+        search = partial(
+            traces_record,
+            session,
+            scorer,
+            config.n,
+            rule,
+            "best-of-N",
+            config.seed,
+            score=opened.score,
+        )
+        records, seconds = session.run(
+            directory / "best_of_n.jsonl",
+            problems,
+            search,
+            config.concurrency,
+            f"best-of-{config.n}",
+        )
+        session.shutdown()
+        rows = [Row(f"best-of-N ({rule})", config.n, records, seconds)]
+        rows.append(
+            Row("majority vote", config.n, [repick(r, "majority") for r in records], seconds)
+        )
+        rows.append(Row("oracle (pass@N)", config.n, [by_oracle(r) for r in records], seconds))
+        print_rows(rows, directory, config.split)
+        counts = [2**i for i in range(config.n.bit_length())]
+        line = ", ".join(f"{k}: {pass_at(records, k).mean():.3f}" for k in counts)
+        print(f"oracle pass@k, unbiased from {config.n} samples: {line}")
+        session.check()
 
 
 def main() -> None:
     """Entry point of ``search.best_of_n``."""
-    from pav.cli import run
-    from search.commands import BestOfNConfig, best_of_n
-
     run(best_of_n, BestOfNConfig, "search.best_of_n")
 
 

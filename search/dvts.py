@@ -1,76 +1,60 @@
-"""``search.dvts``: diverse verifier tree search, N independent subtrees.
-
-Each subtree is a greedy step search of its own: it draws C children of its one prefix and keeps the
-best. Nothing crosses between subtrees, so a verifier's error spoils one of them and not all. Two
-subtrees that end alike both stay in the final set: their votes are independent.
-"""
+"""Command ``search.dvts``; the search itself is in :mod:`search.methods.dvts`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import zip_longest
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
-from pav.engine import Engine
-from pav.policy import Policy, Sampler
-from pav.tasks.base import Problem
-from search.beam import BeamSettings, beam_search
-from search.cost import Cost
-from search.grow import Found, together
-from search.scoring import StepScorer
+from pav.cli.run import run
+from pav.verifier.score import Score
+from pav.verifier.scoring import StepScorer
+from search.run.command import run_tree
+from search.run.config import SearchConfig
+from search.run.setup import card_of, open_search
+from search.run.solve import beam_record, beam_settings
+from search.run.worker import Search
+
+if TYPE_CHECKING:
+    pass
 
 
-async def dvts(
-    problem: Problem,
-    settings: BeamSettings,
-    engine: Engine,
-    policy: Policy,
-    sampler: Sampler,
-    scorer: StepScorer,
-    seed: int,
-    cost: Cost,
-) -> Found:
-    """Search one problem in ``settings.n`` subtrees of ``settings.samples`` children a step.
+@dataclass(frozen=True)
+class DvtsConfig(SearchConfig):
+    """Diverse verifier tree search: N independent subtrees, each a greedy step search.
 
-    Subtree i depends on (seed, problem, i) alone: a run with n=m searches the first m of these.
-    In ``steps`` and ``nodes`` place i is subtree i.
+    Args:
+        samples: children per place and step (C).
+        alpha: weight of the advantage; by default the verifier's.
+        prover: a head such as q/prover, bo4 for Best-of-4 of the base policy, or a weighted mean
+            such as q/a:0.5,q/b:0.5; by default the verifier's.
+        score: rank steps by Q + alpha * A (``q+a``, the default), by Q or by A alone.
     """
-    alone = replace(settings, n=1)
-    trees = await together(
-        beam_search(problem, alone, engine, policy, sampler, scorer, seed, cost, ("dvts", i))
-        for i in range(settings.n)
+
+    samples: int = 3
+    alpha: float | None = None
+    prover: str | None = None
+    score: Score | None = None
+
+
+def dvts(config: DvtsConfig) -> None:
+    """Run diverse verifier tree search (see :class:`DvtsConfig`)."""
+    opened = open_search(config, "pav")
+    settings = beam_settings(
+        card_of(opened), config.n, config.samples, config.alpha, config.prover, config.score
     )
-    steps = [
-        [
-            # A child of the root has parent 0 everywhere.
-            (i if number else 0, kept, score, text)
-            for i, children in enumerate(rounds)
-            for _, kept, score, text in children
-        ]
-        for number, rounds in enumerate(zip_longest(*(t.steps for t in trees), fillvalue=[]))
-    ]
-    nodes = [
-        [
-            replace(node, places=[i] if node.places else [])
-            for i, children in enumerate(rounds)
-            for node in children
-        ]
-        for rounds in zip_longest(*(t.nodes for t in trees), fillvalue=[])
-    ]
-    return Found(
-        [c for tree in trees for c in tree.candidates],
-        sum(t.truncated for t in trees),
-        sum(t.merged for t in trees),
-        steps,
-        nodes,
-    )
+
+    def job(scorer: StepScorer) -> Search:
+        return partial(
+            beam_record, opened.session, scorer, settings, opened.rule, "dvts", config.seed
+        )
+
+    run_tree(config, opened, "dvts", "DVTS", job)
 
 
 def main() -> None:
     """Entry point of ``search.dvts``."""
-    from pav.cli import run
-    from search import commands
-
-    run(commands.dvts, commands.DvtsConfig, "search.dvts")
+    run(dvts, DvtsConfig, "search.dvts")
 
 
 if __name__ == "__main__":

@@ -18,25 +18,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pav.cli import run
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.files import json_text
-from pav.opening import task_option
-from pav.policy import Sampler
-from pav.printable import cell, csv_text, one_line
-from pav.prompts import PROMPTS
-from pav.stats import bootstrap
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.files import json_text
+from pav.core.printable import cell, csv_text, one_line
+from pav.core.statistics import bootstrap
+from pav.engine.loading import EngineConfig
+from pav.policy.opening import task_option
+from pav.policy.policy import Sampler
+from pav.policy.prompts import PROMPTS
 from pav.tasks.base import Task
-from pav.verifier import Card
-from search.opened import say_opening
-from search.pick import Pick
-from search.plan import CompareConfig, Method, Selectable, Selection
-from search.points import Point
-from search.records import MANIFEST, open_run
-from search.session import Scoring, capped, load_checked, open_session, warn_few
-from search.sweep import Sweep, prepared, search_points
-from search.workers import check_workers
+from pav.verifier.checkpoint import Card
+from pav.verifier.pick import Pick
+from search.compare.plan import CompareConfig, Method, Selectable, Selection
+from search.compare.results import Point
+from search.compare.run_searches import Sweep, prepared, search_points
+from search.run.records import MANIFEST, open_run
+from search.run.session import Scoring, capped, load_checked, open_session, warn_few
+from search.run.setup import say_opening
+from search.run.workers import check_workers
 
 COARSE = (10.0, 5.0, 2.5, 1.25, 0.625, 0.3125)
 

@@ -24,8 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pav.calibrate import SURPRISE, Calibrator
-from pav.policy import (
+from pav.policy.policy import (
     PolicyConfig,
     Prompt,
     Sampler,
@@ -35,8 +34,9 @@ from pav.policy import (
 )
 from pav.tasks.base import Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
-from pav.trunk import HeadedTrunk, load_trunk
-from pav.verifier import Card
+from pav.verifier.calibrate import SURPRISE, Calibrator
+from pav.verifier.checkpoint import Card
+from pav.verifier.trunk import HeadedTrunk, load_trunk
 
 # (architecture, its differences) by the name that ``tiny_model`` takes. Heads of 32, because vLLM's
 # attention on CPUs knows no smaller ones.
@@ -223,7 +223,7 @@ def _make_verifier(
     sampler: Sampler = Sampler(max_length=160),  # noqa: B008
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> HeadedTrunk:
-    from pav.train import save
+    from pav.train.command import save
 
     base = PolicyConfig(str(trunk), name="base", prompt=prompt, dtype=dtype)
     policy = load_policy(base, task.step_rule)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pav.cli import run
-from search.configs import BeamConfig
+from pav.cli.run import run
+from search.beam import BeamConfig
 
 TASK = """
 from dataclasses import dataclass

@@ -17,18 +17,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_gen.rollouts import RolloutsConfig, rollouts
-from data_gen.show import ShowConfig, show
-from pav.calibrate import SURPRISE
-from pav.cli import run
-from pav.errors import UserError
-from pav.policy import PolicyConfig, asset, load_policy
-from pav.sft import SftConfig, sft
+from data_gen.config import RolloutsConfig
+from data_gen.inspect.show import ShowConfig, show
+from data_gen.rollouts import rollouts
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.policy.policy import PolicyConfig, asset, load_policy
 from pav.tasks.tape import Tape
-from pav.train import TrainConfig, train
-from pav.verifier import Verifier, load_verifier
-from search.commands import BeamConfig, beam
-from search.scoring import Scorer
+from pav.train.command import TrainConfig, train
+from pav.train.sft import SftConfig, sft
+from pav.verifier.calibrate import SURPRISE
+from pav.verifier.checkpoint import Verifier, load_verifier
+from pav.verifier.scoring import Scorer
+from search.beam import BeamConfig, beam
 from tests.pav.label_runs import write_labels
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +133,9 @@ def test_damaged_verifier_is_refused_by_head_before_an_engine_starts(
     checkpoint = torch.load(asset("verifiers/reference_fused.ckpt"), weights_only=True)
     damage(checkpoint)
     torch.save(checkpoint, tmp_path / "pav.ckpt")
-    monkeypatch.setattr("search.session.Engine", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr(
+        "search.run.session.VllmEngine", lambda *_: pytest.fail("an engine was started")
+    )
     where = ["--verifier", str(tmp_path / "pav.ckpt"), "--output", str(tmp_path / "run")]
     assert said in refused("search.beam", *where, *quick_beam)
 
@@ -182,7 +185,7 @@ def test_score_that_is_not_finite_is_named_by_its_head() -> None:
 
 
 def test_undefined_metrics_of_a_card_are_json_and_come_back_undefined() -> None:
-    from pav.verifier import card_json
+    from pav.verifier.checkpoint import card_json
 
     known: Verifier = load_verifier("pav:reference")
     undefined = replace(known.card, validation={"auc": float("nan"), "steps": [0.5, float("nan")]})
@@ -357,7 +360,7 @@ def test_damaged_note_of_an_unfinished_policy_is_one_line(
 
 
 # They print settings as a command line takes them.
-PRINTED = ("pav/opening.py", "pav/refusals.py", "pav/sft.py")
+PRINTED = ("pav/policy/opening.py", "pav/core/refusals.py", "pav/train/sft.py")
 
 
 def test_all_json_that_is_written_is_json() -> None:

@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 
-from data_gen.rollouts import RolloutsConfig, rollouts
-from pav.cli import run
-from pav.engine import Engine
-from pav.lock import LOCK, Lock, beside
-from pav.sft import SftConfig, sft
-from pav.train import TrainConfig, train
-from search.commands import BeamConfig, BestOfNConfig, SmcConfig, beam, best_of_n, smc
-from search.serve import ServeConfig, serve
+from data_gen.config import RolloutsConfig
+from data_gen.rollouts import rollouts
+from pav.cli.run import run
+from pav.core.lock import LOCK, Lock, beside
+from pav.engine.vllm import VllmEngine
+from pav.train.command import TrainConfig, train
+from pav.train.sft import SftConfig, sft
+from search.beam import BeamConfig, beam
+from search.best_of_n import BestOfNConfig, best_of_n
+from search.serve.command import ServeConfig, serve
+from search.smc import SmcConfig, smc
 
 COMMANDS: dict[str, tuple[Any, type]] = {
     "data_gen.rollouts": (rollouts, RolloutsConfig),
@@ -70,7 +73,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         function, config = COMMANDS[name]
         capsys.readouterr()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            patch.setattr(Engine, "start", lambda _: pytest.fail("an engine was started"))
+            patch.setattr(VllmEngine, "start", lambda _: pytest.fail("an engine was started"))
             run(function, config, name, arguments)
         printed = capsys.readouterr().err
         assert stopped.value.code == 2, printed
@@ -157,7 +160,7 @@ def test_chat_prompt_without_a_chat_template(
 def test_finished_label_run_is_printed_again_without_an_engine(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Engine, "start", lambda _: pytest.fail("an engine was started"))
+    monkeypatch.setattr(VllmEngine, "start", lambda _: pytest.fail("an engine was started"))
     made = ["--policy", world.policy, "--output", world.labels, *SMALL]
     run(rollouts, RolloutsConfig, "data_gen.rollouts", made)
     said = capsys.readouterr()

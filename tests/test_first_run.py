@@ -11,20 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen.rollouts import RolloutsConfig
-from pav import hub
-from pav.cli import run
-from pav.errors import UserError
-from pav.opening import block, print_opening, settle_cap, task_option
-from pav.policy import PolicyConfig, Prompt, Sampler, like, load_policy, model_path
-from pav.printable import printable
+from data_gen.config import RolloutsConfig
+from pav.cli.run import run
+from pav.core import hub
+from pav.core.errors import UserError
+from pav.core.printable import printable
+from pav.policy.opening import block, print_opening, settle_cap, task_option
+from pav.policy.policy import PolicyConfig, Prompt, Sampler, like, load_policy, model_path
 from pav.tasks.base import Problem, task_spec
 from pav.tasks.gsm8k import Gsm8k
 from pav.tasks.jsonl import Jsonl
 from pav.tasks.tape import Tape
-from pav.train import TrainConfig, new_card
-from pav.verifier import load_verifier, prompt_from
-from search.commands import BestOfNConfig, best_of_n
+from pav.train.command import TrainConfig, new_card
+from pav.verifier.checkpoint import load_verifier, prompt_from
+from search.best_of_n import BestOfNConfig, best_of_n
 from tests.pav.label_runs import TASK, write_labels
 
 
@@ -91,7 +91,7 @@ def test_prover_without_a_prompt_is_asked_as_the_policy_is() -> None:
 def test_trunk_is_the_labels_policy_and_asked_alike_by_default(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from pav.labels import read_labels
+    from pav.labels.tables import read_labels
 
     labels = read_labels([write_labels(tmp_path / "labels", tiny_model("llama"))])
     card = new_card(TrainConfig([]), labels, TASK)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from data_gen.store import read_manifest
-from pav.engine import EngineConfig
-from pav.policy import Sampler
+from pav.engine.loading import EngineConfig
+from pav.policy.policy import Sampler
 from pav.tasks.tape import Tape
-from pav.verifier import load_verifier
-from search.compare import CompareConfig, Method, compare
-from search.plan import Selection
-from search.records import read
+from pav.verifier.checkpoint import load_verifier
+from search.compare.command import CompareConfig, Method, compare
+from search.compare.plan import Selection
+from search.run.records import read
 from search.select import SelectConfig, select
 from tests.following import follow, printed
 from tests.pav.label_runs import write_labels
@@ -109,7 +109,7 @@ def test_searches_that_comparison_and_choice_print_run(
     verifiers: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What random models sample is often cut, which ends a search with exit code 2.
-    monkeypatch.setattr("search.session.check_truncation", lambda *_: None)
+    monkeypatch.setattr("search.run.session.check_truncation", lambda *_: None)
     device = EngineConfig(kv_gib=0.02, max_num_seqs=32)
     orm, pav = str(verifiers / "orm.ckpt"), str(verifiers / "pav.ckpt")
     methods = [Method("best", "best_of_n", orm, pick="orm"), Method("beam", verifier=pav)]

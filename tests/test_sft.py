@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pav import sft as sft_module
-from pav.checkpoints import LastCheckpoint
-from pav.cli import run as command
-from pav.errors import UserError
-from pav.policy import load_tokenizer
-from pav.sft import IGNORE, SftConfig, SftModule, Shape, Solutions, schedule, sft
+from pav.cli.run import run as command
+from pav.core.errors import UserError
+from pav.policy.policy import load_tokenizer
 from pav.tasks.tape import Tape, tape_tokenizer
+from pav.train import sft as sft_module
+from pav.train.checkpoints import LastCheckpoint
+from pav.train.sft import IGNORE, SftConfig, SftModule, Shape, Solutions, schedule, sft
 from tests.full_disk import full_disk
 
 TINY = SftConfig(

@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from data_gen.rollouts import RolloutsConfig, rollouts
-from pav.cli import run
-from pav.labels import read_labels
-from pav.policy import PolicyConfig, Prompt, load_policy
-from pav.steps import StepRule
+from data_gen.config import RolloutsConfig
+from data_gen.rollouts import rollouts
+from pav.cli.run import run
+from pav.core.steps import StepRule
+from pav.labels.tables import read_labels
+from pav.policy.policy import PolicyConfig, Prompt, load_policy
 from pav.tasks.base import Problem
-from pav.train import TrainConfig, train
-from pav.verifier import load_verifier
-from search.commands import BeamConfig, beam
-from search.records import read
+from pav.train.command import TrainConfig, train
+from pav.verifier.checkpoint import load_verifier
+from search.beam import BeamConfig, beam
+from search.run.records import read
 from tests.following import printed
 
 REPOSITORY = Path(__file__).parents[1]

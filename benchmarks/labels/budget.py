@@ -42,9 +42,9 @@ from benchmarks.labels.study import (
     Arm,
     StudyConfig,
 )
-from pav.cli import run
-from pav.files import json_text
-from pav.judged import MODES
+from pav.cli.run import run
+from pav.core.files import json_text
+from pav.evaluate.scored_labels import MODES
 
 RESULTS = Path(__file__).parents[1] / "results"
 COMMAND = "python -m benchmarks.labels.budget"

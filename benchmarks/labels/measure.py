@@ -12,10 +12,10 @@ import numpy as np
 from benchmarks.labels.quality import Judge, load_judge, quality
 from benchmarks.labels.ratio import Curve
 from benchmarks.labels.study import SHARES, SWEEP, Arm, Replays, StudyConfig, label_set
-from pav.ceilings import irreducible_brier
-from pav.judged import MODES
-from pav.labels import LabelSet, read_labels
-from pav.metrics import Counts
+from pav.evaluate.ceilings import irreducible_brier
+from pav.evaluate.metrics import Counts
+from pav.evaluate.scored_labels import MODES
+from pav.labels.tables import LabelSet, read_labels
 
 ROLLOUTS = 64  # of a held-out prefix
 

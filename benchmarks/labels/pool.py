@@ -1,6 +1,6 @@
 """``python -m benchmarks.labels.pool``: every rollout that an arm of the study asks for, once.
 
-One label store, filled by ``data_gen.label`` with the plan of one arm after the other; what is
+One label store, filled by ``data_gen.labeler`` with the plan of one arm after the other; what is
 there already is not sampled again, so the same command resumes, and a new or changed strategy costs
 only what it asks for beyond the others.
 """
@@ -19,13 +19,14 @@ from benchmarks.labels.study import (
     Replays,
     StudyConfig,
 )
-from data_gen.label import Labeler, Seed, label
-from data_gen.rollouts import RolloutsConfig, loaded
+from data_gen.config import RolloutsConfig
+from data_gen.engines import loaded
+from data_gen.labeler import Labeler, Seed, label
 from data_gen.store import Store
-from pav.cli import run
-from pav.guarded import GuardedGrader
-from pav.interrupt import interruptible
-from pav.policy import Policy, asked, load_policy, tokenizer_fingerprint
+from pav.cli.run import run
+from pav.core.signals import interruptible
+from pav.grading.sandbox import GuardedGrader
+from pav.policy.policy import Policy, asked, load_policy, tokenizer_fingerprint
 from pav.tasks.base import Problem, task_spec
 
 CONCURRENCY = 256

@@ -1,8 +1,9 @@
 """What a verifier trained on labels is worth: its Brier score on prefixes with 64 rollouts each.
 
-The parts are the product's own: examples (:mod:`pav.data`), heads (:func:`pav.fit.fit`),
-calibrators (:func:`pav.calibrate.fit_calibrator`). The trunk is frozen, so it reads every solution
-once (:class:`Remembered`), however many verifiers are trained on it.
+The parts are the product's own: examples (:mod:`pav.train.data`), heads
+(:func:`pav.train.fit.fit`), calibrators (:func:`pav.verifier.calibrate.fit_calibrator`). The trunk
+is frozen, so it reads every solution once (:class:`Remembered`), however many verifiers are
+trained on it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pav.calibrate import fit_calibrator
-from pav.data import Example, pav_examples, score
-from pav.fit import fit, label_data
-from pav.judged import MODES
-from pav.labels import LabelSet
-from pav.policy import Policy, PolicyConfig, load_policy, model_path
+from pav.core.heads import ORM, q_head
+from pav.evaluate.scored_labels import MODES
+from pav.labels.examples import Example, pav_examples
+from pav.labels.tables import LabelSet
+from pav.policy.policy import Policy, PolicyConfig, load_policy, model_path
 from pav.tasks.base import Task
-from pav.train_config import TrainConfig
-from pav.trunk import HeadedTrunk, load_trunk
-from pav.verifier import ORM, q_head
+from pav.train.config import TrainConfig
+from pav.train.fit import fit, label_data
+from pav.verifier.calibrate import fit_calibrator
+from pav.verifier.forward import score
+from pav.verifier.trunk import HeadedTrunk, load_trunk
 
 # Schedule in optimiser steps: a few solutions make a batch an epoch, many make eight. pav.train's
 # own limits of 40 epochs and 3 without improvement would train the former less.

@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.strategies import Plan, Strategy, wanted
-from pav.labels import Completion, Key, LabelSet, Trace, count
-from pav.policy import PolicyConfig, Sampler
+from pav.labels.tables import Completion, Key, LabelSet, Trace, count
+from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
 

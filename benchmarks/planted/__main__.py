@@ -9,8 +9,8 @@ from typing import Literal
 from benchmarks.planted.exact import figure_10, figure_theory
 from benchmarks.planted.learning import figure_3a, figure_3b, figure_3c
 from benchmarks.planted.results import Results
-from pav.cli import run
-from pav.errors import UserError
+from pav.cli.run import run
+from pav.core.errors import UserError
 
 SEEDS = {"3a": 5, "3b": 1, "3c": 5}
 ITERATIONS = {"3a": 3400, "3b": 2000}

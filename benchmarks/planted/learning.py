@@ -22,8 +22,8 @@ from benchmarks.planted.train import (
     train,
     trained,
 )
-from pav.advantage import best_of_k_from_counts
-from pav.errors import UserError
+from pav.core.advantage import best_of_k_from_counts
+from pav.core.errors import UserError
 
 GAMMA = 10.0
 WINDOW = 20  # updates behind one point of a curve: 1280 responses

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from pav.files import json_text
+from pav.core.files import json_text
 
 matplotlib.use("Agg")
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.planted.mdp import Array, Mdp, Values
-from pav.errors import UserError
+from pav.core.errors import UserError
 
 LENGTH = 10
 VOCABULARY = 15

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.planted.mdp import Array, Mdp
-from pav.advantage import alignment, best_of_k, distinguishability
+from pav.core.advantage import alignment, best_of_k, distinguishability
 
 
 @dataclass(frozen=True)

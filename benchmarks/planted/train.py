@@ -28,8 +28,8 @@ from benchmarks.planted.task import (
     sample,
     values,
 )
-from pav.errors import UserError
-from pav.progress import Reporter
+from pav.core.errors import UserError
+from pav.core.progress import Reporter
 
 BATCH = 64
 LEARNING_RATE = 1e-3

@@ -31,16 +31,19 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from benchmarks.speed.results import metric, result, write
-from data_gen.label import Labeler, Roller, Seed, label
-from data_gen.rollouts import RolloutsConfig, loaded
+from data_gen.config import RolloutsConfig
+from data_gen.engines import loaded
+from data_gen.labeler import Labeler, Roller, Seed, label
 from data_gen.rollouts import _rounds as rounds_of
 from data_gen.store import Store
 from data_gen.strategies import Plan
-from pav.cli import run
-from pav.engine import Engine, EngineConfig, seed_of
-from pav.guarded import GuardedGrader
-from pav.labels import prefix_key, prefixes
-from pav.policy import PolicyConfig, Sampler, load_policy
+from pav.cli.run import run
+from pav.core.seeds import seed_of
+from pav.engine.loading import EngineConfig
+from pav.engine.vllm import VllmEngine
+from pav.grading.sandbox import GuardedGrader
+from pav.labels.tables import prefix_key, prefixes
+from pav.policy.policy import PolicyConfig, Sampler, load_policy
 
 SAMPLER = Sampler(max_length=160)
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.generation"
@@ -126,7 +129,7 @@ def _case(
     labels: RolloutsConfig, roller: Roller, rounds: list[list[Seed]], config: GenerationConfig
 ) -> list[dict[str, Turn]]:
     engine = roller.engine
-    assert isinstance(engine, Engine)
+    assert isinstance(engine, VllmEngine)
     first = {seed.problem.id for seed in rounds[0][: config.usual_problems * len(rounds) // 2]}
     turns = []
     for number in range(config.turns):
@@ -159,7 +162,7 @@ def _case(
     return turns
 
 
-def _time(engine: Engine, work: Callable[[], int]) -> Turn:
+def _time(engine: VllmEngine, work: Callable[[], int]) -> Turn:
     engine.start()
     engine.reset_prefix_cache()
     inner, steps = engine._engine.step, 0
@@ -196,7 +199,7 @@ def _calls(plan: Plan, labeler: Labeler, roller: Roller, rounds: list[list[Seed]
     return calls
 
 
-def _raw(engine: Engine, roller: Roller, calls: Sequence[Call]) -> int:
+def _raw(engine: VllmEngine, roller: Roller, calls: Sequence[Call]) -> int:
     """Tokens that vLLM makes of ``calls``, all given at once."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from pav import grading, math_worker
-from pav.cli import run
-from pav.errors import UserError
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.grading import kinds as grading
+from pav.grading import math_worker
 from pav.tasks.base import Problem
 from pav.tasks.math import Math
 

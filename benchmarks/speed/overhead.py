@@ -26,15 +26,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.speed.results import metric, result, write
-from data_gen.label import Labeler, Roller, Seed, label
-from data_gen.pool import Call, Finished, Message, Model, Pool, Started
-from data_gen.runs import Run, base_policy, read_run, task_of
+from data_gen.label_run import Run, base_policy, read_run, task_of
+from data_gen.labeler import Labeler, Roller, Seed, label
 from data_gen.store import Store
 from data_gen.strategies import plan_of
-from pav.cli import run
-from pav.engine import EngineConfig, Sampled, Usage
-from pav.guarded import GuardedGrader
-from pav.policy import Sampler
+from data_gen.workers.pool import Call, Finished, Message, Model, Pool, Started
+from pav.cli.run import run
+from pav.engine.loading import EngineConfig
+from pav.grading.sandbox import GuardedGrader
+from pav.policy.inference import Sampled, Usage
+from pav.policy.policy import Sampler
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.overhead"
 WORKERS = (1, 4, 16, 64, 128)

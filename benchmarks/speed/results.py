@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pav.files import json_text
+from pav.core.files import json_text
 
 RESULTS = Path(__file__).parents[1] / "results"
 Target = tuple[str, float] | None

@@ -29,15 +29,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed.results import SECOND, bars, metric, result, seconds, write
-from pav.cli import run
-from pav.drive import drive
-from pav.engine import Engine, EngineConfig, Read, Sampled, seed_of
+from pav.cli.run import run
+from pav.core.seeds import seed_of
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.vllm import VllmEngine
+from pav.policy.inference import Read, Sampled
 from pav.tasks.base import Problem
-from pav.verifier import load_verifier
-from search.records import Record
-from search.scoring import Scorer
-from search.session import Session, open_session
-from search.solve import beam_record, beam_settings, traces_record
+from pav.verifier.checkpoint import load_verifier
+from pav.verifier.scoring import Scorer
+from search.run.records import Record
+from search.run.session import Session, open_session
+from search.run.solve import beam_record, beam_settings, traces_record
 
 COMMAND = (
     "OMP_NUM_THREADS=1 python -m benchmarks.speed.search_engine --other runs/gsm8k/demo/pav.ckpt"
@@ -74,7 +77,7 @@ class EngineSpeedConfig:
 class Recorder:
     """An engine that remembers what it was asked."""
 
-    engine: Engine
+    engine: VllmEngine
     samples: list[tuple[list[int], dict[str, Any]]] = field(default_factory=list)
     reads: list[tuple[list[int], int | None]] = field(default_factory=list)
 
@@ -217,7 +220,7 @@ def _separate(config: EngineSpeedConfig) -> tuple[list[dict[str, Any]], list[dic
     ], rows  # fmt: skip
 
 
-async def _read_anew(engine: Engine, ids: list[int], surprise: bool) -> Read:
+async def _read_anew(engine: VllmEngine, ids: list[int], surprise: bool) -> Read:
     """A reading as vLLM does it by default: without the cache where log-probabilities are read."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -272,14 +275,14 @@ def _run(
 
 
 def _replay(
-    engine: Engine, calls: Sequence[tuple[list[int], dict[str, Any]]], *, scores: bool
+    engine: VllmEngine, calls: Sequence[tuple[list[int], dict[str, Any]]], *, scores: bool
 ) -> tuple[int, float]:
     jobs = [partial(engine.sample, ids, **{**call, "scores": scores}) for ids, call in calls]
     return _timed(engine, jobs, lambda out: len(out.ids))
 
 
 def _raw(
-    engine: Engine, session: Session, problems: Sequence[Problem], tokens: int
+    engine: VllmEngine, session: Session, problems: Sequence[Problem], tokens: int
 ) -> tuple[int, float]:
     """Whole solutions, about ``tokens`` in all."""
     policy, sampler = session.policy, session.sampler
@@ -304,7 +307,7 @@ def _raw(
 
 
 def _timed(
-    engine: Engine, jobs: Sequence[Callable[[], Any]], size: Callable[[Any], int]
+    engine: VllmEngine, jobs: Sequence[Callable[[], Any]], size: Callable[[Any], int]
 ) -> tuple[int, float]:
     """Sum of ``size`` over the results of ``jobs``, all given at once, and seconds."""
     total = 0

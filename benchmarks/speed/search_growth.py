@@ -16,13 +16,13 @@ import numpy as np
 import psutil
 
 from benchmarks.speed.results import SECOND, metric, result, seconds, write
-from pav.cli import run
-from pav.engine import EngineConfig
+from pav.cli.run import run
+from pav.engine.loading import EngineConfig
 from pav.tasks.base import Problem
-from pav.verifier import load_verifier
-from search.records import Record
-from search.session import open_session
-from search.solve import beam_record, beam_settings
+from pav.verifier.checkpoint import load_verifier
+from search.run.records import Record
+from search.run.session import open_session
+from search.run.solve import beam_record, beam_settings
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.search_growth"
 

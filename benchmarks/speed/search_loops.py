@@ -37,21 +37,24 @@ import numpy as np
 import torch
 
 from benchmarks.speed.results import GPU, SECOND, bars, metric, result, seconds, write
-from pav.cli import run
-from pav.drive import drive
-from pav.engine import Engine, EngineConfig, Read, Sampled, seed_of
-from pav.policy import Policy, Sampler
-from pav.stats import bootstrap
-from pav.steps import scoring_position
+from pav.cli.run import run
+from pav.core.seeds import seed_of
+from pav.core.statistics import bootstrap
+from pav.core.steps import scoring_position
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.vllm import VllmEngine
+from pav.policy.cost import Cost
+from pav.policy.inference import Read, Sampled
+from pav.policy.policy import Policy, Sampler
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
-from pav.trunk import HeadedTrunk
-from pav.verifier import Verifier, load_model, load_verifier, trunk_path
-from search.cost import Cost
-from search.records import Record
-from search.scoring import NOTHING, Reading, Scorer
-from search.session import Session, open_session
-from search.solve import beam_record, beam_settings
+from pav.verifier.checkpoint import Verifier, load_model, load_verifier, trunk_path
+from pav.verifier.scoring import NOTHING, Reading, Scorer
+from pav.verifier.trunk import HeadedTrunk
+from search.run.records import Record
+from search.run.session import Session, open_session
+from search.run.solve import beam_record, beam_settings
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.search_loops"
 SEQUENTIAL = {1: 10.0, 16: 4.0}
@@ -85,7 +88,7 @@ class Batched:
 
     scorer: Scorer
     model: HeadedTrunk
-    policy: Engine
+    policy: VllmEngine
     fused: bool = False
     waiting: list[tuple[list[int], asyncio.Future[Read]]] = field(default_factory=list)
 
@@ -152,7 +155,7 @@ class Batched:
 class Barrier:
     """An engine that answers nobody before it can answer everybody."""
 
-    engine: Engine
+    engine: VllmEngine
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
@@ -308,7 +311,7 @@ def _barrier(config: LoopsConfig) -> tuple[list[dict[str, Any]], list[dict[str, 
     return metrics, rows
 
 
-def _of(session: Session, engines: dict[str, Engine], engine: Engine) -> Any:
+def _of(session: Session, engines: dict[str, VllmEngine], engine: VllmEngine) -> Any:
     """What stands in the place of ``engine`` now."""
     return next(session.engines[name] for name, own in engines.items() if own is engine)
 
@@ -334,7 +337,7 @@ def _searched(
 
 
 def raw_rate(
-    engine: Engine,
+    engine: VllmEngine,
     policy: Policy,
     sampler: Sampler,
     problems: Sequence[Problem],

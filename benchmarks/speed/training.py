@@ -40,14 +40,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.speed.results import metric, result, write
-from pav.batches import MAX_WASTE, LabelData, collate
-from pav.checkpoints import LastCheckpoint, WholeCheckpoints
-from pav.cli import run
-from pav.data import Example, batches
-from pav.fit import VerifierModule, prepare, trainer_of
-from pav.train_config import TrainConfig
-from pav.training_progress import LightningProgress
-from pav.trunk import HeadedTrunk
+from pav.cli.run import run
+from pav.labels.examples import Example
+from pav.train.batches import MAX_WASTE, LabelData, collate
+from pav.train.checkpoints import LastCheckpoint, WholeCheckpoints
+from pav.train.config import TrainConfig
+from pav.train.fit import VerifierModule, prepare, trainer_of
+from pav.train.progress import LightningProgress
+from pav.verifier.forward import batches
+from pav.verifier.trunk import HeadedTrunk
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.training"
 VOCABULARY, HEADS = 256, 3

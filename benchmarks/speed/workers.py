@@ -19,15 +19,16 @@ from scipy.stats import beta, norm
 
 from benchmarks.speed.generation import mean_and_interval
 from benchmarks.speed.results import metric, result, write
-from data_gen.label import Labeler, Roller, label
-from data_gen.pool import RemoteEngine
-from data_gen.rollouts import RolloutsConfig, loaded
+from data_gen.config import RolloutsConfig
+from data_gen.engines import loaded
+from data_gen.labeler import Labeler, Roller, label
 from data_gen.rollouts import _rounds as rounds_of
 from data_gen.store import Store
-from pav.cli import run
-from pav.guarded import GuardedGrader
-from pav.labels import Completion, Trace, prefix_key
-from pav.policy import PolicyConfig, Sampler, load_policy
+from data_gen.workers.pool import RemoteEngine
+from pav.cli.run import run
+from pav.grading.sandbox import GuardedGrader
+from pav.labels.tables import Completion, Trace, prefix_key
+from pav.policy.policy import PolicyConfig, Sampler, load_policy
 
 SAMPLER = Sampler(max_length=160)
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.workers"

@@ -29,27 +29,28 @@ from matplotlib.figure import Figure
 from benchmarks.tape.main import RESULTS, row, write_result
 from benchmarks.verifier.fitting import trained_heads
 from benchmarks.verifier.setting import HEADS
-from pav.calibrate import fit_calibrator
-from pav.cli import run
-from pav.data import Example, pav_examples, score
-from pav.engine import EngineConfig
-from pav.labels import read_labels
-from pav.policy import PolicyConfig, load_policy, model_path
-from pav.report import first_half
-from pav.stats import bootstrap
+from pav.cli.run import run
+from pav.core.statistics import bootstrap
+from pav.engine.loading import EngineConfig
+from pav.evaluate.report import first_half
+from pav.labels.examples import Example, pav_examples
+from pav.labels.tables import read_labels
+from pav.policy.cost import Cost
+from pav.policy.policy import PolicyConfig, load_policy, model_path
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
-from pav.train import new_card, save
-from pav.train_config import TrainConfig
-from pav.trunk import HeadedTrunk, load_trunk
-from pav.verifier import load_verifier
-from search.beam import BeamSettings, beam_search, with_score
-from search.cost import Cost
-from search.grow import Prefix
-from search.rank import Values, step_score
-from search.records import Record
-from search.session import Session, open_session
-from search.solve import beam_settings, searched
+from pav.train.command import new_card, save
+from pav.train.config import TrainConfig
+from pav.verifier.calibrate import fit_calibrator
+from pav.verifier.checkpoint import load_verifier
+from pav.verifier.forward import score
+from pav.verifier.score import Values, step_score
+from pav.verifier.trunk import HeadedTrunk, load_trunk
+from search.methods.beam import BeamSettings, beam_search, with_score
+from search.methods.expand import Prefix
+from search.run.records import Record
+from search.run.session import Session, open_session
+from search.run.solve import beam_settings, searched
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.tape.ensembles"
 MEMBERS = 5

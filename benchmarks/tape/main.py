@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed.results import machine
-from pav.cli import run
-from pav.errors import UserError
-from pav.files import json_text
-from pav.stats import bootstrap
-from search.records import read
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.files import json_text
+from pav.core.statistics import bootstrap
+from search.run.records import read
 
 RESULTS = Path(__file__).parents[1] / "results"
 BEAM = "PAV beam"

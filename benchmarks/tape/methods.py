@@ -25,7 +25,7 @@ from benchmarks.tape.main import (
     read_json,
     write_result,
 )
-from pav.cli import run
+from pav.cli.run import run
 
 COMMAND = "python -m benchmarks.tape.methods"
 

@@ -20,11 +20,11 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.tape.main import RESULTS, _commit, _metric
-from data_gen.select_prover import PICTURE, RESULT, STATISTICS
+from data_gen.provers.command import PICTURE, RESULT, STATISTICS
 from data_gen.store import read_manifest
-from pav.cli import run
-from pav.errors import UserError
-from pav.files import json_text
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.files import json_text
 
 COMMAND = "python -m benchmarks.tape.select_prover"
 

@@ -27,16 +27,17 @@ from benchmarks.verifier.figures import interval, weights
 from benchmarks.verifier.fitting import trained_heads
 from benchmarks.verifier.results import metric, write
 from benchmarks.verifier.setting import HEADS
-from pav.calibrate import fit_calibrator
-from pav.cli import run
-from pav.data import pav_examples, score
-from pav.judged import MODES
-from pav.labels import read_labels
-from pav.policy import PolicyConfig, load_policy, model_path
-from pav.report import first_half
+from pav.cli.run import run
+from pav.evaluate.report import first_half
+from pav.evaluate.scored_labels import MODES
+from pav.labels.examples import pav_examples
+from pav.labels.tables import read_labels
+from pav.policy.policy import PolicyConfig, load_policy, model_path
 from pav.tasks.tape import Tape
-from pav.train_config import TrainConfig
-from pav.trunk import load_trunk
+from pav.train.config import TrainConfig
+from pav.verifier.calibrate import fit_calibrator
+from pav.verifier.forward import score
+from pav.verifier.trunk import load_trunk
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.verifier.calibrating"
 TRUNK = "pav:strong"

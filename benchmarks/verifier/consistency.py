@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pav.batches import Rows, Traces
-from pav.data import Example
-from pav.fit import VerifierModule
-from pav.labels import LabelSet, prefix_key
+from pav.labels.examples import Example
+from pav.labels.tables import LabelSet, prefix_key
+from pav.train.batches import Rows, Traces
+from pav.train.fit import VerifierModule
 
 
 @dataclass(frozen=True)

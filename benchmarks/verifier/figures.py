@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pav.judged import Judged, slips_of
-from pav.metrics import Array
-from pav.verifier import ORM
+from pav.core.heads import ORM
+from pav.evaluate.metrics import Array
+from pav.evaluate.scored_labels import Judged, slips_of
 
 RESAMPLES = 200
 Rows = NDArray[np.intp]
@@ -70,7 +70,8 @@ def figures_of(judged: Judged, held_N: NDArray[np.bool_]) -> dict[str, Figure]:
         found[f"no slip, equal depth {head}"] = within(
             head, np.flatnonzero(scope), kind_N == "", scored.step_N
         )
-        # Clean steps against those that hold the first slip of a solution, as pav.measure has it.
+        # Clean steps against those that hold the first slip of a solution, as in
+        # pav.evaluate.suite.
         for kind in ("any first slip", *sorted(set(kind_N) - {""})):
             slipped = scope & first_N & (True if kind == "any first slip" else kind_N == kind)
             if slipped.sum() >= 10:

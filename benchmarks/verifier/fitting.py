@@ -24,15 +24,16 @@ from benchmarks.verifier.consistency import ConsistentModule, sampled_steps
 from benchmarks.verifier.pool import subset, truncated
 from benchmarks.verifier.rows import DEFAULT, Row
 from benchmarks.verifier.setting import HEADS, Study
-from pav.calibrate import SURPRISE, Calibrator, fit_calibrator
-from pav.data import Example, score
-from pav.fit import VerifierModule, fit, label_data
-from pav.judged import MODES
-from pav.policy import Policy, model_path
-from pav.report import first_half
-from pav.train import new_card, save, trained_model
-from pav.train_config import TrainConfig
-from pav.trunk import HeadedTrunk
+from pav.evaluate.report import first_half
+from pav.evaluate.scored_labels import MODES
+from pav.labels.examples import Example
+from pav.policy.policy import Policy, model_path
+from pav.train.command import new_card, save, trained_model
+from pav.train.config import TrainConfig
+from pav.train.fit import VerifierModule, fit, label_data
+from pav.verifier.calibrate import SURPRISE, Calibrator, fit_calibrator
+from pav.verifier.forward import score
+from pav.verifier.trunk import HeadedTrunk
 
 # Of trained trunks: a model of a million parameters learns at higher rates than a real one.
 TRAINED = {"lora": 2e-3, "full": 5e-4}
@@ -132,7 +133,7 @@ def _widen(model: torch.nn.Module, width: int) -> None:
 
 
 def dataset(states_ND: Tensor, examples: Sequence[Example]) -> TensorDataset:
-    """Labelled rows of ``examples`` for :func:`pav.fit.fit`, states computed already."""
+    """Labelled rows of ``examples`` for :func:`pav.train.fit.fit`, states computed already."""
     k, n = (np.concatenate([getattr(e, name) for e in examples]) for name in ("k_PH", "n_PH"))
     share = np.concatenate([e.share_P1 for e in examples])
     keep = n.sum(1) > 0

@@ -29,16 +29,17 @@ from matplotlib.figure import Figure as Picture
 from benchmarks.verifier.figures import interval, weights, within
 from benchmarks.verifier.fitting import dataset
 from benchmarks.verifier.results import metric, write
-from pav.calibrate import SURPRISE, fit_calibrator
-from pav.cli import run
-from pav.data import Example, pav_examples, score
-from pav.fit import fit, label_data
-from pav.judged import MODES
-from pav.labels import read_labels
-from pav.policy import Policy, PolicyConfig, load_policy, model_path
-from pav.train_config import TrainConfig
-from pav.trunk import HeadedTrunk, load_trunk
-from pav.verifier import prompt_from, resolve_task
+from pav.cli.run import run
+from pav.evaluate.scored_labels import MODES
+from pav.labels.examples import Example, pav_examples
+from pav.labels.tables import read_labels
+from pav.policy.policy import Policy, PolicyConfig, load_policy, model_path
+from pav.train.config import TrainConfig
+from pav.train.fit import fit, label_data
+from pav.verifier.calibrate import SURPRISE, fit_calibrator
+from pav.verifier.checkpoint import prompt_from, resolve_task
+from pav.verifier.forward import score
+from pav.verifier.trunk import HeadedTrunk, load_trunk
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.verifier.gsm8k"
 PARTS = 8

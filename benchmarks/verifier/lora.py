@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from tensorboardX.proto.event_pb2 import Event
 
 from benchmarks.verifier.results import metric, write
-from pav.cli import run
-from pav.errors import UserError
-from pav.labels import read_labels
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.labels.tables import read_labels
 
 COMMAND = "pav.train --config configs/gsm8k_smollm2/lora.yaml; python -m benchmarks.verifier.lora"
 

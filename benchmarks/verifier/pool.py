@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pav.data import Example, score
-from pav.labels import LabelSet, prefix_key
-from pav.policy import Policy, model_path
-from pav.trunk import HeadedTrunk, load_trunk
+from pav.labels.examples import Example
+from pav.labels.tables import LabelSet, prefix_key
+from pav.policy.policy import Policy, model_path
+from pav.verifier.forward import score
+from pav.verifier.trunk import HeadedTrunk, load_trunk
 
 
 @dataclass(frozen=True)

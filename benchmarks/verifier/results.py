@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from pav.files import json_text
+from pav.core.files import json_text
 
 RESULTS = Path(__file__).parents[1] / "results"
 

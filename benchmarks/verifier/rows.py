@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from benchmarks.verifier.pool import Part
-from pav.calibrate import SURPRISE
-from pav.losses import Loss
-from pav.trunk import HeadKind
+from pav.core.heads import HeadKind
+from pav.train.losses import Loss
+from pav.verifier.calibrate import SURPRISE
 
 STRONG, BASE, PROVER = "pav:strong", "pav:base", "pav:prover"
 DEPTH = {BASE: 4, PROVER: 4, STRONG: 6}

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from benchmarks.verifier.pool import Encoded, Part, encode, subset
 from benchmarks.verifier.rows import DEPTH, STRONG, Row
-from pav.data import Example, Scored, hardened, pav_examples
-from pav.judged import Judged, judge, slips_of
-from pav.labels import LabelSet
-from pav.policy import Policy
-from pav.report import first_half
+from pav.evaluate.report import first_half
+from pav.evaluate.scored_labels import Judged, judge, slips_of
+from pav.labels.examples import Example, hardened, pav_examples
+from pav.labels.tables import LabelSet
+from pav.policy.policy import Policy
 from pav.tasks.base import Task
+from pav.verifier.forward import Scored
 
 HEADS = ["q/base", "q/prover", "orm"]
 

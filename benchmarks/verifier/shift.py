@@ -24,16 +24,17 @@ from matplotlib.figure import Figure
 
 from benchmarks.verifier.figures import interval, resampled
 from benchmarks.verifier.results import metric, write
-from pav.calibrate import Calibrator, fit_calibrator
-from pav.cli import run
-from pav.data import pav_examples, score
-from pav.evaluate import load_on_device, trunk_policy
-from pav.judged import MODES, Judged, judge
-from pav.labels import read_labels
-from pav.metrics import Array, reliability_bins, value_metrics
-from pav.report import first_half
+from pav.cli.run import run
+from pav.evaluate.command import load_on_device, trunk_policy
+from pav.evaluate.metrics import Array, reliability_bins, value_metrics
+from pav.evaluate.report import first_half
+from pav.evaluate.scored_labels import MODES, Judged, judge
+from pav.labels.examples import pav_examples
+from pav.labels.tables import read_labels
 from pav.tasks.tape import Tape
-from pav.verifier import load_verifier
+from pav.verifier.calibrate import Calibrator, fit_calibrator
+from pav.verifier.checkpoint import load_verifier
+from pav.verifier.forward import score
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.verifier.shift"
 HEADS = ("q/base", "q/prover")

@@ -35,11 +35,11 @@ from benchmarks.verifier.plot import draw
 from benchmarks.verifier.results import metric, write
 from benchmarks.verifier.rows import DEFAULT, Row, rows
 from benchmarks.verifier.setting import HEADS, Study
-from pav.cli import run
-from pav.judged import MODES
-from pav.labels import read_labels
-from pav.policy import PolicyConfig, load_policy
-from pav.report import first_half
+from pav.cli.run import run
+from pav.evaluate.report import first_half
+from pav.evaluate.scored_labels import MODES
+from pav.labels.tables import read_labels
+from pav.policy.policy import PolicyConfig, load_policy
 from pav.tasks.tape import Tape
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.verifier.study"

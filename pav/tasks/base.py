@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
-from pav.steps import StepRule
-from pav.text import check_text
+from pav.core.steps import StepRule
+from pav.core.text import check_text
 
 Split = Literal["train", "validation", "test"]
 # Where the tasks are that a file's word is enough to import.
@@ -82,8 +82,8 @@ class Task(ABC):
     def grade(self, text: str, problem: Problem) -> Grade:
         """Grade the text of a whole solution (prompt excluded).
 
-        What it raises for counts as wrong (``pav/guarded.py``). Graders of users are called in
-        processes of their own, several at a time by ``search.serve``.
+        What it raises for counts as wrong (``pav/grading/sandbox.py``). Graders of users are
+        called in processes of their own, several at a time by ``search.serve``.
         """
 
     def length_cap(self, longest_prompt: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pav.grading import Grader
-from pav.steps import StepRule
+from pav.core.steps import StepRule
+from pav.grading.kinds import Grader
 from pav.tasks.jsonl import Jsonl
 
 

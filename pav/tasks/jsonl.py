@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pav.errors import UserError
-from pav.grading import Grader, grade_text, reference
-from pav.hub import offline_if_unreachable
+from pav.core.errors import UserError
+from pav.core.hub import offline_if_unreachable
+from pav.core.text import check_text
+from pav.grading.kinds import Grader, grade_text, reference
 from pav.tasks.base import Grade, Problem, Split, Task, problem_id, split_of, task_spec
-from pav.text import check_text
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]*){0,2}")
 _NO_ANSWER = {
@@ -76,7 +76,7 @@ class Jsonl(Task):
         return iter(problems)
 
     def grade(self, text: str, problem: Problem) -> Grade:
-        """Grade ``text`` with the task's grader; see :func:`pav.grading.grade_text`."""
+        """Grade ``text`` with the task's grader; see :func:`pav.grading.kinds.grade_text`."""
         return grade_text(self.grader, text, problem.gold)
 
     def forced_answer(self, problem: Problem) -> str:

@@ -14,11 +14,12 @@ from benchmarks.labels.pool import fill
 from benchmarks.labels.quality import load_judge, quality
 from benchmarks.labels.ratio import Curve, bound, token_ratio, tokens_for
 from benchmarks.labels.study import Arm, Replays, StudyConfig, label_set
-from data_gen.rollouts import RolloutsConfig, rollouts
-from data_gen.runs import Run, read_run
-from pav.labels import prefix_key
-from pav.policy import Sampler, model_path
-from pav.trunk import load_trunk
+from data_gen.config import RolloutsConfig
+from data_gen.label_run import Run, read_run
+from data_gen.rollouts import rollouts
+from pav.labels.tables import prefix_key
+from pav.policy.policy import Sampler, model_path
+from pav.verifier.trunk import load_trunk
 
 ADAPTIVE = Arm("adaptive", 4)
 PIT = Arm("first_pit", 4)

@@ -32,7 +32,7 @@ from benchmarks.planted.task import (
 from benchmarks.planted.theory import best_of, check, counterexample, random_case
 from benchmarks.planted.train import Settings, effective_rewards, saved_at, states, train, trained
 from benchmarks.summary import read_results
-from pav.errors import UserError
+from pav.core.errors import UserError
 
 # Derived from the paper's description before this code was written; 0.0054 at gamma = 5 is also
 # where the curve of Fig. 3a starts.

@@ -16,8 +16,8 @@ from benchmarks.verifier.fitting import values_of
 from benchmarks.verifier.pool import Part, subset
 from benchmarks.verifier.rows import DEFAULT
 from benchmarks.verifier.setting import HEADS, Study
-from pav.labels import prefix_key, read_labels
-from pav.policy import PolicyConfig, load_policy, model_path
+from pav.labels.tables import prefix_key, read_labels
+from pav.policy.policy import PolicyConfig, load_policy, model_path
 from tests.pav.label_runs import TASK, write_labels
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.verifier import gsm8k
-from pav.policy import model_path
+from pav.policy.policy import model_path
 from tests.pav.label_runs import write_labels
 
 

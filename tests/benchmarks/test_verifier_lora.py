@@ -9,9 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks.verifier import lora
-from pav.errors import UserError
-from pav.train import train
-from pav.train_config import TrainConfig
+from pav.core.errors import UserError
+from pav.train.command import train
+from pav.train.config import TrainConfig
 from tests.pav.label_runs import write_labels
 
 

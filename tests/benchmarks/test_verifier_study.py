@@ -14,11 +14,11 @@ from benchmarks.verifier.fitting import values_of
 from benchmarks.verifier.pool import Part, encode, shifted, subset
 from benchmarks.verifier.rows import DEFAULT, rows
 from benchmarks.verifier.setting import HEADS, Study
-from pav.judged import MODES
-from pav.labels import read_labels
-from pav.metrics import auc as plain_auc
-from pav.policy import PolicyConfig, load_policy, model_path
-from pav.report import first_half
+from pav.evaluate.metrics import auc as plain_auc
+from pav.evaluate.report import first_half
+from pav.evaluate.scored_labels import MODES
+from pav.labels.tables import read_labels
+from pav.policy.policy import PolicyConfig, load_policy, model_path
 from tests.pav.label_runs import TASK, write_labels
 
 

@@ -14,9 +14,9 @@ from random import Random
 
 import pytest
 
-from pav.interrupt import interruptible
-from pav.journal import JOURNAL, journal_lines
-from pav.labels import LabelSet, prefix_key, read_labels
+from pav.core.journal import JOURNAL, journal_lines
+from pav.core.signals import interruptible
+from pav.labels.tables import LabelSet, prefix_key, read_labels
 
 REPOSITORY = Path(__file__).parents[2]
 # Forks a command per line of input, so that vLLM is imported once. The line is "bytes signal": the
@@ -25,8 +25,9 @@ DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
 import vllm
-from data_gen.rollouts import RolloutsConfig, rollouts
-from pav.cli import run
+from data_gen.config import RolloutsConfig
+from data_gen.rollouts import rollouts
+from pav.cli.run import run
 
 output, arguments = sys.argv[1], sys.argv[2:]
 journal = Path(output) / "journal.jsonl"
@@ -139,7 +140,7 @@ def test_run_killed_at_random_moments_loses_nothing_and_counts_nothing_twice(
 # The first signal comes while work that does not look at signals is under way.
 TWICE = """
 import os, signal, time
-from pav.interrupt import interruptible
+from pav.core.signals import interruptible
 
 with interruptible():
     try:

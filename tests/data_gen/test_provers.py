@@ -18,7 +18,18 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 
 from benchmarks.planted.mdp import Mdp
-from data_gen.prover_statistics import (
+from data_gen.config import RolloutsConfig
+from data_gen.inspect.show import ShowConfig, show
+from data_gen.inspect.status import StatusConfig, status
+from data_gen.label_run import Run, read_run
+from data_gen.provers.command import (
+    SelectProverConfig,
+    best_of,
+    candidates,
+    recommend,
+    select_prover,
+)
+from data_gen.provers.statistics import (
     State,
     States,
     covariance,
@@ -26,27 +37,17 @@ from data_gen.prover_statistics import (
     of_policy,
     states_of,
 )
-from data_gen.rollouts import RolloutsConfig, rollouts
-from data_gen.runs import Run, read_run
-from data_gen.select_prover import (
-    SelectProverConfig,
-    best_of,
-    candidates,
-    recommend,
-    select_prover,
-)
-from data_gen.show import ShowConfig, show
-from data_gen.status import StatusConfig, status
+from data_gen.rollouts import rollouts
 from data_gen.strategies import next_prefix
-from pav.advantage import alignment, best_of_k, distinguishability
-from pav.cli import run as run_command
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.labels import Completion, Trace, prefix_key, prefixes, read_labels
-from pav.policy import PolicyConfig, Sampler, load_policy
-from pav.steps import Stepper, StepRule
+from pav.cli.run import run as run_command
+from pav.core.advantage import alignment, best_of_k, distinguishability
+from pav.core.errors import UserError
+from pav.core.steps import Stepper, StepRule
+from pav.engine.loading import EngineConfig
+from pav.labels.tables import Completion, Trace, prefix_key, prefixes, read_labels
+from pav.policy.policy import PolicyConfig, Sampler, load_policy
 from pav.tasks.tape import Tape
-from pav.train import TrainConfig, new_card
+from pav.train.command import TrainConfig, new_card
 
 NAMES = ["base", "prover", "other"]
 

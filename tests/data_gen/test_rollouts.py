@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from data_gen.rollouts import RolloutsConfig, rollouts
+from data_gen.config import RolloutsConfig
+from data_gen.rollouts import rollouts
 from data_gen.store import Store
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.labels import Completion, LabelSet, Trace, prefix_key, prefixes, read_labels
-from pav.policy import PolicyConfig, Sampler, load_policy
-from pav.steps import StepRule
+from pav.core.errors import UserError
+from pav.core.steps import StepRule
+from pav.engine.loading import EngineConfig
+from pav.labels.tables import Completion, LabelSet, Trace, prefix_key, prefixes, read_labels
+from pav.policy.policy import PolicyConfig, Sampler, load_policy
 from pav.tasks.base import Grade, Problem
 from pav.tasks.tape import Tape
 
@@ -164,9 +165,9 @@ def test_run_that_is_no_use_stops_early_sealed_and_goes_on_where_told_to(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Most of what random policies write first is cut."""
-    monkeypatch.setattr("data_gen.watch.LOOKS", (60,))
-    monkeypatch.setattr("data_gen.label.REPORT_SECONDS", 0.0)
-    monkeypatch.setattr("pav.progress.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("data_gen.inspect.watch.LOOKS", (60,))
+    monkeypatch.setattr("data_gen.labeler.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("pav.core.progress.PLAIN_SECONDS", 0.0)
     strict = replace(config, output=str(tmp_path / "run"), ignore_warnings=False)
     told = r"stopped early: \d+ of \d+ finished .* cut by the length cap.* --ignore_warnings true"
     with pytest.raises(UserError, match=told):
@@ -244,7 +245,7 @@ def test_interrupted_run_resumed_by_the_same_command_asks_for_nothing_twice(
     del old["shard"], old["seeds_from"]
     file.write_text(json.dumps(old))
     (Path(part.output) / "journal.jsonl").write_bytes(b"")
-    monkeypatch.setattr("data_gen.rollouts.Engine", None)
+    monkeypatch.setattr("data_gen.engines.VllmEngine", None)
     rollouts(part)
     assert keys(read_labels([part.output])) == keys(labels)
 
@@ -311,7 +312,7 @@ def test_run_out_of_time_is_sealed_and_the_same_command_goes_on(
 ) -> None:
     timed = replace(config, output=str(tmp_path / "run"), hours=100.0)
     ticks = iter([0.0] * 100)  # turns of the engine, or a few more
-    monkeypatch.setattr("data_gen.label.monotonic", lambda: next(ticks, inf))
+    monkeypatch.setattr("data_gen.labeler.monotonic", lambda: next(ticks, inf))
     rollouts(timed)
     part = read_labels([timed.output])
     assert 20 <= len(part.traces) + len(part.completions) <= 150

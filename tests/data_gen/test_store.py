@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from data_gen import store as store_module
 from data_gen.store import Store
-from pav.errors import UserError
-from pav.journal import JOURNAL
-from pav.labels import Completion, LabelSet, Trace, prefix_key, read_labels
+from pav.core.errors import UserError
+from pav.core.journal import JOURNAL
+from pav.labels.tables import Completion, LabelSet, Trace, prefix_key, read_labels
 
 MANIFEST = {
     "task": "t",
@@ -450,8 +450,8 @@ from pathlib import Path
 sys.path.insert(0, {here!r})
 from test_store import MANIFEST, completion
 from data_gen.store import Store
-from pav.journal import JOURNAL
-from pav.errors import UserError
+from pav.core.journal import JOURNAL
+from pav.core.errors import UserError
 
 directory, limit = Path(sys.argv[1]), int(sys.argv[2])
 said = []

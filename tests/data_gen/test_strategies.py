@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom
 
-from data_gen.rollouts import RolloutsConfig, rollouts
-from data_gen.show import ShowConfig, show
-from data_gen.status import StatusConfig, status
+from data_gen.config import RolloutsConfig
+from data_gen.inspect.show import ShowConfig, show
+from data_gen.inspect.status import StatusConfig, status
+from data_gen.rollouts import rollouts
 from data_gen.strategies import (
     Plan,
     Strategy,
@@ -30,12 +31,21 @@ from data_gen.strategies import (
     spread,
     wanted,
 )
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.journal import JOURNAL
-from pav.labels import Completion, Key, LabelSet, Trace, count, prefix_key, prefixes, read_labels
-from pav.policy import PolicyConfig, Sampler, load_policy
-from pav.steps import Stepper, StepRule
+from pav.core.errors import UserError
+from pav.core.journal import JOURNAL
+from pav.core.steps import Stepper, StepRule
+from pav.engine.loading import EngineConfig
+from pav.labels.tables import (
+    Completion,
+    Key,
+    LabelSet,
+    Trace,
+    count,
+    prefix_key,
+    prefixes,
+    read_labels,
+)
+from pav.policy.policy import PolicyConfig, Sampler, load_policy
 from pav.tasks.tape import Tape
 from tests.data_gen.test_crash import Driver, acknowledged
 

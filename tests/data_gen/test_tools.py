@@ -20,20 +20,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
+from data_gen import label_run as runs_module
 from data_gen import regrade as regrade_module
-from data_gen import runs as runs_module
-from data_gen.health import health_of, label_noise, print_health, write_health
-from data_gen.likelihood import write_part
+from data_gen.config import RolloutsConfig
+from data_gen.inspect.health import health_of, label_noise, print_health, write_health
+from data_gen.inspect.show import ShowConfig, main, show
+from data_gen.inspect.status import StatusConfig, status
+from data_gen.label_run import Run, read_run
+from data_gen.likelihood.command import write_part
 from data_gen.merge import MergeConfig, merge
 from data_gen.regrade import RegradeConfig, regrade
-from data_gen.rollouts import RolloutsConfig, _manifest
-from data_gen.runs import Run, read_run
-from data_gen.show import ShowConfig, main, show
-from data_gen.status import StatusConfig, status
+from data_gen.rollouts import _manifest
 from data_gen.store import Store
-from pav.errors import UserError
-from pav.journal import JOURNAL, journal_line
-from pav.labels import (
+from pav.core.errors import UserError
+from pav.core.journal import JOURNAL, journal_line
+from pav.core.steps import StepRule
+from pav.labels.tables import (
     LIKELIHOODS,
     Completion,
     Trace,
@@ -42,8 +44,7 @@ from pav.labels import (
     prefixes,
     read_labels,
 )
-from pav.policy import Policy, PolicyConfig, Sampler, load_policy
-from pav.steps import StepRule
+from pav.policy.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.tasks.base import Grade, Problem
 from pav.tasks.tape import Tape
 
@@ -455,7 +456,7 @@ def test_status_counts_solutions_whose_branches_are_owed_as_not_done(
 
 
 def test_rates_are_those_of_the_last_ten_minutes_of_work() -> None:
-    from data_gen.status import rates
+    from data_gen.inspect.status import rates
 
     slow = [(float(t), 10) for t in range(0, 1000, 100)]
     fast = [(1000 + t / 2, 30) for t in range(1201)]
@@ -551,7 +552,8 @@ def refused(*_): raise OSError("no network")
 socket.socket.connect = socket.create_connection = refused
 import huggingface_hub.constants
 assert huggingface_hub.constants.HF_HUB_OFFLINE
-from data_gen import merge, regrade, show, status
+from data_gen import merge, regrade
+from data_gen.inspect import show, status
 run, merged = sys.argv[1:]
 for module, *argv in ((status, run), (show, run), (regrade, run), (merge, run, "--output", merged)):
     sys.argv = [module.__name__, *argv]

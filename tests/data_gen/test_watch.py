@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_gen.inspect.watch import (
+    LOOKS,
+    Doubtful,
+    Watch,
+    minutes_left,
+    tokens_per_solution,
+    watch_for,
+)
 from data_gen.strategies import Plan
-from data_gen.watch import LOOKS, Doubtful, Watch, minutes_left, tokens_per_solution, watch_for
-from pav.labels import Completion
+from pav.labels.tables import Completion
 from pav.tasks.jsonl import Jsonl
 from pav.tasks.tape import Tape
 

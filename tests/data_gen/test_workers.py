@@ -21,7 +21,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from data_gen.pool import (
+from data_gen.config import RolloutsConfig
+from data_gen.inspect.status import StatusConfig, status
+from data_gen.rollouts import rollouts
+from data_gen.workers.pool import (
     DEATHS,
     WORKERS,
     Alive,
@@ -34,15 +37,15 @@ from data_gen.pool import (
     RemoteEngine,
     Started,
 )
-from data_gen.rollouts import RolloutsConfig, rollouts
-from data_gen.status import StatusConfig, status
-from pav.drive import drive
-from pav.engine import Engine, EngineConfig, Sampled
-from pav.errors import UserError
-from pav.journal import JOURNAL, journal_lines
-from pav.policy import PolicyConfig, Sampler
-from pav.processes import Died, placement
-from pav.progress import Reporter
+from pav.core.errors import UserError
+from pav.core.journal import JOURNAL, journal_lines
+from pav.core.progress import Reporter
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.processes import Died, placement
+from pav.engine.vllm import VllmEngine
+from pav.policy.inference import Sampled
+from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.tape import Tape
 
 Asked = Counter[tuple[tuple[int, ...], int, int]]
@@ -71,12 +74,12 @@ def config(
 def asked(config: RolloutsConfig) -> Asked:
     """The requests of the run without workers; its labels lie in ``config.output``."""
     with pytest.MonkeyPatch.context() as patch:
-        found = recorded(patch, Engine)
+        found = recorded(patch, VllmEngine)
         rollouts(config)
     return found
 
 
-def recorded(patch: pytest.MonkeyPatch, engine: type[Engine | RemoteEngine]) -> Asked:
+def recorded(patch: pytest.MonkeyPatch, engine: type[VllmEngine | RemoteEngine]) -> Asked:
     """Counts (ids, seed, most tokens) of every request from now on."""
     found: Asked = Counter()
     inner = engine.sample
@@ -149,7 +152,7 @@ def test_killed_worker_then_sigterm_then_one_process_make_the_run_of_one_process
     before = [e["record"] for e in entries if e is not None and e["kind"] != "run"]
     assert 40 < len(before) < sum(asked.values())
     # Another number of workers goes on.
-    later = recorded(monkeypatch, Engine)
+    later = recorded(monkeypatch, VllmEngine)
     rollouts(replace(two, workers=1))
     assert found.keys() | later.keys() == asked.keys()
     assert rows(two.output) == rows(config.output)
@@ -271,7 +274,7 @@ def test_every_request_is_answered_once_whoever_dies(
 def test_worker_that_hangs_is_ended_and_what_it_held_goes_to_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("data_gen.pool.SILENT_SECONDS", 0.05)
+    monkeypatch.setattr("data_gen.workers.pool.SILENT_SECONDS", 0.05)
     transport = Scripted(Random(0))
     transport.hanging = {1}
     found = sampled(transport, 200, 3)
@@ -286,7 +289,7 @@ def test_worker_that_hangs_is_ended_and_what_it_held_goes_to_others(
 def test_worker_that_says_it_is_alive_is_given_all_the_time_it_needs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("data_gen.pool.SILENT_SECONDS", 0.05)
+    monkeypatch.setattr("data_gen.workers.pool.SILENT_SECONDS", 0.05)
     transport, started = Scripted(Random(0)), time.monotonic()
     transport.hanging = {0}
     inner = transport.receive
@@ -328,7 +331,7 @@ def test_hours_hold_while_no_worker_has_started(
     def open_pool(models: list[Model], count: int, ray: str | None, note: Path | None) -> Pool:
         return Pool(transport, models, count, note)
 
-    monkeypatch.setattr("data_gen.rollouts.open_pool", open_pool)
+    monkeypatch.setattr("data_gen.engines.open_pool", open_pool)
     rollouts(replace(config, output=str(tmp_path / "run"), workers=2, hours=1e-4))
     assert transport.closed
     assert "stopped after 0.0001 hours: 0 of 2 rounds are complete" in capsys.readouterr().out

@@ -10,8 +10,8 @@ from random import Random
 from typing import Any
 
 from data_gen.store import Store
-from pav.labels import Completion, Trace, prefix_key
-from pav.policy import PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
+from pav.labels.tables import Completion, Trace, prefix_key
+from pav.policy.policy import PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
 from pav.tasks.base import Problem, Split, task_spec
 from pav.tasks.tape import Tape, apply, parse
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from pav.advantage import (
+from pav.core.advantage import (
     alignment,
     alignment_from_counts,
     best_of_k,
@@ -20,7 +20,7 @@ from pav.advantage import (
     distinguishability_from_counts,
     effective_score,
 )
-from pav.errors import UserError
+from pav.core.errors import UserError
 
 # PAV paper, Figure 2a: two states and the Q of three steps from each.
 V = {"s1": 0.60, "s2": 0.30}

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pav.calibrate import SURPRISE, Calibrator, fit_calibrator, surprise
-from pav.steps import Stepper, StepRule, compile_rule
+from pav.core.steps import Stepper, StepRule, compile_rule
 from pav.tasks.tape import tape_tokenizer
+from pav.verifier.calibrate import SURPRISE, Calibrator, fit_calibrator, surprise
 
 TAPE = tape_tokenizer()
 EOS = TAPE.eos_token_id

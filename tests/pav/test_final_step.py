@@ -16,22 +16,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen.rollouts import RolloutsConfig, rollouts
-from data_gen.seeds import given_rounds
-from pav.cli import run
-from pav.drive import drive
-from pav.engine import Engine, EngineConfig, Sampled, seed_of
-from pav.errors import UserError
-from pav.export import export_verifier
-from pav.policy import PolicyConfig, Sampler, load_policy
-from pav.steps import Stepper, StepRule, compile_rule
+from data_gen.config import RolloutsConfig
+from data_gen.importers.traces import given_rounds
+from data_gen.rollouts import rollouts
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.seeds import seed_of
+from pav.core.steps import Stepper, StepRule, compile_rule
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.vllm import VllmEngine
+from pav.export.vllm import export_verifier
+from pav.policy.inference import Sampled
+from pav.policy.policy import PolicyConfig, Sampler, load_policy
 from pav.tasks.base import task_spec
 from pav.tasks.gsm8k import Gsm8k
 from pav.tasks.math import Math
 from pav.tasks.tape import Tape, tape_tokenizer
-from pav.verifier import load_verifier
-from search.commands import BeamConfig, BestOfNConfig, beam, best_of_n
-from search.records import read
+from pav.verifier.checkpoint import load_verifier
+from search.beam import BeamConfig, beam
+from search.best_of_n import BestOfNConfig, best_of_n
+from search.run.records import read
 
 # A random model writes a 7 in every other step or so.
 RULE = StepRule(final="7")
@@ -74,7 +79,7 @@ def test_whole_samples_with_the_rule_are_those_without_it_cut_after_the_final_st
     make_verifier(trunk, checkpoint)
     ids = export_verifier(load_verifier(str(checkpoint)), str(trunk), tmp_path / "served")
     policy = load_policy(PolicyConfig(str(trunk)), RULE)
-    engine = Engine(str(tmp_path / "served"), "float32", LENGTH, ids, SMALL)
+    engine = VllmEngine(str(tmp_path / "served"), "float32", LENGTH, ids, SMALL)
     prompts = [policy.encode(p) for p in islice(Tape().problems("test"), 24)]
 
     def sampled(until: Stepper | None, scores: bool) -> list[Sampled]:

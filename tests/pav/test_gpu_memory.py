@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_gen import rollouts as rollouts_module
-from data_gen import workers
-from data_gen.pool import Model
-from pav import gpu_memory
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.gpu_memory import GIB, Planned, gpu_shares, planned, share_gpu
-from pav.loading import UTILIZATION, engine_arguments
+from data_gen import engines
+from data_gen.config import RolloutsConfig
+from data_gen.workers import worker as workers
+from data_gen.workers.pool import Model
+from pav.core.errors import UserError
+from pav.engine import gpu_memory
+from pav.engine.gpu_memory import GIB, Planned, gpu_shares, planned, share_gpu
+from pav.engine.loading import UTILIZATION, EngineConfig, engine_arguments
+from pav.policy.policy import PolicyConfig, load_policy
 from pav.tasks.tape import Tape
 
 ENGINES = st.lists(
@@ -92,8 +93,8 @@ def test_planned_sizes_are_those_of_the_model(
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of 80 GiB, as far as planning goes."""
-    monkeypatch.setattr("pav.gpu_memory.on_cpu", lambda: False)
-    monkeypatch.setattr("pav.gpu_memory.gpu_bytes", lambda: 80 * GIB)
+    monkeypatch.setattr("pav.engine.gpu_memory.on_cpu", lambda: False)
+    monkeypatch.setattr("pav.engine.gpu_memory.gpu_bytes", lambda: 80 * GIB)
 
 
 def test_explicit_setting_wins(on_gpu: None, tiny_model: Callable[..., Path]) -> None:
@@ -113,7 +114,7 @@ def test_cpu_is_not_shared_out(tiny_model: Callable[..., Path]) -> None:
 
 
 def test_vllm_is_told_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pav.loading.on_cpu", lambda: False)
+    monkeypatch.setattr("pav.engine.loading.on_cpu", lambda: False)
 
     def told(**settings: Any) -> tuple[float, int | None]:
         arguments = engine_arguments("model", "float32", 160, EngineConfig(**settings))
@@ -136,16 +137,16 @@ def test_engines_of_a_label_run_get_shares_here_and_in_workers(
             raise UserError("enough")  # a worker that serves would never end
         return SimpleNamespace(start=lambda: None, shutdown=lambda: None)
 
-    monkeypatch.setattr(rollouts_module, "Engine", engine)
-    monkeypatch.setattr(workers, "Engine", engine)
-    config = rollouts_module.RolloutsConfig(
+    monkeypatch.setattr(engines, "VllmEngine", engine)
+    monkeypatch.setattr(workers, "VllmEngine", engine)
+    config = RolloutsConfig(
         output="unused",
         task=Tape(),
-        policy=rollouts_module.PolicyConfig(path, name="base"),
-        prover=rollouts_module.PolicyConfig(path, name="prover"),
+        policy=PolicyConfig(path, name="base"),
+        prover=PolicyConfig(path, name="prover"),
     )
-    loaded = [rollouts_module.load_policy(p, config.task.step_rule) for p in config.policies]
-    with pytest.raises(UserError, match="enough"), rollouts_module.loaded(config, loaded):
+    loaded = [load_policy(p, config.task.step_rule) for p in config.policies]
+    with pytest.raises(UserError, match="enough"), engines.loaded(config, loaded):
         pass
     here, made[:] = made.copy(), []
     models = [Model(p.path, "float32", 160, EngineConfig()) for p in loaded]

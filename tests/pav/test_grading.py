@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pav import grading, math_worker
-from pav.grading import grade_text, last_boxed, number_of, reference
+from pav.grading import kinds as grading
+from pav.grading import math_worker
+from pav.grading.kinds import grade_text, last_boxed, number_of, reference
 from pav.tasks.base import Grade
 
 MILLION = 1_000_000
@@ -228,7 +229,7 @@ def test_script_without_main_guard_can_grade_math(tmp_path: Path) -> None:
     """A worker made by multiprocessing would run the script, and load its models, a second time."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from pav.grading import grade_text\n"
+        "from pav.grading.kinds import grade_text\n"
         "print('start')\n"
         "print(grade_text('math', '\\\\boxed{1+x}', 'x+1').correct)\n"
     )

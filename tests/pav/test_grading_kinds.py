@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pav.answer_forms import clock
-from pav.grading import grade_text, number_of, reference
-from pav.plain_number import equal_numbers, is_rounded, plain_number
+from pav.grading.answer_forms import clock
+from pav.grading.kinds import grade_text, number_of, reference
+from pav.grading.numbers import equal_numbers, is_rounded, plain_number
 from tests.pav.mutations import mutated
 
 DATA = Path(__file__).parent / "data"

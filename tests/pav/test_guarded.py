@@ -13,23 +13,25 @@ from pathlib import Path
 
 import pytest
 
+from data_gen.config import RolloutsConfig
+from data_gen.label_run import read_run
 from data_gen.regrade import RegradeConfig, regrade
-from data_gen.rollouts import RolloutsConfig, rollouts
-from data_gen.runs import read_run
-from pav import guarded as module
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.guarded import GRADER_LOG, GraderFailed, GuardedGrader, guarded
-from pav.labels import read_labels
-from pav.policy import PolicyConfig, Sampler, load_policy
+from data_gen.rollouts import rollouts
+from pav.core.errors import UserError
+from pav.engine.loading import EngineConfig
+from pav.grading import sandbox as module
+from pav.grading.sandbox import GRADER_LOG, GraderFailed, GuardedGrader, guarded
+from pav.labels.tables import read_labels
+from pav.policy.cost import Cost
+from pav.policy.policy import PolicyConfig, Sampler, load_policy
 from pav.tasks.base import Grade, Problem, Task
 from pav.tasks.tape import Tape
-from search.cost import Cost
-from search.failures import ERRORS
-from search.grow import Found
-from search.records import Candidate, Record
-from search.session import Session
-from search.solve import searched
+from pav.verifier.pick import Candidate
+from search.methods.expand import Found
+from search.run.failures import ERRORS
+from search.run.records import Record
+from search.run.session import Session
+from search.run.solve import searched
 
 REPOSITORY = Path(__file__).parents[2]
 PROBLEM = Problem("p1", "1+1", "2")
@@ -144,9 +146,9 @@ def test_time_limit_that_is_none_is_refused() -> None:
 
 WAITING = """
 import sys
-from pav.interrupt import interruptible
-from pav.drive import drive
-from pav.guarded import GuardedGrader
+from pav.core.signals import interruptible
+from pav.engine.loop import drive
+from pav.grading.sandbox import GuardedGrader
 from pav.tasks.base import Problem
 from mine import Mine
 

@@ -21,26 +21,27 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_gen.forced_answer import answer_ids
-from data_gen.formats import Solution, Step, read_solutions
-from data_gen.import_labels import ImportConfig, encode, import_labels
+from data_gen.importers.command import ImportConfig, encode, import_labels
+from data_gen.importers.formats import Solution, Step, read_solutions
+from data_gen.importers.traces import given_rounds
+from data_gen.likelihood.forced_answer import answer_ids
 from data_gen.merge import MergeConfig, merge
 from data_gen.regrade import RegradeConfig, regrade
-from data_gen.seeds import given_rounds
-from pav.cli import run
-from pav.data import orm_examples, pav_examples
-from pav.encoding import encode_after_step, encode_steps
-from pav.errors import UserError
-from pav.labels import prefix_key, read_labels
-from pav.policy import Policy, PolicyConfig, Prompt, Sampler, load_policy
-from pav.processbench import encode as bench_encode
-from pav.processbench_data import Solution as Bench
-from pav.steps import StepRule, compile_rule
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.steps import StepRule, compile_rule
+from pav.evaluate.processbench import encode as bench_encode
+from pav.evaluate.processbench_data import Solution as Bench
+from pav.labels.examples import orm_examples, pav_examples
+from pav.labels.tables import prefix_key, read_labels
+from pav.policy.encoding import encode_after_step, encode_steps
+from pav.policy.policy import Policy, PolicyConfig, Prompt, Sampler, load_policy
 from pav.tasks.base import Problem, problem_id, split_of
 from pav.tasks.jsonl import Jsonl
 from pav.tasks.tape import Tape, tape_tokenizer
-from pav.train import TrainConfig, train
-from search.records import Candidate, Record, append
+from pav.train.command import TrainConfig, train
+from pav.verifier.pick import Candidate
+from search.run.records import Record, append
 
 SHEPHERD = {
     "input": "Ann has 3 pens and buys 4. How many? Step 1: 3 + 4 = <<3+4=7>>7 ки\n"
@@ -442,7 +443,7 @@ def test_pav_train_reads_imported_labels_and_nothing_else_is_lost(
     assert card.heads == heads
     assert card.base_head == "q/math_shepherd"
     # A search can go on from there: the checkpoint's task has the problems with known answers.
-    from pav.verifier import resolve_task
+    from pav.verifier.checkpoint import resolve_task
 
     task = resolve_task(card.task, None, "verifier")
     problem = next(iter(task.problems("train")))

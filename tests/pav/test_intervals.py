@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pav.first_error import first_error_metrics
-from pav.intervals import (
+from pav.evaluate.first_error import first_error_metrics
+from pav.evaluate.intervals import (
     Draws,
     advantage_intervals,
     auc_interval,
     location_intervals,
     value_intervals,
 )
-from pav.metrics import Counts, advantage_metrics, auc, value_metrics
+from pav.evaluate.metrics import Counts, advantage_metrics, auc, value_metrics
 
 
 def made(rng: np.random.Generator, problems: int, rows: int) -> tuple[Any, Any, Any]:
@@ -36,7 +36,7 @@ def test_figure_of_a_draw_is_the_metric_of_its_rows(seed: int, problems: int, ro
     q, counts, problem = made(rng, problems, rows)
     other, after, _ = made(rng, problems, rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pav.intervals.DRAWS", 1)  # then both ends are that draw's figure
+        patch.setattr("pav.evaluate.intervals.DRAWS", 1)  # then both ends are that draw's figure
         draws = Draws(problem)
         index = np.repeat(np.arange(rows), draws.weight_RP[0][draws.index_N].astype(int))
         found = value_intervals(q, counts, problem)

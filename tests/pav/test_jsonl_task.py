@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pav.cli import run
-from pav.errors import UserError
+from pav.cli.run import run
+from pav.core.errors import UserError
 from pav.tasks.base import Grade, Split, Task, split_of, task_spec
 from pav.tasks.jsonl import Jsonl
 from pav.tasks.tape import Tape

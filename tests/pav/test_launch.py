@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pav.launch import why_not
-from pav.train_config import TrainConfig
+from pav.train.config import TrainConfig
+from pav.train.launch import why_not
 
 TASKS = {"SLURM_JOB_NAME": "labels", "SLURM_JOB_ID": "17", "SLURM_STEP_ID": "0"}
 SRUN = (

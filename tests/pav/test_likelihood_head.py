@@ -13,17 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_gen.likelihood import LIKELIHOOD
-from pav.data import pav_examples
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.judged import MODES
-from pav.labels import LIKELIHOODS, prefix_key, read_labels
-from pav.policy import PolicyConfig, Sampler, load_policy
-from pav.train import train
-from pav.train_config import TrainConfig
-from search.commands import BeamConfig, beam
-from search.records import read
+from data_gen.likelihood.command import LIKELIHOOD
+from pav.core.errors import UserError
+from pav.engine.loading import EngineConfig
+from pav.evaluate.scored_labels import MODES
+from pav.labels.examples import pav_examples
+from pav.labels.tables import LIKELIHOODS, prefix_key, read_labels
+from pav.policy.policy import PolicyConfig, Sampler, load_policy
+from pav.train.command import train
+from pav.train.config import TrainConfig
+from search.beam import BeamConfig, beam
+from search.run.records import read
 from tests.pav.label_runs import TASK, promising, write_labels
 
 HIGH, LOW = 0.8, 0.05

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from pav import loading
-from pav.engine import Engine, EngineConfig
-from pav.errors import UserError
-from pav.loading import check_model, first_cause
+from pav.core.errors import UserError
+from pav.engine import loading
+from pav.engine.loading import EngineConfig, check_model, first_cause
+from pav.engine.vllm import VllmEngine
 
 
 def changed(model: Path, directory: Path, **settings: Any) -> str:
@@ -68,7 +68,7 @@ def test_whatever_vllm_raises_at_start_is_one_line_and_a_log(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     # Weights of another shape: an AssertionError of vLLM's.
     other = changed(tiny_model("llama"), tmp_path / "other", intermediate_size=256)
-    said = refused(Engine(other, "float32", 160, config=EngineConfig(kv_gib=0.02)).start)
+    said = refused(VllmEngine(other, "float32", 160, config=EngineConfig(kv_gib=0.02)).start)
     assert repr(other) in said and "engine.kv_gib" in said
     log = Path(re.findall(r"traceback: (\S+)\)", said)[0])
     assert log.parent == tmp_path
@@ -94,7 +94,7 @@ def test_cause_is_the_first_one_and_the_first_line_that_says_something() -> None
 def test_emulated_dtype_is_said_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pav.loading.is_emulated", lambda dtype: dtype == "bfloat16")
+    monkeypatch.setattr("pav.engine.loading.is_emulated", lambda dtype: dtype == "bfloat16")
     monkeypatch.setattr("vllm.LLMEngine.from_engine_args", lambda _: None)
     loading._note.cache_clear()
     for _ in range(2):

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from pav.errors import UserError
-from pav.lock import LOCK, Lock
+from pav.core.errors import UserError
+from pav.core.lock import LOCK, Lock
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from pav.lock import Lock
+from pav.core.lock import Lock
 
 lock = Lock(Path(sys.argv[1]), "run")
 if os.fork() == 0:
@@ -33,8 +33,8 @@ time.sleep(60)
 CROWD = """
 import os, sys
 from pathlib import Path
-from pav.errors import UserError
-from pav.lock import Lock
+from pav.core.errors import UserError
+from pav.core.lock import Lock
 
 path, inside, taken = Path(sys.argv[1]), Path(sys.argv[2]), 0
 while taken < 200:

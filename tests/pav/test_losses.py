@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import betabinom
 from torch import Tensor
 
-from pav.losses import summed_loss
+from pav.train.losses import summed_loss
 
 counts = st.integers(1, 20).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pav import grading, math_worker
-from pav.grading import grade_text
-from pav.plain_number import plain_number
+from pav.grading import kinds as grading
+from pav.grading import math_worker
+from pav.grading.kinds import grade_text
+from pav.grading.numbers import plain_number
 from pav.tasks.base import Grade
 
 MATH500 = Path(__file__).parents[3] / "shared" / "data" / "math500.jsonl.gz"

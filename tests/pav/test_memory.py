@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
-from pav.lora import Lora, add_adapters
-from pav.memory import GIB, Shape, Work, plan_memory, shape_of, ways_out
-from pav.train_config import TrainConfig
+from pav.train.config import TrainConfig
+from pav.train.memory import Work, plan_memory, ways_out
+from pav.verifier.lora import Lora, add_adapters
+from pav.verifier.shape import GIB, Shape, shape_of
 
 CONFIGS: dict[str, Any] = {
     "1.5B": Qwen2Config(

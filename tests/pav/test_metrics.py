@@ -19,27 +19,22 @@ from scipy.stats import rankdata
 from torchmetrics.functional.classification import binary_calibration_error
 
 from data_gen.store import Store
-from pav.ceilings import advantage_ceilings, ceilings, deconvolve, irreducible_brier
-from pav.data import pav_examples, score
-from pav.errors import UserError
-from pav.evaluate import EvaluateConfig, evaluate, load_on_device, trunk_policy
-from pav.first_error import first_error_metrics, first_error_threshold, halves_agree
-from pav.judged import judge
-from pav.labels import Completion, Trace, prefix_key, read_labels
-from pav.measure import measure
-from pav.metrics import (
-    NAMES,
-    Counts,
-    advantage_metrics,
-    auc,
-    value_metrics,
-)
-from pav.policy import PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
-from pav.report import verdict
+from pav.core.errors import UserError
+from pav.evaluate.ceilings import advantage_ceilings, ceilings, deconvolve, irreducible_brier
+from pav.evaluate.command import EvaluateConfig, evaluate, load_on_device, trunk_policy
+from pav.evaluate.first_error import first_error_metrics, first_error_threshold, halves_agree
+from pav.evaluate.metrics import NAMES, Counts, advantage_metrics, auc, value_metrics
+from pav.evaluate.report import verdict
+from pav.evaluate.scored_labels import judge
+from pav.evaluate.suite import measure
+from pav.labels.examples import pav_examples
+from pav.labels.tables import Completion, Trace, prefix_key, read_labels
+from pav.policy.policy import PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape, parse
 from pav.tasks.tape import apply as press
-from pav.verifier import load_verifier
+from pav.verifier.checkpoint import load_verifier
+from pav.verifier.forward import score
 
 
 def counts_of(k: Any, n: Any, exact: Any = False) -> Counts:
@@ -495,7 +490,7 @@ def test_evaluate_refuses_labels_of_another_task_or_policy(
     with pytest.raises(UserError, match=r"about another task than verifier .*give labels of its"):
         evaluate(EvaluateConfig(str(harder), [labels]))
     with pytest.MonkeyPatch.context() as patch:  # before the model is loaded
-        patch.setattr("pav.evaluate.load_on_device", lambda *_: pytest.fail("loaded"))
+        patch.setattr("pav.evaluate.command.load_on_device", lambda *_: pytest.fail("loaded"))
         with pytest.raises(UserError, match=r"hold no solutions of train problems; set split"):
             evaluate(EvaluateConfig(verifier, [labels], split="train"))
         (tmp_path / "file").write_text("")

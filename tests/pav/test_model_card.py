@@ -16,14 +16,14 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from pav.engine import SCORE_BIAS
-from pav.errors import UserError
-from pav.export import ensure_export
-from pav.export_prm import ExportPrmConfig, export_prm
-from pav.model_card import PLOT, model_card
-from pav.train import save
-from pav.trunk import HeadedTrunk
-from pav.verifier import load_model, load_verifier
+from pav.core.errors import UserError
+from pav.engine.vllm import SCORE_BIAS
+from pav.export.card import PLOT, model_card
+from pav.export.prm import ExportPrmConfig, export_prm
+from pav.export.vllm import ensure_export
+from pav.train.command import save
+from pav.verifier.checkpoint import load_model, load_verifier
+from pav.verifier.trunk import HeadedTrunk
 
 FIGURES = {
     "q/base/plain": {"rows": 90, "auc": 0.71, "spearman": 0.4, "brier": 0.2,

@@ -14,16 +14,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pav.drive import drive
-from pav.engine import Engine, EngineConfig, Read, Sampled, seed_of
-from pav.errors import UserError
-from pav.export import export_verifier
-from pav.policy import Policy, PolicyConfig, Sampler, load_policy
-from pav.read_check import check_reads
-from pav.steps import scoring_position
+from pav.core.errors import UserError
+from pav.core.seeds import seed_of
+from pav.core.steps import scoring_position
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.read_check import check_reads
+from pav.engine.vllm import VllmEngine
+from pav.export.vllm import export_verifier
+from pav.policy.inference import Read, Sampled
+from pav.policy.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.tasks.tape import Tape
-from pav.trunk import HeadedTrunk, load_trunk
-from pav.verifier import load_verifier
+from pav.verifier.checkpoint import load_verifier
+from pav.verifier.trunk import HeadedTrunk, load_trunk
 
 T = TypeVar("T")
 HEADS = ("q/base", "q/prover", "orm")
@@ -47,12 +50,12 @@ class Served:
     """
 
     model: HeadedTrunk
-    engine: Engine
+    engine: VllmEngine
     policy: Policy
     trunk: Path
     export: Path
     prompts: list[list[int]]
-    others: list[Engine] = field(default_factory=list)
+    others: list[VllmEngine] = field(default_factory=list)
 
     def sample(
         self, *, scores: bool, seed: int = 0, sampler: Sampler | None = None
@@ -73,7 +76,12 @@ class Served:
 
 
 async def _sample(
-    engine: Engine, policy: Policy, scores: bool, seed: int, sampler: Sampler | None, ids: list[int]
+    engine: VllmEngine,
+    policy: Policy,
+    scores: bool,
+    seed: int,
+    sampler: Sampler | None,
+    ids: list[int],
 ) -> Sampled:
     return await engine.sample(
         ids,
@@ -85,7 +93,7 @@ async def _sample(
     )
 
 
-def run(engine: Engine, jobs: list[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+def run(engine: VllmEngine, jobs: list[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
     """Results of ``jobs``, in their order; all are in flight together."""
     found: dict[int, T] = {}
 
@@ -107,7 +115,7 @@ def serve(trunk: Path, directory: Path, make_verifier: Any, dtype: Any) -> Serve
     score_ids = export_verifier(load_verifier(str(directory / "pav.ckpt")), str(trunk), export)
     policy = load_policy(PolicyConfig(str(trunk), dtype=dtype), Tape().step_rule)
     prompts = [policy.encode(p) for p in islice(Tape().problems("test"), 8)]
-    engine = Engine(str(export), dtype, LENGTH, score_ids, SMALL)
+    engine = VllmEngine(str(export), dtype, LENGTH, score_ids, SMALL)
     return Served(model.to(getattr(torch, dtype)), engine, policy, trunk, export, prompts)
 
 
@@ -202,7 +210,7 @@ def test_untied_gemma_2_is_refused(tiny_model: Any) -> None:
 
 @pytest.mark.parametrize("served", ["llama"], indirect=True)
 def test_sampled_ids_with_heads_are_those_of_the_plain_policy(served: Served) -> None:
-    plain = Engine(str(served.trunk), "float32", LENGTH, config=SMALL)
+    plain = VllmEngine(str(served.trunk), "float32", LENGTH, config=SMALL)
     served.others.append(plain)
     for seed in range(4):
         with_heads, without, policy_alone = (
@@ -231,7 +239,7 @@ def test_score_ids_are_never_sampled(served: Served, monkeypatch: pytest.MonkeyP
 
     assert max(map(largest, range(8))) == first_score_id - 1
     # They would be, if requests did not carry the bias.
-    monkeypatch.setattr("pav.engine.SCORE_BIAS", 0.0)
+    monkeypatch.setattr("pav.engine.vllm.SCORE_BIAS", 0.0)
     assert max(map(largest, range(8))) >= first_score_id
 
 

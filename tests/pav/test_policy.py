@@ -8,8 +8,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from pav.errors import UserError
-from pav.policy import (
+from pav.core.errors import UserError
+from pav.core.steps import StepRule
+from pav.policy.policy import (
     PolicyConfig,
     Prompt,
     Sampler,
@@ -18,7 +19,6 @@ from pav.policy import (
     load_tokenizer,
     tokenizer_fingerprint,
 )
-from pav.steps import StepRule
 from pav.tasks.base import Problem
 
 CHARACTERS = sorted(set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 +-*=?.:\n"))

@@ -12,21 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pav.batches import collate
-from pav.calibrate import Calibrator
-from pav.data import Example, orm_examples, pav_examples, score
-from pav.drive import drive
-from pav.engine import Engine, EngineConfig, Read, Sampled
-from pav.export import export_verifier
-from pav.labels import LabelSet, Trace, prefix_key
-from pav.policy import Policy, PolicyConfig, Prompt, Sampler, load_policy
-from pav.steps import Stepper, StepRule
+from pav.core.steps import Stepper, StepRule
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.vllm import VllmEngine
+from pav.export.vllm import export_verifier
+from pav.labels.examples import Example, orm_examples, pav_examples
+from pav.labels.tables import LabelSet, Trace, prefix_key
+from pav.policy.inference import Read, Sampled
+from pav.policy.policy import Policy, PolicyConfig, Prompt, Sampler, load_policy
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
-from pav.verifier import Verifier, load_verifier
-from search.beam import BeamResult, BeamSettings, beam_search
-from search.best_of_n import sample_traces
-from search.scoring import Cost, Scorer
+from pav.train.batches import collate
+from pav.verifier.calibrate import Calibrator
+from pav.verifier.checkpoint import Verifier, load_verifier
+from pav.verifier.forward import score
+from pav.verifier.scoring import Cost, Scorer
+from search.methods.beam import BeamResult, BeamSettings, beam_search
+from search.methods.best_of_n import sample_traces
 
 PROMPTS = {"tape": Prompt(), "chat": Prompt(template="{question}", chat=True)}
 PROBLEM = Problem("p", "37+8")
@@ -226,7 +229,9 @@ def test_values_in_search_are_those_of_the_training_forward_at_the_training_posi
     verifier = load_verifier(str(checkpoint))
     score_ids = export_verifier(verifier, str(trunk), tmp_path / "served")
     policy = load_policy(PolicyConfig(str(trunk), "base", prompt=prompt), rule)
-    engine = Engine(str(tmp_path / "served"), "float32", 160, score_ids, EngineConfig(kv_gib=0.05))
+    engine = VllmEngine(
+        str(tmp_path / "served"), "float32", 160, score_ids, EngineConfig(kv_gib=0.05)
+    )
     settings = BeamSettings(n=3, samples=2, alpha=0.5, prover="bo4", base_head=HEAD)
     compared = 0
     for fused in (True, False):

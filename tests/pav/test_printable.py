@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from pav.cli import run
-from pav.errors import UserError
-from pav.printable import cell, csv_text, from_csv_text, one_line, printable
-from pav.progress import Reporter
-from search.table import print_table
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.printable import cell, csv_text, from_csv_text, one_line, printable
+from pav.core.progress import Reporter
+from pav.core.tables import print_table
 
 # Moves the cursor, retitles the window, turns the direction of writing; and rich's markup.
 EVIL = "\x1b[2J\x1b]0;owned\x07 \x9b31m \u202egnp.exe\u2066 \r [red]x[/red] [/] \ud83d"

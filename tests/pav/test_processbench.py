@@ -15,16 +15,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pav.cli import run
-from pav.errors import UserError
-from pav.policy import PolicyConfig, Prompt, load_policy
-from pav.processbench import ProcessBenchConfig, encode, processbench
-from pav.processbench_data import Solution, read_subsets
-from pav.processbench_f1 import Scores, f1_row, first_wrong, pick_threshold
-from pav.steps import StepRule, scoring_position
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.steps import StepRule, scoring_position
+from pav.evaluate.processbench import ProcessBenchConfig, encode, processbench
+from pav.evaluate.processbench_data import Solution, read_subsets
+from pav.evaluate.processbench_f1 import Scores, f1_row, first_wrong, pick_threshold
+from pav.policy.policy import PolicyConfig, Prompt, load_policy
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
-from pav.verifier import load_model, load_verifier
+from pav.verifier.checkpoint import load_model, load_verifier
 
 SOLUTIONS = [
     ("37+8*3", ["37+8=45", "45*3=35", "A35"]),
@@ -270,7 +270,7 @@ def test_settings_that_cannot_work_are_refused(verifier: str, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     nowhere = str(tmp_path / "file" / "out.json")
     with pytest.MonkeyPatch.context() as patch:  # before the model is loaded
-        patch.setattr("pav.processbench.load_on_device", lambda *_: pytest.fail("loaded"))
+        patch.setattr("pav.evaluate.processbench.load_on_device", lambda *_: pytest.fail("loaded"))
         with pytest.raises(UserError, match=r"cannot be written .*; choose another"):
             processbench(ProcessBenchConfig(verifier, str(data), 0.5, output=nowhere))
     data.write_text(json.dumps(rows([0, 0, 0, 0, 0])))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pav import loading, processor
-from pav.errors import UserError
-from pav.processor import check_processor, flags_in, is_emulated, missing_features
+from pav.core.errors import UserError
+from pav.engine import loading, processor
+from pav.engine.processor import check_processor, flags_in, is_emulated, missing_features
 
 # The lines that matter of a laptop (AVX2), a server (AVX-512 with bfloat16), an old one and an ARM.
 LAPTOP = "flags\t\t: fpu sse4_2 avx f16c fma avx2\n"

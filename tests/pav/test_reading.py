@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from pav.drive import drive
-from pav.engine import SCORE_SCALE, Engine, Read
-from pav.errors import UserError
-from pav.read_check import check_reads
+from pav.core.errors import UserError
+from pav.engine.loop import drive
+from pav.engine.read_check import check_reads
+from pav.engine.vllm import VllmEngine
+from pav.policy.inference import SCORE_SCALE, Read
 
 VOCABULARY, LENGTH = 50, 24
 HEADS = [VOCABULARY, VOCABULARY + 1]
@@ -94,17 +95,17 @@ class SampledRow:
 def engine_on(monkeypatch: pytest.MonkeyPatch) -> Any:
     """An engine on a scripted vLLM."""
 
-    def make(form: Form, cache: Any) -> Engine:
+    def make(form: Form, cache: Any) -> VllmEngine:
         scripted = ScriptedVllm(form, cache)
-        monkeypatch.setattr("pav.engine.load", lambda *_: scripted)
-        engine = Engine("nowhere", "float32", LENGTH + 1, [*HEADS, REFERENCE])
+        monkeypatch.setattr("pav.engine.vllm.load", lambda *_: scripted)
+        engine = VllmEngine("nowhere", "float32", LENGTH + 1, [*HEADS, REFERENCE])
         engine.start()
         return engine
 
     return make
 
 
-def read(engine: Engine, ids: list[int], first: int | None) -> Read:
+def read(engine: VllmEngine, ids: list[int], first: int | None) -> Read:
     found: list[Read] = []
     drive([engine], [partial(engine.read, ids, logprobs_from=first)], found.append, 1)
     return found[0]
@@ -191,11 +192,11 @@ def test_start_up_check_refuses_an_engine_whose_cache_changes_the_answer(engine_
 def test_engine_that_reads_on_a_gpu_begins_with_the_check(
     engine_on: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked: list[Engine] = []
-    monkeypatch.setattr("pav.engine.check_reads", checked.append)
+    checked: list[VllmEngine] = []
+    monkeypatch.setattr("pav.engine.vllm.check_reads", checked.append)
     engine_on("every row", in_blocks(4, 0))
     assert not checked  # a CPU's runner is known, and the check costs a second
-    monkeypatch.setattr("pav.engine.on_cpu", lambda: False)
+    monkeypatch.setattr("pav.engine.vllm.on_cpu", lambda: False)
     engine = engine_on("every row", in_blocks(4, 0))
     assert checked == [engine]
 
@@ -204,8 +205,8 @@ def test_engine_that_is_first_asked_inside_a_running_loop_is_checked_there(
     engine_on: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine_on("computed rows", in_blocks(4, 0))  # vLLM is scripted from here on
-    monkeypatch.setattr("pav.engine.on_cpu", lambda: False)
-    engine = Engine("nowhere", "float32", LENGTH + 1, [*HEADS, REFERENCE])
+    monkeypatch.setattr("pav.engine.vllm.on_cpu", lambda: False)
+    engine = VllmEngine("nowhere", "float32", LENGTH + 1, [*HEADS, REFERENCE])
     out = read(engine, IDS, 1)
     np.testing.assert_array_equal(out.logprobs, LOGPROBS)
     assert engine.usage.prefilled == LENGTH

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pav.cli import run
-from pav.policy import PolicyConfig, Prompt, asked
-from pav.steps import StepRule
+from pav.cli.run import run
+from pav.core.steps import StepRule
+from pav.policy.policy import PolicyConfig, Prompt, asked
 from pav.tasks.base import Grade, Task
 from pav.tasks.gsm8k import Gsm8k
 from pav.tasks.jsonl import Jsonl
 from pav.tasks.math import Math
 from pav.tasks.tape import Tape
-from pav.verifier import resolve_task
+from pav.verifier.checkpoint import resolve_task
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

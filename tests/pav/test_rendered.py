@@ -14,24 +14,25 @@ from typing import Any
 import pytest
 import torch
 
-from data_gen.likelihood import LikelihoodConfig, likelihood
+from data_gen.config import RolloutsConfig
+from data_gen.likelihood.command import LikelihoodConfig, likelihood
 from data_gen.merge import MergeConfig, merge
-from data_gen.rollouts import RolloutsConfig, _manifest, _rounds, rollouts
+from data_gen.rollouts import _manifest, _rounds, rollouts
 from data_gen.store import Store
-from pav.checkpoints import resume_or_refuse
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.labels import Trace, read_labels
-from pav.policy import Policy, PolicyConfig, Prompt, Sampler, load_policy
-from pav.prompts import PROMPTS, other_prompt
-from pav.rendered import reads_clock, refuse_clock, rendered, rendering
-from pav.steps import StepRule
+from pav.core.errors import UserError
+from pav.core.steps import StepRule
+from pav.engine.loading import EngineConfig
+from pav.labels.tables import Trace, read_labels
+from pav.policy.policy import Policy, PolicyConfig, Prompt, Sampler, load_policy
+from pav.policy.prompts import PROMPTS, other_prompt
+from pav.policy.rendered import reads_clock, refuse_clock, rendered, rendering
 from pav.tasks.tape import Tape
-from pav.train import train
-from pav.train_config import TrainConfig
-from pav.verifier import load_verifier
-from search.records import open_run
-from search.session import Session, open_session
+from pav.train.checkpoints import resume_or_refuse
+from pav.train.command import train
+from pav.train.config import TrainConfig
+from pav.verifier.checkpoint import load_verifier
+from search.run.records import open_run
+from search.run.session import Session, open_session
 from tests.conftest import CHATML, MakeVerifier
 
 TASK = Tape(n_ops=3)

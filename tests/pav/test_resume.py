@@ -20,24 +20,24 @@ import pytest
 import torch
 from torch import Tensor
 
-import pav.train
+import pav.train.command
 from data_gen.store import Store
-from pav.cli import run
-from pav.errors import UserError
-from pav.fit import VerifierModule
-from pav.labels import read_labels
-from pav.lora import Lora
-from pav.train import train
-from pav.train_config import TrainConfig
-from pav.verifier import Card
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.labels.tables import read_labels
+from pav.train.command import train
+from pav.train.config import TrainConfig
+from pav.train.fit import VerifierModule
+from pav.verifier.checkpoint import Card
+from pav.verifier.lora import Lora
 from tests.full_disk import full_disk
 from tests.pav.label_runs import write_labels
 
 # Kills itself the hard way when it starts the seventh batch.
 KILLED = """
 import os, signal, sys
-from pav.fit import VerifierModule
-from pav.train import main
+from pav.train.fit import VerifierModule
+from pav.train.command import main
 
 start = VerifierModule.on_train_batch_start
 def die(self, batch, index):
@@ -81,9 +81,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreported(card: Card, *_: Any) -> Card:
         return card
 
-    monkeypatch.setattr(pav.train, "fit_and_report", unreported)
-    monkeypatch.setattr(pav.train, "print_report", lambda *_: None)
-    monkeypatch.setattr("pav.batches.ROWS_PER_BATCH", 64)
+    monkeypatch.setattr(pav.train.command, "fit_and_report", unreported)
+    monkeypatch.setattr(pav.train.command, "print_report", lambda *_: None)
+    monkeypatch.setattr("pav.train.batches.ROWS_PER_BATCH", 64)
 
 
 def weights(config: TrainConfig) -> dict[str, Tensor]:
@@ -156,8 +156,8 @@ def test_run_that_died_goes_on_to_the_weights_of_an_unbroken_one(
 
 # Waits before its first batch until it is told to go on.
 WAITING = """
-from pav.fit import VerifierModule
-from pav.train import main
+from pav.train.fit import VerifierModule
+from pav.train.command import main
 
 def wait(self):
     print("training", flush=True)
@@ -407,8 +407,8 @@ def test_full_disk_ends_the_run_with_one_line_and_the_same_command_goes_on(
         if batch is not None:
             stop_at(monkeypatch, batch, fills)
         else:
-            saved = pav.train.save
-            monkeypatch.setattr(pav.train, "save", lambda *args: (fills(), saved(*args)))
+            saved = pav.train.command.save
+            monkeypatch.setattr(pav.train.command, "save", lambda *args: (fills(), saved(*args)))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             run(train, TrainConfig, "pav.train", command(config))
@@ -421,8 +421,8 @@ def test_full_disk_ends_the_run_with_one_line_and_the_same_command_goes_on(
         "give the same command again"
     )
     assert not [p for p in tmp_path.rglob(".*.tmp")]
-    monkeypatch.setattr(pav.train, "fit_and_report", lambda card, *_: card)
-    monkeypatch.setattr(pav.train, "print_report", lambda *_: None)
+    monkeypatch.setattr(pav.train.command, "fit_and_report", lambda card, *_: card)
+    monkeypatch.setattr(pav.train.command, "print_report", lambda *_: None)
     train(config)
     assert same(weights(config), weights(unbroken))
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pav.stats import bootstrap, mcnemar
+from pav.core.statistics import bootstrap, mcnemar
 
 outcomes = arrays(
     np.float64,

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pav.errors import UserError
-from pav.policy import Prompt, encode_prompt
-from pav.steps import Stepper, StepRule, compile_rule, scoring_position
+from pav.core.errors import UserError
+from pav.core.steps import Stepper, StepRule, compile_rule, scoring_position
+from pav.policy.policy import Prompt, encode_prompt
 from pav.tasks.tape import tape_tokenizer
 
 CHATML = (

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from pav.drive import drive
-from pav.engine import Engine, EngineConfig, Read, Sampled
-from pav.export import ensure_export
-from pav.policy import PolicyConfig, Sampler, load_policy
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.vllm import VllmEngine
+from pav.export.vllm import ensure_export
+from pav.policy.inference import Read, Sampled
+from pav.policy.policy import PolicyConfig, Sampler, load_policy
 from pav.tasks.tape import Tape
-from pav.verifier import load_verifier
+from pav.verifier.checkpoint import load_verifier
 
 TOLERANCE = 1e-4
 SECONDS = 240
@@ -51,7 +53,7 @@ def test_score_rows_say_the_same_at_tensor_parallel_1_and_2(
     policy = load_policy(PolicyConfig(str(trunk)), task.step_rule)
     prompts = [policy.encode(p) for p in islice(task.problems("test"), 8)]
 
-    async def search(engine: Engine, i: int) -> tuple[int, Sampled, Read]:
+    async def search(engine: VllmEngine, i: int) -> tuple[int, Sampled, Read]:
         sampled = await engine.sample(
             prompts[i], Sampler(), stop_ids=policy.stepper.stop_ids, max_tokens=40, seed=i,
             scores=True,
@@ -62,7 +64,7 @@ def test_score_rows_say_the_same_at_tensor_parallel_1_and_2(
     found: dict[int, list[tuple[int, Sampled, Read]]] = {}
     for size in (1, 2):
         config = EngineConfig(kv_gib=0.02, max_num_seqs=16, tensor_parallel_size=size)
-        engine = Engine(str(directory), "float32", 96, score_ids, config)
+        engine = VllmEngine(str(directory), "float32", 96, score_ids, config)
         found[size] = []
         jobs = [partial(search, engine, i) for i in range(len(prompts))]
         drive([engine], jobs, found[size].append, len(jobs))

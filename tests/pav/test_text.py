@@ -11,19 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_gen.formats import read_solutions
-from data_gen.rollouts import RolloutsConfig, rollouts
-from data_gen.seeds import given_rounds
+from data_gen.config import RolloutsConfig
+from data_gen.importers.formats import read_solutions
+from data_gen.importers.traces import given_rounds
+from data_gen.rollouts import rollouts
 from data_gen.store import Store
-from pav.errors import UserError
-from pav.labels import AGREE, Trace, read_labels
-from pav.policy import PolicyConfig, Prompt, Sampler, load_policy
-from pav.processbench_data import read_subsets
+from pav.core.errors import UserError
+from pav.core.text import check_text, no_text
+from pav.evaluate.processbench_data import read_subsets
+from pav.labels.tables import AGREE, Trace, read_labels
+from pav.policy.policy import PolicyConfig, Prompt, Sampler, load_policy
 from pav.tasks.base import Problem, problem_id
 from pav.tasks.jsonl import Jsonl
 from pav.tasks.tape import Tape
-from pav.text import check_text, no_text
-from search.chat import ApiError, parse_chat
+from search.serve.chat import ApiError, parse_chat
 
 HALF = "\ud83d"
 WHOLE = "\U0001f600"

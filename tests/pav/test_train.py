@@ -13,21 +13,22 @@ import numpy as np
 import pytest
 import torch
 
-import pav.report
-import pav.train
-from pav.batches import LabelData, class_weights
-from pav.calibrate import SURPRISE, fit_calibrator
-from pav.data import balance, orm_examples, pav_examples, score
-from pav.errors import UserError
-from pav.fit import VerifierModule
-from pav.labels import read_labels
-from pav.policy import PolicyConfig, load_policy
-from pav.report import first_half
+import pav.evaluate.report
+import pav.train.command
+from pav.core.errors import UserError
+from pav.evaluate.report import first_half
+from pav.labels.examples import balance, orm_examples, pav_examples
+from pav.labels.tables import read_labels
+from pav.policy.policy import PolicyConfig, load_policy
 from pav.tasks.tape import Tape
-from pav.train import train
-from pav.train_config import TrainConfig
-from pav.trunk import HeadedTrunk, load_trunk
-from pav.verifier import Card, Verifier, card_json, load_model, load_verifier
+from pav.train.batches import LabelData, class_weights
+from pav.train.command import train
+from pav.train.config import TrainConfig
+from pav.train.fit import VerifierModule
+from pav.verifier.calibrate import SURPRISE, fit_calibrator
+from pav.verifier.checkpoint import Card, Verifier, card_json, load_model, load_verifier
+from pav.verifier.forward import score
+from pav.verifier.trunk import HeadedTrunk, load_trunk
 from tests.pav.label_runs import HEADS, TASK, write_labels
 
 
@@ -46,13 +47,13 @@ def trained(
 ) -> tuple[Card, HeadedTrunk, Verifier]:
     """Card, the model as it was in memory when it was saved, and the checkpoint as loaded."""
     kept: list[HeadedTrunk] = []
-    save = pav.train.save
+    save = pav.train.command.save
 
     def keep_and_save(card: Card, model: HeadedTrunk, output: Path, adapters: Any) -> None:
         kept.append(copy.deepcopy(model))
         save(card, model, output, adapters)
 
-    monkeypatch.setattr(pav.train, "save", keep_and_save)
+    monkeypatch.setattr(pav.train.command, "save", keep_and_save)
     card = train(config)
     assert card is not None
     return card, kept[0], load_verifier(config.output)
@@ -167,11 +168,13 @@ def test_calibrators_of_a_frozen_trunk_are_fitted_on_training_labels_as_well(
         told, before = (c.validation[f"{head}/plain"] for c in (more, card))
         assert told["brier"] != before["brier"]
         assert told["brier_constant"] == before["brier_constant"]
-    monkeypatch.setattr(pav.report, "MOST_CALIBRATING", 9)
+    monkeypatch.setattr(pav.evaluate.report, "MOST_CALIBRATING", 9)
     asked: list[int] = []
-    inner = pav.report.score
+    inner = pav.evaluate.report.score
     monkeypatch.setattr(
-        pav.report, "score", lambda m, some, *a: (asked.append(len(some)), inner(m, some, *a))[1]
+        pav.evaluate.report,
+        "score",
+        lambda m, some, *a: (asked.append(len(some)), inner(m, some, *a))[1],
     )
     trained(replace(every, output=str(tmp_path / "few.ckpt")), monkeypatch)
     assert asked[1] == 9 < asked[0]

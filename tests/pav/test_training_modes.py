@@ -18,23 +18,26 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoModelForCausalLM
 
-import pav.train
-from pav.batches import MAX_WASTE, TraceLoader
-from pav.cli import run
-from pav.data import Example, batches, hardened, padding_waste, pav_examples
-from pav.drive import drive
-from pav.engine import SCORE_SCALE, Engine, EngineConfig, Read
-from pav.errors import UserError
-from pav.export import ensure_export
-from pav.fit import prepare
-from pav.labels import read_labels
-from pav.lora import Lora
-from pav.policy import PolicyConfig, load_policy
-from pav.steps import scoring_position
-from pav.train import train
-from pav.train_config import TrainConfig
-from pav.trunk import HeadedTrunk, load_trunk
-from pav.verifier import Card, load_model, load_verifier, trunk_path
+import pav.train.command
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.steps import scoring_position
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.vllm import VllmEngine
+from pav.export.vllm import ensure_export
+from pav.labels.examples import Example, hardened, pav_examples
+from pav.labels.tables import read_labels
+from pav.policy.inference import SCORE_SCALE, Read
+from pav.policy.policy import PolicyConfig, load_policy
+from pav.train.batches import MAX_WASTE, TraceLoader
+from pav.train.command import train
+from pav.train.config import TrainConfig
+from pav.train.fit import prepare
+from pav.verifier.checkpoint import Card, load_model, load_verifier, trunk_path
+from pav.verifier.forward import batches, padding_waste
+from pav.verifier.lora import Lora
+from pav.verifier.trunk import HeadedTrunk, load_trunk
 from tests.pav.label_runs import HEADS, TASK, write_labels
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "math_gemma2"
@@ -65,8 +68,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreported(card: Card, *_: Any) -> Card:
         return card
 
-    monkeypatch.setattr(pav.train, "fit_and_report", unreported)
-    monkeypatch.setattr(pav.train, "print_report", lambda *_: None)
+    monkeypatch.setattr(pav.train.command, "fit_and_report", unreported)
+    monkeypatch.setattr(pav.train.command, "print_report", lambda *_: None)
 
 
 @pytest.mark.usefixtures("quick")
@@ -92,7 +95,7 @@ def test_adapters_alone_are_kept_and_vllm_serves_them_merged(
     policy = load_policy(PolicyConfig(str(trunk)), TASK.step_rule)
     found = read_labels(config.labels)
     examples = pav_examples(found, "validation", HEADS, policy, 64)[:6]
-    engine = Engine(str(directory), "float32", 64, score_ids, EngineConfig(kv_gib=0.05))
+    engine = VllmEngine(str(directory), "float32", 64, score_ids, EngineConfig(kv_gib=0.05))
     places = [(e.ids, int(p)) for e in examples for p in e.positions_P]
     reads: dict[int, Read] = {}
 
@@ -122,7 +125,7 @@ def test_adapters_of_a_sharded_trunk_change_their_shards_alone(
     low, high = torch.randn(2, 64), torch.randn(64, 2)
     card = replace(load_verifier(config.output).card, lora={"rank": 2, "alpha": 3.0})
     adapters = {f"{name}.lora_A.weight": low, f"{name}.lora_B.weight": high}
-    pav.train.save(card, model, tmp_path / "lora.ckpt", adapters)
+    pav.train.command.save(card, model, tmp_path / "lora.ckpt", adapters)
     verifier = load_verifier(str(tmp_path / "lora.ckpt"))
     directory, _ = ensure_export(verifier, str(source))
     touched = {where[k] for k in (f"{name}.weight", "model.embed_tokens.weight", "lm_head.weight")}
@@ -135,7 +138,7 @@ def test_adapters_of_a_sharded_trunk_change_their_shards_alone(
                        own["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
     # An adapter of a layer that the files do not hold is not left out in silence.
     lost = {k.replace("layers.1", "layers.7"): v for k, v in adapters.items()}
-    pav.train.save(card, model, tmp_path / "lost.ckpt", lost)
+    pav.train.command.save(card, model, tmp_path / "lost.ckpt", lost)
     with pytest.raises(UserError, match=r"holds no 'model.layers.7.self_attn.q_proj.weight'"):
         ensure_export(load_verifier(str(tmp_path / "lost.ckpt")), str(source))
 
@@ -143,7 +146,7 @@ def test_adapters_of_a_sharded_trunk_change_their_shards_alone(
 def test_adapter_of_a_layer_that_the_trunk_lacks_is_refused_before_the_trunk_is_loaded(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pav.train, "load_trunk", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(pav.train.command, "load_trunk", lambda *_: pytest.fail("loaded"))
     wrong = replace(config, trunk_mode="lora", lora=Lora(targets=["query"]))
     with pytest.raises(UserError, match=r"names 'query', which is no linear .* q_proj, up_proj"):
         train(wrong)
@@ -293,7 +296,7 @@ def test_warm_up_rises_and_the_cosine_ends_at_max_steps(
     def note(self: Any, *_: Any) -> None:
         rates.append(self.optimizers().param_groups[1]["lr"])
 
-    monkeypatch.setattr("pav.fit.VerifierModule.on_train_batch_end", note, raising=False)
+    monkeypatch.setattr("pav.train.fit.VerifierModule.on_train_batch_end", note, raising=False)
     train(replace(config, trunk_mode="full", lr=0.01, warmup=4, max_steps=12, max_epochs=50,
                   patience=50, tokens_per_batch=512, precision="bf16-mixed"))  # fmt: skip
     assert len(rates) == 12
@@ -345,7 +348,7 @@ def test_logger_without_its_package_is_an_error_that_names_it(
     for flag in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
         monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{flag}", False)
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
-    monkeypatch.setattr(pav.train, "load_trunk", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(pav.train.command, "load_trunk", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=f"needs the package {package}.*pip install {package}"):
         train(replace(config, logger=logger))
 
@@ -364,7 +367,7 @@ def test_settings_that_contradict_each_other_are_refused(config: TrainConfig) ->
 def test_plan_that_does_not_fit_is_refused_before_anything_is_loaded(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pav.train, "load_trunk", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(pav.train.command, "load_trunk", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"needs about 1\.\d GiB \(weights .* has 0.5 GiB"):
         train(replace(config, trunk_mode="full", memory_gib=0.5))
     assert not Path(config.output).with_suffix(".training").exists()
@@ -407,7 +410,8 @@ def test_paper_settings_of_gemma_2_are_whole_and_run_dry(
 
 @pytest.mark.parametrize("name", ["rollouts", "rollouts_pqv"])
 def test_label_runs_of_the_paper_are_whole(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from data_gen.rollouts import RolloutsConfig, rollouts
+    from data_gen.config import RolloutsConfig
+    from data_gen.rollouts import rollouts
 
     path = CONFIGS / f"{name}.yaml"
     with pytest.raises(SystemExit) as done:

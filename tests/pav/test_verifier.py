@@ -15,17 +15,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data_gen.store import Store
-from pav.engine import SCORE_SCALE, EngineConfig
-from pav.errors import UserError
-from pav.export import ensure_export
-from pav.labels import Trace
-from pav.policy import PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
+from pav.core.errors import UserError
+from pav.engine.loading import EngineConfig
+from pav.export.vllm import ensure_export
+from pav.labels.tables import Trace
+from pav.policy.inference import SCORE_SCALE
+from pav.policy.policy import PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape
-from pav.train import TrainConfig, save, train
-from pav.trunk import HeadedTrunk, load_trunk
-from pav.verifier import Verifier, load_verifier, resolve_task, trunk_path
-from search.session import open_session
+from pav.train.command import TrainConfig, save, train
+from pav.verifier.checkpoint import Verifier, load_verifier, resolve_task, trunk_path
+from pav.verifier.trunk import HeadedTrunk, load_trunk
+from search.run.session import open_session
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_checkpoint_of_another_format_is_refused_by_number(checkpoint: Path) -
 MODULE = """
 from dataclasses import dataclass
 from pathlib import Path
-from pav.steps import StepRule
+from pav.core.steps import StepRule
 from pav.tasks.tape import Tape
 
 Path({mark!r}).touch()

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pav.engine import Sampled
-from pav.policy import Policy, Sampler
+from pav.policy.cost import Cost
+from pav.policy.inference import Sampled
+from pav.policy.policy import Policy, Sampler
 from pav.tasks.base import Problem
-from search.cost import Cost
-from search.scoring import Reading
+from pav.verifier.scoring import Reading
 
 EOS = 2
 PROBLEM = Problem("p", "1+1", "2")

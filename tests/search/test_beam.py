@@ -17,22 +17,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pav.drive import drive
-from pav.engine import Engine, EngineConfig
-from pav.errors import UserError
-from pav.policy import Policy, PolicyConfig, Sampler, load_policy
-from pav.steps import StepRule
+from pav.core.errors import UserError
+from pav.core.steps import StepRule
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.vllm import VllmEngine
+from pav.policy.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
-from pav.verifier import load_verifier
-from search import grow
-from search.beam import BeamResult, BeamSettings, Duplicates, beam_search, divided
-from search.commands import BeamConfig, BestOfNConfig, beam, best_of_n
-from search.records import Candidate, Record, read
-from search.scoring import Cost
-from search.session import Session, open_session
-from search.solve import beam_record
-from search.steps import Step
+from pav.verifier.checkpoint import load_verifier
+from pav.verifier.pick import Candidate
+from pav.verifier.scoring import Cost
+from search.beam import BeamConfig, beam
+from search.best_of_n import BestOfNConfig, best_of_n
+from search.methods import expand as grow
+from search.methods.beam import BeamResult, BeamSettings, Duplicates, beam_search, divided
+from search.methods.sample_step import Step
+from search.run.records import Record, read
+from search.run.session import Session, open_session
+from search.run.solve import beam_record
 from tests.search.scripted import EOS, PROBLEM, Scripted
 
 REPOSITORY = Path(__file__).parents[2]
@@ -300,8 +303,8 @@ def test_command_prints_a_table_and_the_same_command_searches_nothing_again(
     async def never(*_: Any) -> Record:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("search.commands.beam_record", never)
-    monkeypatch.setattr(Engine, "start", lambda _: pytest.fail("an engine was started"))
+    monkeypatch.setattr("search.beam.beam_record", never)
+    monkeypatch.setattr(VllmEngine, "start", lambda _: pytest.fail("an engine was started"))
     same = BeamConfig(verifier, n=2, problems=2, output=str(tmp_path / "run"),
                       engine=EngineConfig(kv_gib=0.02))  # fmt: skip
     beam(same)
@@ -322,7 +325,7 @@ def test_interrupted_search_owes_only_what_is_missing(
             raise KeyboardInterrupt
         return await beam_record(*args)
 
-    monkeypatch.setattr("search.commands.beam_record", counting)
+    monkeypatch.setattr("search.beam.beam_record", counting)
     with pytest.raises(KeyboardInterrupt):
         beam(replace(whole, concurrency=1))
     assert len(read(tmp_path / "run" / "beam.jsonl")) == 3

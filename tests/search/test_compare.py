@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pav.engine import Engine, EngineConfig
-from pav.errors import UserError
-from pav.policy import PolicyConfig, Sampler
+from pav.core.errors import UserError
+from pav.engine.loading import EngineConfig
+from pav.engine.vllm import VllmEngine
+from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.tape import Tape
-from pav.verifier import load_verifier
-from search.compare import CompareConfig, Method, compare, manifest
-from search.records import read
-from search.report_data import report_data
+from pav.verifier.checkpoint import load_verifier
+from search.compare.command import CompareConfig, Method, compare, manifest
+from search.report.data import report_data
+from search.run.records import read
 
 SAMPLER = Sampler(max_length=128)
 
@@ -188,9 +189,9 @@ def test_a_finished_comparison_is_not_run_again_and_another_is_refused(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished run was searched again")
 
-    monkeypatch.setattr("search.sweep.beam_record", refuse)
-    monkeypatch.setattr("search.sampled.traces_record", refuse)
-    monkeypatch.setattr(Engine, "start", refuse)
+    monkeypatch.setattr("search.compare.run_searches.beam_record", refuse)
+    monkeypatch.setattr("search.compare.best_of_n_results.traces_record", refuse)
+    monkeypatch.setattr(VllmEngine, "start", refuse)
     compare(config)
     assert {p.name: p.read_bytes() for p in Path(config.output).glob("*.jsonl")} == before
     # The seconds of the first start are remembered, though nothing was searched by this one.
@@ -214,7 +215,7 @@ def test_last_method_that_cannot_be_searched_is_found_before_the_first_is(
     config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: Method,
     message: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(Engine, "start", lambda _: pytest.fail("an engine was started"))
+    monkeypatch.setattr(VllmEngine, "start", lambda _: pytest.fail("an engine was started"))
     if last.verifier:
         last = replace(last, verifier=str(Path(config.output).parent / last.verifier))
     methods = [*config.methods[:1], last]
@@ -258,14 +259,14 @@ def test_a_run_of_the_first_version_is_resumed(config: CompareConfig, tmp_path: 
 # Stops before it searches, and says so.
 WAITING = """
 import sys, time
-import search.compare
+import search.compare.command
 
 def wait(*_):
     print("searching", flush=True)
     time.sleep(600)
 
-search.compare.search_points = wait
-search.compare.main()
+search.compare.command.search_points = wait
+search.compare.command.main()
 """
 
 
@@ -294,7 +295,7 @@ def test_second_comparison_in_one_directory_is_refused_until_the_first_is_gone(
         raise Inside
 
     # What was killed had no record yet: another comparison may have its directory.
-    monkeypatch.setattr("search.compare.search_points", inside)
+    monkeypatch.setattr("search.compare.command.search_points", inside)
     with pytest.raises(Inside):
         compare(made)
     assert [p.name for p in Path(made.output).iterdir()] == ["manifest.json"]

@@ -17,15 +17,17 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from pav.drive import drive
-from pav.engine import EngineConfig, Read, Sampled
-from pav.policy import Sampler
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.policy.cost import Cost, Shape, context_of, forward_flops, shape_of
+from pav.policy.inference import Read, Sampled
+from pav.policy.policy import Sampler
 from pav.tasks.base import Problem
-from pav.verifier import load_verifier
-from search.cost import Cost, Shape, context_of, forward_flops, record_flops, shape_of
-from search.records import Record
-from search.session import open_session
-from search.solve import beam_record, beam_settings, traces_record
+from pav.verifier.checkpoint import load_verifier
+from search.run.flops import record_flops
+from search.run.records import Record
+from search.run.session import open_session
+from search.run.solve import beam_record, beam_settings, traces_record
 
 ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)
 SAMPLER = Sampler(max_length=72)

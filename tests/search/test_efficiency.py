@@ -16,17 +16,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pav.labels import COMPLETIONS, TRACES
+from pav.labels.tables import COMPLETIONS, TRACES
+from pav.policy.cost import context_of, forward_flops, shape_of
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape
-from pav.verifier import load_verifier
-from search.compare import _uncounted
-from search.cost import context_of, forward_flops, shape_of
-from search.efficiency import Ratio, _ratio, budget_for, ratios
-from search.investment import invested_flops
-from search.plan import CompareConfig, Investment, Method
-from search.points import Point
-from search.reward_text import RewardModelConfig
+from pav.verifier.checkpoint import load_verifier
+from search.compare.command import _uncounted
+from search.compare.efficiency import Ratio, _ratio, budget_for, ratios
+from search.compare.investment import invested_flops
+from search.compare.plan import CompareConfig, Investment, Method
+from search.compare.results import Point
+from search.scoring.text import RewardModelConfig
 
 N = (2, 4, 8, 16, 32, 64, 128)
 # PAV paper, Figure 4: Gemma 2 9B, prover Bo4.

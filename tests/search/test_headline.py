@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search.efficiency import ratios, said
-from search.headline import headline
-from search.plot import plot_accuracy, plot_optimisation
-from search.points import Point, csv_rows, paired, print_points, write_csv
-from search.report_data import _tables
-from search.table import EXPLAINED
+from pav.core.tables import EXPLAINED
+from search.compare.efficiency import ratios, said
+from search.compare.headline import headline
+from search.compare.plot import plot_accuracy, plot_optimisation
+from search.compare.results import Point, csv_rows, paired, print_points, write_csv
+from search.report.data import _tables
 from tests.search.test_efficiency import point
 
 

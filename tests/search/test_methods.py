@@ -15,26 +15,37 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pav.cli import run
-from pav.drive import PATIENCE, drive
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.policy import Policy, PolicyConfig, Sampler, load_policy
-from pav.steps import StepRule
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.steps import StepRule
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import PATIENCE, drive
+from pav.policy.cost import Cost
+from pav.policy.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.tasks.base import Problem
-from search import commands, solve
-from search.alphallm import alphallm, bonuses
-from search.beam import BeamSettings, beam_search
-from search.commands import AlphaLlmConfig, BeamConfig, DvtsConfig, SmcConfig
-from search.compare import CompareConfig, Method, compare
-from search.cost import Cost
-from search.dvts import dvts
-from search.failures import ERRORS, truncated_share
-from search.grow import Found, together
-from search.oracle import by_oracle, pass_at
-from search.rank import Score, check_prover, prover_q, step_score
-from search.records import Candidate, Record, read
-from search.smc import Resampling, SmcSettings, Weight, particle_filter, potential, resample
+from pav.verifier.pick import Candidate
+from pav.verifier.score import Score, check_prover, prover_q, step_score
+from search.alphallm import AlphaLlmConfig, alphallm
+from search.beam import BeamConfig, beam
+from search.compare.command import CompareConfig, Method, compare
+from search.dvts import DvtsConfig, dvts
+from search.methods.alphallm import alphallm_search, bonuses
+from search.methods.beam import BeamSettings, beam_search
+from search.methods.dvts import dvts_search
+from search.methods.expand import Found, together
+from search.methods.smc import (
+    Resampling,
+    SmcSettings,
+    Weight,
+    particle_filter,
+    potential,
+    resample,
+)
+from search.run import solve
+from search.run.failures import ERRORS, truncated_share
+from search.run.oracle import by_oracle, pass_at
+from search.run.records import Record, read
+from search.smc import SmcConfig, smc
 from tests.search.scripted import PROBLEM, Scripted
 
 ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)
@@ -153,7 +164,7 @@ def search_dvts(policy: Policy, n: int, samples: int) -> tuple[Found, Scripted, 
     cost = Cost()
     ranked = BeamSettings(n, samples, 0.0, "q/prover", "q/base")
     found = asyncio.run(
-        dvts(PROBLEM, ranked, engine, policy, Sampler(max_length=64), engine, 0, cost)
+        dvts_search(PROBLEM, ranked, engine, policy, Sampler(max_length=64), engine, 0, cost)
     )
     return found, scripted, cost
 
@@ -193,7 +204,7 @@ def test_truncated_subtree_leaves_the_others_alone(policy: Policy) -> None:
     engine: Any = scripted
     ranked = BeamSettings(8, 1, 0.0, "q/prover", "q/base")
     found = asyncio.run(
-        dvts(PROBLEM, ranked, engine, policy, Sampler(max_length=room), engine, 0, Cost())
+        dvts_search(PROBLEM, ranked, engine, policy, Sampler(max_length=room), engine, 0, Cost())
     )
     assert found.truncated + len(found.candidates) == 8
     assert 0 < found.truncated < 8
@@ -341,9 +352,10 @@ def test_bonus_moves_width_to_prefixes_whose_children_differ(policy: Policy) -> 
         engine: Any = scripted
         ranked = BeamSettings(2, 2, 0.0, "q/prover", "q/base", "q")
         found = asyncio.run(
-            alphallm(PROBLEM, ranked, bonus, engine, policy, Sampler(max_length=64), engine, 0,
-                     Cost())
-        )  # fmt: skip
+            alphallm_search(
+                PROBLEM, ranked, bonus, engine, policy, Sampler(max_length=64), engine, 0, Cost()
+            )
+        )
         return texts(policy, found.candidates)[0], found.candidates[0].score
 
     assert best(0.0) == ("1\nA1", 0.5)
@@ -389,7 +401,7 @@ def test_problem_that_raises_counts_as_wrong_is_named_and_tried_again(
     config = BeamConfig(verifier, n=2, problems=4, output=str(tmp_path / "run"), engine=ENGINE,
                         sampler=SAMPLER)  # fmt: skip
     path = tmp_path / "run" / "beam.jsonl"
-    commands.beam(replace(config, output=str(tmp_path / "sound")))
+    beam(replace(config, output=str(tmp_path / "sound")))
     sound = {r.problem_id: r for r in read(tmp_path / "sound" / "beam.jsonl")}
     worst = sorted(sound)[0]
     capsys.readouterr()
@@ -397,7 +409,7 @@ def test_problem_that_raises_counts_as_wrong_is_named_and_tried_again(
         patch.setattr(solve, "beam_search", failing(solve.beam_search, lambda p: p == worst))
         # A bug is no wrong answer: results are shown, and the command fails.
         with pytest.raises(UserError, match=r"beam N=2: 25.0% of the problems failed .*errors.log"):
-            commands.beam(config)
+            beam(config)
     said = capsys.readouterr()
     records = {r.problem_id: r for r in read(path)}
     assert len(records) == 4
@@ -413,7 +425,7 @@ def test_problem_that_raises_counts_as_wrong_is_named_and_tried_again(
     assert f"beam of problem {worst}\nTraceback" in logged
     assert 'raise ZeroDivisionError("by\\nnothing")' in logged
     # The same command tries it again, and the file ends with one line per problem.
-    commands.beam(config)
+    beam(config)
     again = {r.problem_id: r for r in read(path)}
     assert again.keys() == sound.keys() and again[worst].error is None
     assert all(again[p] == records[p] for p in records)
@@ -421,7 +433,7 @@ def test_problem_that_raises_counts_as_wrong_is_named_and_tried_again(
 
     monkeypatch.setattr(solve, "beam_search", failing(solve.beam_search, lambda _: True))
     with pytest.raises(UserError, match=r"4 of 4 problems failed .*mend the cause"):
-        commands.beam(replace(config, output=str(tmp_path / "none")))
+        beam(replace(config, output=str(tmp_path / "none")))
     assert len(read(tmp_path / "none" / "beam.jsonl")) == 4
 
 
@@ -530,11 +542,11 @@ def test_every_method_has_a_command_with_the_same_record(
 ) -> None:
     common = ["--verifier", verifier, "--n", "2", "--problems", "3", "--engine.kv_gib", "0.02"]
     wanted: dict[str, tuple[Any, Any, list[str], dict[str, Any]]] = {
-        "dvts": (commands.dvts, DvtsConfig, ["--prover", "q/prover:1,bo4:1", "--score", "a"],
+        "dvts": (dvts, DvtsConfig, ["--prover", "q/prover:1,bo4:1", "--score", "a"],
                  {"samples": 3, "alpha": 0.5, "prover": "q/prover:1,bo4:1", "score": "a"}),
-        "alphallm": (commands.alphallm, AlphaLlmConfig, ["--samples", "2"],
+        "alphallm": (alphallm, AlphaLlmConfig, ["--samples", "2"],
                      {"samples": 2, "bonus": 0.25, "score": "q+bonus"}),
-        "smc": (commands.smc, SmcConfig, ["--pick", "pav", "--weight", "odds"],
+        "smc": (smc, SmcConfig, ["--pick", "pav", "--weight", "odds"],
                 {"weight": "odds", "resampling": "systematic", "head": "q/base", "pick": "pav"}),
     }  # fmt: skip
     for name, (command, config, more, described) in wanted.items():

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pav.errors import UserError
-from search.pick import Pick, check_pick, lowest_step, pick
-from search.records import Candidate
+from pav.core.errors import UserError
+from pav.verifier.pick import Candidate, Pick, check_pick, lowest_step, pick
 
 # The rules that read values alone; ``pav`` reads a step score as well.
 RULES: tuple[Pick, ...] = tuple(r for r in get_args(Pick) if r != "pav")

@@ -12,17 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pav.errors import UserError
-from search.records import (
-    Candidate,
-    Record,
-    append,
-    open_run,
-    peek,
-    read,
-    read_seconds,
-    write_seconds,
-)
+from pav.core.errors import UserError
+from pav.verifier.pick import Candidate
+from search.run.records import Record, append, open_run, peek, read, read_seconds, write_seconds
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 ids = st.lists(st.integers(0, 200_000), max_size=5)

@@ -18,22 +18,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pav.cli import run
-from pav.engine import Sampled
-from pav.errors import UserError
-from pav.policy import Policy, PolicyConfig, Sampler, load_policy
-from pav.steps import StepRule
-from search.alphallm import alphallm
-from search.beam import BeamSettings, beam_search
-from search.cost import Cost
-from search.dvts import dvts
-from search.grow import Found
-from search.points import PICKS
-from search.records import Candidate, Node, Record, append, peek
-from search.report import ReportConfig, report, write_report
-from search.report_data import BYTES_PER_SEARCH, report_data
-from search.report_tree import ROOT, last_steps, path_to, tree
-from search.smc import SmcSettings, particle_filter
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.steps import StepRule
+from pav.policy.cost import Cost
+from pav.policy.inference import Sampled
+from pav.policy.policy import Policy, PolicyConfig, Sampler, load_policy
+from pav.verifier.pick import Candidate
+from search.compare.results import PICKS
+from search.methods.alphallm import alphallm_search
+from search.methods.beam import BeamSettings, beam_search
+from search.methods.dvts import dvts_search
+from search.methods.expand import Found
+from search.methods.smc import SmcSettings, particle_filter
+from search.report.command import ReportConfig, report, write_report
+from search.report.data import BYTES_PER_SEARCH, report_data
+from search.report.tree import ROOT, last_steps, path_to, tree
+from search.run.records import Node, Record, append, peek
 from tests.search.scripted import EOS, PROBLEM, Scripted
 
 patient = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -80,8 +81,8 @@ def searched(
     ranked = BeamSettings(n, samples, 0.5, "q/prover", "q/base")
     searches: dict[str, Any] = {
         "beam": lambda: beam_search(PROBLEM, ranked, *shared),
-        "dvts": lambda: dvts(PROBLEM, ranked, *shared),
-        "alphallm": lambda: alphallm(PROBLEM, ranked, 0.25, *shared),
+        "dvts": lambda: dvts_search(PROBLEM, ranked, *shared),
+        "alphallm": lambda: alphallm_search(PROBLEM, ranked, 0.25, *shared),
         "smc": lambda: particle_filter(PROBLEM, SmcSettings(n, "q/base"), *shared),
     }
     found: Found = asyncio.run(searches[method]())

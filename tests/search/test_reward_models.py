@@ -22,20 +22,20 @@ from transformers import (
     Qwen2Config,
 )
 
-from pav.cli import run
-from pav.drive import drive
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.policy import Policy, PolicyConfig, Sampler, load_policy
-from pav.steps import StepRule
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.steps import StepRule
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.policy.cost import Cost
+from pav.policy.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.tasks.base import Problem
-from search import commands
-from search.commands import BeamConfig, BestOfNConfig
-from search.compare import CompareConfig, Method, compare
-from search.cost import Cost
-from search.records import read
-from search.reward_models import UNREAD, QwenPrm, RewardModel
-from search.reward_text import MARK, QWEN_SYSTEM, Layout, Reader, RewardModelConfig
+from search.beam import BeamConfig, beam
+from search.best_of_n import BestOfNConfig, best_of_n
+from search.compare.command import CompareConfig, Method, compare
+from search.run.records import read
+from search.scoring.reward_model import UNREAD, QwenPrm, RewardModel
+from search.scoring.text import MARK, QWEN_SYSTEM, Layout, Reader, RewardModelConfig
 
 PROBLEM = Problem("p", "37+8*3")
 SOLUTION = "37+8=45\n45*3=35\nA35"
@@ -382,7 +382,7 @@ def test_commands_take_reward_models_in_the_verifiers_place(
     small = ["--n", "2", "--problems", "3", "--sampler.max_length", "128",
              "--engine.kv_gib", "0.02"]  # fmt: skip
     # Without a checkpoint of ours: task, policy and sampler are given or built in.
-    run(commands.best_of_n, BestOfNConfig, "search.best_of_n",
+    run(best_of_n, BestOfNConfig, "search.best_of_n",
         ["--orm", orm, "--policy", base, "--task", "Tape", "--output", str(tmp_path / "bon"),
          *small])  # fmt: skip
     for one in read(tmp_path / "bon" / "best_of_n.jsonl"):
@@ -401,7 +401,7 @@ def test_commands_take_reward_models_in_the_verifiers_place(
         str(tmp_path / "pav.ckpt"), n=2, problems=3, orm=RewardModelConfig(prm), baseline="orm",
         baseline_verifier=orm, output=str(tmp_path / "beam"), engine=EngineConfig(kv_gib=0.02),
     )  # fmt: skip
-    commands.beam(config)
+    beam(config)
     records = read(tmp_path / "beam" / "beam.jsonl")
     assert len(records) == 3 and any(r.candidates for r in records)
     for one in records:
@@ -412,8 +412,8 @@ def test_commands_take_reward_models_in_the_verifiers_place(
             assert len(c.q["prm"]) == len(c.ends) + 1
     assert (tmp_path / "beam" / "best_of_n.jsonl").exists()
     with pytest.raises(UserError, match="pick orm reads an ORM head, which"):
-        commands.beam(replace(config, pick="orm", output=str(tmp_path / "never")))
+        beam(replace(config, pick="orm", output=str(tmp_path / "never")))
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        run(commands.beam, BeamConfig, "search.beam", ["--n", "2"])
+        run(beam, BeamConfig, "search.beam", ["--n", "2"])
     assert "no verifier is named; give --verifier" in capsys.readouterr().err

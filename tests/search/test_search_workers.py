@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 
-from pav.engine import EngineConfig
-from pav.errors import UserError
-from pav.policy import Sampler
-from pav.processes import Died, Processes
+from pav.core.errors import UserError
+from pav.engine.loading import EngineConfig
+from pav.engine.processes import Died, Processes
+from pav.policy.policy import Sampler
 from pav.tasks.base import Problem
-from search import compare as comparison
-from search import workers as search_workers
-from search.compare import CompareConfig, Method, compare
-from search.configs import BeamConfig
-from search.records import Record, read
-from search.worker import Alive, Ask, Found, Refused
-from search.workers import DEATHS, Workers
+from search.beam import BeamConfig
+from search.compare import command as comparison
+from search.compare.command import CompareConfig, Method, compare
+from search.run import workers as search_workers
+from search.run.records import Record, read
+from search.run.worker import Alive, Ask, Found, Refused
+from search.run.workers import DEATHS, Workers
 
 # Roomy: random models do not know when to end.
 SAMPLER = Sampler(max_length=120)

@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 import yaml
 
-from pav.cli import run
-from pav.engine import Engine, EngineConfig
-from pav.errors import UserError
-from pav.policy import Sampler
-from pav.stats import Interval
+from pav.cli.run import run
+from pav.core.errors import UserError
+from pav.core.statistics import Interval
+from pav.engine.loading import EngineConfig
+from pav.engine.vllm import VllmEngine
+from pav.policy.policy import Sampler
 from pav.tasks.base import Problem, Split
 from pav.tasks.tape import Tape
-from search.commands import BeamConfig
-from search.compare import CompareConfig, Method, compare
-from search.plan import Selection
-from search.records import read
+from search.beam import BeamConfig
+from search.compare.command import CompareConfig, Method, compare
+from search.compare.plan import Selection
+from search.compare.run_searches import Sweep
+from search.run.records import read
 from search.select import COARSE, Choice, SelectConfig, choose, select
-from search.sweep import Sweep
 
 ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)
 SAMPLER = Sampler(max_length=128)
@@ -193,9 +194,9 @@ def test_choice_is_made_without_test_problems_and_search_beam_takes_it(
     async def never(*_: Any) -> None:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("search.sweep.beam_record", never)
+    monkeypatch.setattr("search.compare.run_searches.beam_record", never)
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "start", lambda _: pytest.fail("an engine was started"))
+        patch.setattr(VllmEngine, "start", lambda _: pytest.fail("an engine was started"))
         select(config)
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.jsonl")} == runs
     with pytest.raises(UserError, match="another selection"):
@@ -206,14 +207,14 @@ def test_comparison_chooses_on_validation_and_tests_with_the_choice_in_one_engin
     verifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
-    load = Engine.start
+    load = VllmEngine.start
 
-    def counting(engine: Engine) -> None:
+    def counting(engine: VllmEngine) -> None:
         if engine._engine is None:
             loaded.append(engine.model)
         load(engine)
 
-    monkeypatch.setattr(Engine, "start", counting)
+    monkeypatch.setattr(VllmEngine, "start", counting)
     compare(
         CompareConfig(
             [

@@ -24,17 +24,18 @@ import httpx
 import openai
 import pytest
 
-from pav.drive import drive
-from pav.engine import Engine, EngineConfig
-from pav.errors import UserError
-from pav.policy import Sampler
+from pav.core.errors import UserError
+from pav.engine.loading import EngineConfig
+from pav.engine.loop import drive
+from pav.engine.vllm import VllmEngine
+from pav.policy.policy import Sampler
 from pav.tasks.base import Grade, Problem, problem_id
 from pav.tasks.tape import Tape
-from search.chat import ApiError, parse_chat
-from search.recipes import Kitchen, Recipe, parse_recipe
-from search.records import Record
-from search.serve import MAX_BODY, ServeConfig, listen, open_kitchen, serve_until_told
-from search.service import Limits, Service
+from search.run.records import Record
+from search.serve.chat import ApiError, parse_chat
+from search.serve.command import MAX_BODY, ServeConfig, listen, open_kitchen, serve_until_told
+from search.serve.served_models import Kitchen, Recipe, parse_recipe
+from search.serve.service import Limits, Service
 
 REPOSITORY = Path(__file__).parents[2]
 ENGINE = EngineConfig(kv_gib=0.05, max_num_seqs=64)
@@ -281,7 +282,7 @@ def test_clients_that_go_away_while_sending_leave_no_trace(
 def test_half_a_request_is_held_for_a_limited_time(
     served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search.serve.RECEIVE_SECONDS", 0.3)
+    monkeypatch.setattr("search.serve.command.RECEIVE_SECONDS", 0.3)
     with half_sent(served[0]) as raw:
         # All of the answer, and then the end of the connection.
         answer = b"".join(iter(lambda: raw.recv(4096), b"")).decode()
@@ -308,7 +309,7 @@ def test_searches_in_flight_when_the_server_is_told_to_stop_are_answered(
         return grade(self, text, problem)
 
     monkeypatch.setattr(Tape, "grade", graded)
-    monkeypatch.setattr("search.serve.GRACE_SECONDS", 1.0)
+    monkeypatch.setattr("search.serve.command.GRACE_SECONDS", 1.0)
     service = Service(LIMITS, kitchen)
     with serving(service) as address, ThreadPoolExecutor(2) as pool:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
@@ -362,7 +363,7 @@ def test_failed_search_is_an_error_and_the_next_one_works(
     def fail(*_: Any) -> None:
         raise ValueError("a grader's secret")
 
-    monkeypatch.setattr("search.solve.graded", fail)
+    monkeypatch.setattr("search.run.solve.graded", fail)
     with pytest.raises(openai.InternalServerError, match="the search failed") as raised:
         ask(client, "majority-2")
     assert "secret" not in str(raised.value)
@@ -541,14 +542,14 @@ def test_taken_port_is_one_line() -> None:
 def test_engine_that_breaks_ends_the_server_and_its_searches(
     kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaks(self: Engine) -> None:
+    def breaks(self: VllmEngine) -> None:
         raise RuntimeError("out of memory")
 
     service = Service(LIMITS, kitchen)
     with serving(service) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
         with monkeypatch.context() as patch:
-            patch.setattr(Engine, "step", breaks)
+            patch.setattr(VllmEngine, "step", breaks)
             with pytest.raises(openai.InternalServerError, match="engine stopped"):
                 ask(client, "majority-1")
         until(lambda: service.server is not None and service.server.should_exit)

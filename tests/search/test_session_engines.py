@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from pav.engine import EngineConfig
-from pav.gpu_memory import GIB
-from pav.loading import UTILIZATION
-from pav.policy import PolicyConfig, Sampler
-from pav.verifier import load_verifier
-from search.compare import CompareConfig, Method, _expect
-from search.session import Session, open_session
+from pav.engine.gpu_memory import GIB
+from pav.engine.loading import UTILIZATION, EngineConfig
+from pav.policy.policy import PolicyConfig, Sampler
+from pav.verifier.checkpoint import load_verifier
+from search.compare.command import CompareConfig, Method, _expect
+from search.run.session import Session, open_session
 
 SAMPLER = Sampler(max_length=128)
 
@@ -30,15 +29,15 @@ def made(
     make_verifier(model, tmp_path / "pav.ckpt", sampler=SAMPLER)
     make_verifier(model, tmp_path / "orm.ckpt", heads=("orm",), sampler=SAMPLER)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pav.gpu_memory.on_cpu", lambda: False)
-    monkeypatch.setattr("pav.gpu_memory.gpu_bytes", lambda: 80 * GIB)
+    monkeypatch.setattr("pav.engine.gpu_memory.on_cpu", lambda: False)
+    monkeypatch.setattr("pav.engine.gpu_memory.gpu_bytes", lambda: 80 * GIB)
     made: dict[str, EngineConfig] = {}
 
     def engine(directory: str, dtype: Any, length: int, ids: Any, config: EngineConfig) -> Any:
         made[Path(directory).name] = config
         return SimpleNamespace()
 
-    monkeypatch.setattr("search.session.Engine", engine)
+    monkeypatch.setattr("search.run.session.VllmEngine", engine)
     return made
 
 

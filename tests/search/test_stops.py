@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from pav.cli import run
-from pav.engine import EngineConfig
-from pav.policy import PolicyConfig, Sampler
+from pav.cli.run import run
+from pav.engine.loading import EngineConfig
+from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
-from search.records import Record, open_run, read
-from search.session import plain_session
+from search.run.records import Record, open_run, read
+from search.run.session import plain_session
 
 PROBLEMS = list(islice(Tape().problems("test"), 12))
 

@@ -1,0 +1,1 @@
+"""Solutions and labels that others made."""

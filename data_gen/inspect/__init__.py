@@ -1,0 +1,1 @@
+"""Looking at a label run: status, show, health, dashboard, card."""

@@ -1,0 +1,1 @@
+"""Likelihoods of the reference answer, in place of rollouts."""

@@ -1,0 +1,5 @@
+"""``python -m data_gen.likelihood``."""
+
+from data_gen.likelihood.command import main
+
+main()

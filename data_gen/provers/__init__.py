@@ -1,0 +1,1 @@
+"""Which prover to choose."""

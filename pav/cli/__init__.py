@@ -1,0 +1,1 @@
+"""Command lines: typed settings, one-line errors."""

@@ -1,0 +1,1 @@
+"""Under everything: errors, advantage maths, steps, run directories, progress, tables. No torch."""

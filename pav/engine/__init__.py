@@ -1,0 +1,1 @@
+"""Where models run: vLLM, the loop that turns it, and worker processes."""

@@ -1,0 +1,1 @@
+"""How good a verifier is: metrics with intervals, ceilings, first errors, ProcessBench."""

@@ -1,0 +1,5 @@
+"""``python -m pav.evaluate``."""
+
+from pav.evaluate.command import main
+
+main()

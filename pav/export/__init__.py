@@ -1,0 +1,1 @@
+"""A verifier in other formats: a directory that vLLM serves, PRM, model card, GGUF."""

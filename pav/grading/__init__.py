@@ -1,0 +1,1 @@
+"""Is an answer right? Numbers, LaTeX, and graders in a process with limits."""

@@ -1,0 +1,1 @@
+"""What a label run leaves: traces, rollouts and counts, and what training reads of them."""

@@ -1,0 +1,1 @@
+"""Who writes solutions: its tokenizer, prompt and fingerprints, and what an engine answers."""

@@ -1,0 +1,1 @@
+"""``pav.train`` and ``pav.sft``."""

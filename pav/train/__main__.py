@@ -1,0 +1,5 @@
+"""``python -m pav.train``."""
+
+from pav.train.command import main
+
+main()

@@ -1,0 +1,1 @@
+"""``search.compare``: methods over budgets, with intervals."""

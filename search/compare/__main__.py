@@ -1,0 +1,5 @@
+"""``python -m search.compare``."""
+
+from search.compare.command import main
+
+main()

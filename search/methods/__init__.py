@@ -1,0 +1,1 @@
+"""The searches: async functions of one problem."""

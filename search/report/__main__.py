@@ -1,0 +1,5 @@
+"""``python -m search.report``."""
+
+from search.report.command import main
+
+main()

@@ -1,0 +1,1 @@
+"""A search over many problems: engines, records, failures, workers."""

@@ -1,0 +1,42 @@
+"""Run one step search over its problems and print its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pav.verifier.scoring import StepScorer
+from search.run.config import SearchConfig
+from search.run.setup import Opened, Row, claim, print_rows, serve
+from search.run.solve import repick
+from search.run.worker import Search
+
+if TYPE_CHECKING:
+    pass
+
+
+def run_tree(
+    config: SearchConfig,
+    opened: Opened,
+    name: str,
+    label: str,
+    job: Callable[[StepScorer], Search],
+) -> None:
+    """Run one search of its own directory and print its row."""
+    scorer = serve(config, opened)
+    session = opened.session
+    problems = session.problems(config.split, config.problems)
+    with claim(config, opened, f"{name}-n{config.n}") as directory:
+        records, seconds = session.run(
+            directory / f"{name}.jsonl",
+            problems,
+            job(scorer),
+            config.concurrency,
+            f"{label} N={config.n}",
+        )
+        session.shutdown()
+        rows = [Row(f"{label} ({opened.rule})", config.n, records, seconds)]
+        rows.append(Row(f"{label} (majority)", config.n, [repick(r, "majority") for r in records],
+                        seconds))  # fmt: skip
+        print_rows(rows, directory, config.split)
+        session.check()

@@ -1,0 +1,1 @@
+"""Reward models of others as scorers."""

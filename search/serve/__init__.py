@@ -1,0 +1,1 @@
+"""``search.serve``: an OpenAI-compatible server in front of a search."""

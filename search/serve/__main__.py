@@ -1,0 +1,5 @@
+"""``python -m search.serve``."""
+
+from search.serve.command import main
+
+main()
