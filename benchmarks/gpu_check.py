@@ -59,7 +59,7 @@ from pav.policy.policy import (
 )
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape
-from pav.verifier.checkpoint import Card, Verifier
+from pav.verifier.checkpoint import Verifier, VerifierMeta
 from pav.verifier.trunk import HeadedTrunk, load_trunk
 from search.run.records import read as read_records
 
@@ -227,8 +227,8 @@ def _subject(name: str, trunk: Path, prompts: list[list[int]], output: Path) -> 
     return Subject(name, str(export), score_ids, str(trunk), weight, prompts)
 
 
-def _card(trunk: Path) -> Card:
-    return Card(
+def _card(trunk: Path) -> VerifierMeta:
+    return VerifierMeta(
         heads=HEADS,
         recipe="pav",
         trunk=str(trunk),

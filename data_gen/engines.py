@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_gen.config import RolloutsConfig
-from data_gen.labeler import Roller
+from data_gen.labeler import RolloutPolicy
 from data_gen.workers import worker
 from data_gen.workers.pool import WORKERS, Model, Pool, RemoteEngine
 from pav.engine.gpu_memory import share_gpu
@@ -19,12 +19,12 @@ from pav.policy.policy import (
 
 
 @contextmanager
-def loaded(config: RolloutsConfig, policies: list[Policy]) -> Iterator[list[Roller]]:
+def loaded(config: RolloutsConfig, policies: list[Policy]) -> Iterator[list[RolloutPolicy]]:
     """An engine for each policy, shut down at the end, however that comes."""
-    rollers: list[Roller] = []
+    rollers: list[RolloutPolicy] = []
     try:
         for p, engine in zip(policies, _engines(config, policies), strict=True):
-            rollers.append(Roller(p, engine, config.sampler))
+            rollers.append(RolloutPolicy(p, engine, config.sampler))
         yield rollers
     finally:
         for roller in rollers:

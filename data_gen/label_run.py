@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_gen.store import read_manifest
-from data_gen.strategies import plan_of, wanted
+from data_gen.strategies import next_rollouts, plan_of
 from pav.cli.run import Config, run
 from pav.core.errors import UserError
 from pav.core.printable import one_line
@@ -117,7 +117,9 @@ def part_of(run: Run, stepper: Stepper | None = None) -> Part:
     done = len(run.traces)
     if not run.manifest.keys() & {"imported", "merged"}:
         plan = plan_of(run.manifest)
-        done = sum(not wanted(plan, t, run.completions, stepper) for t in run.traces.values())
+        done = sum(
+            not next_rollouts(plan, t, run.completions, stepper) for t in run.traces.values()
+        )
     return Part(str(run.directory), run.manifest, solutions, solutions - done)
 
 

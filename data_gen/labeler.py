@@ -18,7 +18,7 @@ from typing import Any
 
 from data_gen.inspect.watch import Watch, minutes_left, tokens_per_solution
 from data_gen.store import Store
-from data_gen.strategies import Plan, Request, wanted
+from data_gen.strategies import Plan, Request, next_rollouts
 from data_gen.workers.pool import RemoteEngine
 from pav.core.errors import UserError
 from pav.core.progress import Reporter
@@ -39,7 +39,7 @@ class OutOfTime(Exception):
 
 
 @dataclass(frozen=True)
-class Seed:
+class PlannedTrace:
     """A seed solution that a run labels.
 
     Attributes:
@@ -63,7 +63,7 @@ class Seed:
 
 
 @dataclass(frozen=True)
-class Roller:
+class RolloutPolicy:
     """A policy with its engine."""
 
     policy: Policy
@@ -115,14 +115,14 @@ class Labeler:
     """
 
     grader: GuardedGrader
-    rollers: list[Roller]
+    rollers: list[RolloutPolicy]
     plan: Plan
     seed: int
     store: Store
     deadline: float = inf
     watch: Watch = field(default_factory=Watch)
 
-    async def trace(self, seed: Seed) -> Trace:
+    async def trace(self, seed: PlannedTrace) -> Trace:
         """The seed solution: the store's, the given one, or a new sample."""
         if seed.trace_id in self.store.traces:
             return self.store.traces[seed.trace_id]
@@ -163,11 +163,11 @@ class Labeler:
         stepper = self.rollers[0].policy.stepper
         # Once per solution: encoding for every rollout took 5% of a run.
         rollers = {r.name: (r, r.policy.encode(problem)) for r in self.rollers}
-        while requests := wanted(self.plan, trace, self.store.completions, stepper):
+        while requests := next_rollouts(self.plan, trace, self.store.completions, stepper):
             await asyncio.gather(*(self._rollout(r, problem, *rollers[r.policy]) for r in requests))
 
     async def _rollout(
-        self, request: Request, problem: Problem, roller: Roller, prompt: list[int]
+        self, request: Request, problem: Problem, roller: RolloutPolicy, prompt: list[int]
     ) -> None:
         key, prefix, index = request.key, request.prefix, request.index
         ids, truncated = await roller.finish(
@@ -205,22 +205,24 @@ class _Clock:
         self.next = monotonic() + REPORT_SECONDS
 
 
-def owed(rounds: list[list[Seed]], plan: Plan, store: Store, stepper: Stepper) -> list[list[Seed]]:
+def missing(
+    rounds: list[list[PlannedTrace]], plan: Plan, store: Store, stepper: Stepper
+) -> list[list[PlannedTrace]]:
     """What the store lacks of ``rounds``."""
 
-    def is_owed(seed: Seed) -> bool:
+    def is_missing(seed: PlannedTrace) -> bool:
         trace = store.traces.get(seed.trace_id)
-        return trace is None or bool(wanted(plan, trace, store.completions, stepper))
+        return trace is None or bool(next_rollouts(plan, trace, store.completions, stepper))
 
-    return [[seed for seed in seeds if is_owed(seed)] for seeds in rounds]
+    return [[seed for seed in seeds if is_missing(seed)] for seeds in rounds]
 
 
 class _Turns:
     """Tells when a round may start: when the rounds before it are finished."""
 
-    def __init__(self, owed: list[int]) -> None:
-        self._owed = owed
-        self._starts = [asyncio.Event() for _ in owed]
+    def __init__(self, missing: list[int]) -> None:
+        self._owed = missing
+        self._starts = [asyncio.Event() for _ in missing]
         self._next = 0
         self._open()
 
@@ -239,7 +241,7 @@ class _Turns:
         self._open()
 
 
-def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
+def label(labeler: Labeler, rounds: list[list[PlannedTrace]], concurrency: int) -> None:
     """Label what the store lacks of ``rounds``, ``concurrency`` solutions at a time.
 
     Raises:
@@ -248,10 +250,10 @@ def label(labeler: Labeler, rounds: list[list[Seed]], concurrency: int) -> None:
         UserError: if the store cannot be written.
     """
     store = labeler.store
-    todo = owed(rounds, labeler.plan, store, labeler.rollers[0].policy.stepper)
+    todo = missing(rounds, labeler.plan, store, labeler.rollers[0].policy.stepper)
     turns = _Turns([len(seeds) for seeds in todo])
 
-    async def job(number: int, seed: Seed) -> Exception | None:
+    async def job(number: int, seed: PlannedTrace) -> Exception | None:
         try:
             # No seed is more than a round ahead.
             await turns.start_of(number - 1)

@@ -14,7 +14,7 @@ import numpy as np
 from data_gen.config import RolloutsConfig
 from data_gen.engines import loaded
 from data_gen.inspect.watch import watch_for
-from data_gen.labeler import Labeler, Roller, Seed, label
+from data_gen.labeler import Labeler, PlannedTrace, RolloutPolicy, label
 from data_gen.store import Store
 from pav.core.journal import JOURNAL
 from pav.core.printable import one_line
@@ -50,7 +50,9 @@ class Pilot:
     table_bytes: int
 
 
-def print_plan(config: RolloutsConfig, policies: list[Policy], rounds: list[list[Seed]]) -> None:
+def print_plan(
+    config: RolloutsConfig, policies: list[Policy], rounds: list[list[PlannedTrace]]
+) -> None:
     """Run a pilot in a temporary directory and print what the whole run would take."""
     with loaded(config, policies) as rollers:
         pilot = _pilot(config, rollers, _first_of_each_writer(rounds))
@@ -118,9 +120,9 @@ def _print_solutions(config: RolloutsConfig, policy: Policy, pilot: Pilot) -> No
         print(f"WARNING: {one_line(doubt)}", file=sys.stderr)
 
 
-def _first_of_each_writer(rounds: list[list[Seed]]) -> list[list[Seed]]:
+def _first_of_each_writer(rounds: list[list[PlannedTrace]]) -> list[list[PlannedTrace]]:
     """The first seed of every writer for the first problems, as one round a writer."""
-    by_writer: dict[str, list[Seed]] = {}
+    by_writer: dict[str, list[PlannedTrace]] = {}
     for seeds in rounds:
         for seed in seeds:
             chosen = by_writer.setdefault(seed.writer, [])
@@ -129,7 +131,9 @@ def _first_of_each_writer(rounds: list[list[Seed]]) -> list[list[Seed]]:
     return list(by_writer.values())
 
 
-def _pilot(config: RolloutsConfig, rollers: list[Roller], rounds: list[list[Seed]]) -> Pilot:
+def _pilot(
+    config: RolloutsConfig, rollers: list[RolloutPolicy], rounds: list[list[PlannedTrace]]
+) -> Pilot:
     plan, factor = config.plan, 1
     # What a strategy spends depends on outcomes; without one, a rollout tells what many cost.
     if plan.strategy == "all_prefixes" and not plan.branches and plan.n_mc > 1:

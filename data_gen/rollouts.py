@@ -22,7 +22,7 @@ from data_gen.inspect.card import write_data_card
 from data_gen.inspect.health import print_health, write_health
 from data_gen.inspect.watch import Doubtful, watch_for
 from data_gen.label_run import Run, print_next
-from data_gen.labeler import Labeler, OutOfTime, Seed, label, owed
+from data_gen.labeler import Labeler, OutOfTime, PlannedTrace, label, missing
 from data_gen.store import MANIFEST, Store
 from pav.cli.run import run
 from pav.core.errors import UserError
@@ -70,7 +70,7 @@ def rollouts(config: RolloutsConfig) -> None:
     stepper = policies[0].stepper
     watch = watch_for(config.task, stops=not config.ignore_warnings)
     with interruptible(), Store(config.directory, manifest) as store:
-        if any(owed(rounds, config.plan, store, stepper)):
+        if any(missing(rounds, config.plan, store, stepper)):
             log = config.directory / GRADER_LOG
             try:
                 watch.recall([*store.traces.values(), *store.completions.values()], fingerprints)
@@ -89,7 +89,7 @@ def rollouts(config: RolloutsConfig) -> None:
                 doubtful = error
             except GraderFailed as error:
                 broken = error
-        left = [len(seeds) for seeds in owed(rounds, config.plan, store, stepper)]
+        left = [len(seeds) for seeds in missing(rounds, config.plan, store, stepper)]
         store.seal(fingerprints, owed=sum(left))
         records = Run(config.directory, manifest, store.traces, store.completions,
                       seconds=store.seconds)  # fmt: skip
@@ -182,7 +182,7 @@ def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
     }
 
 
-def _rounds(config: RolloutsConfig, policies: list[Policy]) -> list[list[Seed]]:
+def _rounds(config: RolloutsConfig, policies: list[Policy]) -> list[list[PlannedTrace]]:
     """The seed solutions of the run, one per problem in a round; the writers take turns."""
     problems = _problems(config)
     i, n = _shard(config.shard or "0/1")
@@ -207,7 +207,10 @@ def _rounds(config: RolloutsConfig, policies: list[Policy]) -> list[list[Seed]]:
         for index in range(count)
     )
     return [
-        [Seed(split, problem, policies[number].config.label, index) for split, problem in own]
+        [
+            PlannedTrace(split, problem, policies[number].config.label, index)
+            for split, problem in own
+        ]
         for _, number, index in turns
     ]
 

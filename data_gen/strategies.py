@@ -2,9 +2,9 @@
 
 The rollouts of a prefix under a policy are numbered 0, 1, ...; a strategy hands out the next
 numbers in rounds, and a decision looks only at outcomes of numbers handed out before. So
-:func:`wanted` can play all rounds again from the start on whatever is finished: the requests of a
-solution are a function of outcomes alone, not of the order of work, of other solutions that share
-its prefixes, of the number of workers, or of the moment at which a run was killed.
+:func:`next_rollouts` can play all rounds again from the start on whatever is finished: the requests
+of a solution are a function of outcomes alone, not of the order of work, of other solutions that
+share its prefixes, of the number of workers, or of the moment at which a run was killed.
 
 ``all_prefixes``
     ``n_mc`` rollouts per prefix and policy.
@@ -79,7 +79,7 @@ def spread(count: int, most: int | None) -> list[int]:
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
-def wanted(
+def next_rollouts(
     plan: Plan, trace: Trace, done: Mapping[Key, Completion], stepper: Stepper | None = None
 ) -> list[Request]:
     """The rollouts that a solution needs next, given those that are done; none when it is labelled.

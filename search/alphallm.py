@@ -11,7 +11,7 @@ from pav.verifier.scoring import StepScorer
 from search.methods.alphallm import WEIGHT
 from search.run.command import run_tree
 from search.run.config import SearchConfig
-from search.run.setup import card_of, open_search
+from search.run.setup import open_search, scorer_of
 from search.run.solve import beam_record, beam_settings
 from search.run.worker import Search
 
@@ -35,7 +35,7 @@ class AlphaLlmConfig(SearchConfig):
 def alphallm(config: AlphaLlmConfig) -> None:
     """Run beam search by Q and AlphaLLM's bonus (see :class:`AlphaLlmConfig`)."""
     opened = open_search(config, "pav")
-    settings = beam_settings(card_of(opened), config.n, config.samples, 0.0, None, "q")
+    settings = beam_settings(scorer_of(opened), config.n, config.samples, 0.0, None, "q")
 
     def job(scorer: StepScorer) -> Search:
         return partial(

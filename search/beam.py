@@ -21,8 +21,16 @@ from search.run.config import SearchConfig
 from search.run.oracle import by_oracle
 from search.run.records import Record
 from search.run.session import Session, load_checked, sibling_orm
-from search.run.setup import Opened, Row, card_of, claim, open_search, print_rows, serve
-from search.run.solve import beam_record, beam_settings, repick, traces_record
+from search.run.setup import (
+    OpenedSearch,
+    Row,
+    create_run_dir,
+    open_search,
+    print_rows,
+    scorer_of,
+    serve,
+)
+from search.run.solve import beam_record, beam_settings, pick_again, traces_record
 from search.run.worker import Search
 from search.scoring.text import RewardModelConfig
 
@@ -62,7 +70,7 @@ def beam(config: BeamConfig) -> None:
     """Run beam search, and its baselines if asked for (see :class:`BeamConfig`)."""
     opened = open_search(config, "pav")
     settings = beam_settings(
-        card_of(opened),
+        scorer_of(opened),
         config.n,
         config.samples,
         config.alpha,
@@ -75,7 +83,7 @@ def beam(config: BeamConfig) -> None:
     orm = _baseline_scorer(config, opened, baseline)
     session, rule = opened.session, opened.rule
     problems = session.problems(config.split, config.problems)
-    with claim(config, opened, f"beam-n{config.n}") as directory:
+    with create_run_dir(config, opened, f"beam-n{config.n}") as directory:
         search = partial(beam_record, session, scorer, settings, rule, "beam", config.seed)
         records, seconds = session.run(
             directory / "beam.jsonl", problems, search, config.concurrency, f"beam N={config.n}"
@@ -88,7 +96,7 @@ def beam(config: BeamConfig) -> None:
         session.check()
 
 
-def _baseline(config: BeamConfig, opened: Opened) -> Verifier | RewardModel | None:
+def _baseline(config: BeamConfig, opened: OpenedSearch) -> Verifier | RewardModel | None:
     """The ORM of the baseline, found and checked; its engine is not loaded yet."""
     if not config.baseline:
         return None
@@ -106,7 +114,7 @@ def _baseline(config: BeamConfig, opened: Opened) -> Verifier | RewardModel | No
 
 
 def _baseline_scorer(
-    config: BeamConfig, opened: Opened, baseline: Verifier | RewardModel | None
+    config: BeamConfig, opened: OpenedSearch, baseline: Verifier | RewardModel | None
 ) -> StepScorer | None:
     if baseline is None:
         return None
@@ -158,7 +166,7 @@ def _baselines(
             ("ORM-weighted vote", "orm_vote"),
             ("majority vote", "majority"),
         ):
-            rows.append(Row(label, n, [repick(r, rule) for r in records], took))  # type: ignore[arg-type]
+            rows.append(Row(label, n, [pick_again(r, rule) for r in records], took))  # type: ignore[arg-type]
         rows.append(Row("oracle (pass@N)", n, [by_oracle(r) for r in records], took))
     return rows
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from pav.cli.run import run
 from search.run.config import SearchConfig
 from search.run.oracle import by_oracle, pass_at
-from search.run.setup import Row, claim, open_search, print_rows, serve
-from search.run.solve import repick, traces_record
+from search.run.setup import Row, create_run_dir, open_search, print_rows, serve
+from search.run.solve import pick_again, traces_record
 
 if TYPE_CHECKING:
     pass
@@ -34,7 +34,7 @@ def best_of_n(config: BestOfNConfig) -> None:
     else:
         scorer = serve(config, opened)
     problems = session.problems(config.split, config.problems)
-    with claim(config, opened, f"best-of-{config.n}") as directory:
+    with create_run_dir(config, opened, f"best-of-{config.n}") as directory:
         search = partial(
             traces_record,
             session,
@@ -55,7 +55,7 @@ def best_of_n(config: BestOfNConfig) -> None:
         session.shutdown()
         rows = [Row(f"best-of-N ({rule})", config.n, records, seconds)]
         rows.append(
-            Row("majority vote", config.n, [repick(r, "majority") for r in records], seconds)
+            Row("majority vote", config.n, [pick_again(r, "majority") for r in records], seconds)
         )
         rows.append(Row("oracle (pass@N)", config.n, [by_oracle(r) for r in records], seconds))
         print_rows(rows, directory, config.split)

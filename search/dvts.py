@@ -11,7 +11,7 @@ from pav.verifier.score import Score
 from pav.verifier.scoring import StepScorer
 from search.run.command import run_tree
 from search.run.config import SearchConfig
-from search.run.setup import card_of, open_search
+from search.run.setup import open_search, scorer_of
 from search.run.solve import beam_record, beam_settings
 from search.run.worker import Search
 
@@ -41,7 +41,7 @@ def dvts(config: DvtsConfig) -> None:
     """Run diverse verifier tree search (see :class:`DvtsConfig`)."""
     opened = open_search(config, "pav")
     settings = beam_settings(
-        card_of(opened), config.n, config.samples, config.alpha, config.prover, config.score
+        scorer_of(opened), config.n, config.samples, config.alpha, config.prover, config.score
     )
 
     def job(scorer: StepScorer) -> Search:

@@ -28,11 +28,11 @@ from pav.policy.opening import task_option
 from pav.policy.policy import Sampler
 from pav.policy.prompts import PROMPTS
 from pav.tasks.base import Task
-from pav.verifier.checkpoint import Card
+from pav.verifier.checkpoint import VerifierMeta
 from pav.verifier.pick import Pick
 from search.compare.plan import CompareConfig, Method, Selectable, Selection
-from search.compare.results import Point
-from search.compare.run_searches import Sweep, prepared, search_points
+from search.compare.results import MethodResult
+from search.compare.run_searches import Comparison, prepared, search_results
 from search.run.records import MANIFEST, open_run
 from search.run.session import Scoring, capped, load_checked, open_session, warn_few
 from search.run.setup import say_opening
@@ -93,7 +93,7 @@ class Choice:
 
     alpha: float | None
     prover: str | None
-    tried: list[tuple[str, Point]]
+    tried: list[tuple[str, MethodResult]]
     notes: tuple[str, ...] = ()
 
 
@@ -119,16 +119,16 @@ def select(config: SelectConfig) -> None:
         "sampler": None if config.sampler is None else asdict(config.sampler),
         "method": asdict(method),
     }
-    sweep = Sweep(plan, {config.verifier: verifier}, session, [], output)
+    comparison = Comparison(plan, {config.verifier: verifier}, session, [], output)
     problems = session.problems("validation", config.selection.problems)
     session.expect_scorer(verifier, config.scoring, None)
-    prepared(sweep, method)
+    prepared(comparison, method)
     known[PROMPTS] = session.prompts()
     if not (output / MANIFEST).exists():
         session.check_models()
     with open_run(output, known | manifest(config.select, config.selection)):
         say_opening(session, problems, "validation")
-        choice = choose(sweep, method, config.select, config.selection)
+        choice = choose(comparison, method, config.select, config.selection)
         session.shutdown()
         write_choice(choice, output)
         print_choice(choice, config.selection)
@@ -146,7 +146,9 @@ def manifest(chosen: list[Selectable], selection: Selection) -> dict[str, Any]:
     return {"select": list(chosen), "selection": asdict(selection)}
 
 
-def choose(sweep: Sweep, method: Method, what: list[Selectable], how: Selection) -> Choice:
+def choose(
+    comparison: Comparison, method: Method, what: list[Selectable], how: Selection
+) -> Choice:
     """Choose for one beam method; only validation problems are searched.
 
     The most accurate value wins. Of several that are exactly as accurate the default (the method's,
@@ -154,27 +156,27 @@ def choose(sweep: Sweep, method: Method, what: list[Selectable], how: Selection)
     the first is taken: the smallest alpha, the smallest K.
 
     Args:
-        sweep: session, verifiers and where records go; its problems are not used.
+        comparison: session, verifiers and where records go; its problems are not used.
         method: the beam; its own alpha and prover are kept where they are not to be chosen.
         what: ``alpha``, ``K`` or both.
         how: problems and grids.
     """
-    card = sweep.verifiers[str(method.verifier)].card
-    problems = sweep.session.problems("validation", how.problems)
+    card = comparison.verifiers[str(method.verifier)].card
+    problems = comparison.session.problems("validation", how.problems)
     warn_few(len(problems), "validation", how.problems)
-    sweep = replace(
-        sweep,
-        config=replace(sweep.config, seeds=how.seeds, split="validation"),
+    comparison = replace(
+        comparison,
+        config=replace(comparison.config, seeds=how.seeds, split="validation"),
         problems=problems,
     )
-    sweep.output.mkdir(parents=True, exist_ok=True)
-    tried: list[tuple[str, Point]] = []
+    comparison.output.mkdir(parents=True, exist_ok=True)
+    tried: list[tuple[str, MethodResult]] = []
 
-    def searched(stage: str, alpha: float, prover: str) -> Point:
+    def searched(stage: str, alpha: float, prover: str) -> MethodResult:
         named = replace(
             method, name=f"alpha {alpha:g}, {prover}", alpha=alpha, prover=prover, n=[how.n]
         )
-        (point,) = search_points(sweep, named)
+        (point,) = search_results(comparison, named)
         tried.append((stage, point))
         return point
 
@@ -202,12 +204,12 @@ def _grid(accuracy: Callable[[float], float]) -> list[float]:
     return [round(top * i / 10, 6) for i in range(11)]
 
 
-def _provers(card: Card, how: Selection) -> list[str]:
+def _provers(card: VerifierMeta, how: Selection) -> list[str]:
     others = [h for h in card.heads if h.startswith("q/") and h != card.base_head]
     return [*(f"bo{k}" for k in sorted(how.ks)), *others]
 
 
-def _best(points: dict[Any, Point], default: Any) -> tuple[Any, str]:
+def _best(points: dict[Any, MethodResult], default: Any) -> tuple[Any, str]:
     """(the value of the best point, how sure that is); see :func:`choose` for equals."""
     means = {value: point.accuracy.mean for value, point in points.items()}
     best = [value for value in means if means[value] == max(means.values())]

@@ -12,7 +12,7 @@ from pav.verifier.scoring import StepScorer
 from search.methods.smc import Resampling, SmcSettings, Weight
 from search.run.command import run_tree
 from search.run.config import SearchConfig
-from search.run.setup import card_of, open_search
+from search.run.setup import open_search, scorer_of
 from search.run.solve import smc_record
 from search.run.worker import Search
 
@@ -38,7 +38,7 @@ class SmcConfig(SearchConfig):
 def smc(config: SmcConfig) -> None:
     """Run particle filtering (see :class:`SmcConfig`)."""
     opened = open_search(config, "pav")
-    card = card_of(opened)
+    card = scorer_of(opened)
     head = config.head or card.base_head
     if head not in card.heads:
         raise UserError(f"head is {head!r}; the verifier has {', '.join(card.heads)}")

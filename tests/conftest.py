@@ -35,7 +35,7 @@ from pav.policy.policy import (
 from pav.tasks.base import Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
 from pav.verifier.calibrate import SURPRISE, Calibrator
-from pav.verifier.checkpoint import Card
+from pav.verifier.checkpoint import VerifierMeta
 from pav.verifier.trunk import HeadedTrunk, load_trunk
 
 # (architecture, its differences) by the name that ``tiny_model`` takes. Heads of 32, because vLLM's
@@ -237,7 +237,7 @@ def _make_verifier(
     with torch.no_grad():
         model.head.weight.normal_(std=0.3, generator=generator)
         model.head.bias.normal_(generator=generator)
-    card = Card(
+    card = VerifierMeta(
         heads=list(heads),
         recipe="pav" if len(heads) > 1 else "orm",
         trunk=str(trunk),

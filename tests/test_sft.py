@@ -23,13 +23,13 @@ from pav.policy.policy import load_tokenizer
 from pav.tasks.tape import Tape, tape_tokenizer
 from pav.train import sft as sft_module
 from pav.train.checkpoints import LastCheckpoint
-from pav.train.sft import IGNORE, SftConfig, SftModule, Shape, Solutions, schedule, sft
+from pav.train.sft import IGNORE, PolicyShape, SftConfig, SftModule, Solutions, schedule, sft
 from tests.full_disk import full_disk
 
 TINY = SftConfig(
     output="",
     task=Tape(sft_ops=(1, 3)),
-    shape=Shape(hidden=32, layers=1, heads=1, mlp=32),
+    shape=PolicyShape(hidden=32, layers=1, heads=1, mlp=32),
     steps=40,
     batch=16,
     warmup=4,
@@ -256,7 +256,7 @@ def test_rate_warms_up_stays_and_falls_to_zero(steps: int, warmup: int, decay: f
 def test_matrices_inside_layers_are_muons_and_the_rest_adamws() -> None:
     from transformers import LlamaForCausalLM
 
-    config = replace(TINY, shape=Shape(32, 2, 1, 32))
+    config = replace(TINY, shape=PolicyShape(32, 2, 1, 32))
     model = LlamaForCausalLM(sft_module.llama_config(config, 19))
     muon, adamw = SftModule(config, model).configure_optimizers()
     names = {id(p): name for name, p in model.named_parameters()}

@@ -21,7 +21,7 @@ from benchmarks.labels.study import (
 )
 from data_gen.config import RolloutsConfig
 from data_gen.engines import loaded
-from data_gen.labeler import Labeler, Seed, label
+from data_gen.labeler import Labeler, PlannedTrace, label
 from data_gen.store import Store
 from pav.cli.run import run
 from pav.core.signals import interruptible
@@ -47,7 +47,7 @@ def fill(config: StudyConfig, arms: Sequence[Arm] = ARMS) -> None:
             replays = Replays(name, store.traces, store.completions)
 
             def sample(arm: Arm, problems: Sequence[Problem], number: int) -> None:
-                seeds = [Seed("train", problem, name, number) for problem in problems]
+                seeds = [PlannedTrace("train", problem, name, number) for problem in problems]
                 plan = replays.plan(arm)
                 labeler = Labeler(GuardedGrader(config.task), rollers, plan, config.seed, store)
                 label(labeler, [seeds], CONCURRENCY)

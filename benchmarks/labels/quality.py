@@ -117,7 +117,12 @@ def quality(judge: Judge, labels: LabelSet, seed: int) -> Quality:
     """Train heads and fit calibrators on ``labels``, judge their Q on held-out prefixes."""
     train_set, watched = (judge.examples(labels, split) for split in ("train", "validation"))
     config = TrainConfig(
-        labels=[], trunk=judge.name, max_epochs=STEPS, max_steps=STEPS, patience=PATIENCE, seed=seed
+        labels=[],
+        trunk=judge.name,
+        max_epochs=STEPS,
+        max_steps=STEPS,
+        patience=PATIENCE,
+        seed=seed,
     )
     L.seed_everything(seed, verbose=False)
     model = HeadedTrunk(judge.trunk, 2)  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
 """The study of label budgets: who buys which labels with how many tokens.
 
 Rollouts are keyed by (prefix, policy, index), and what a strategy asks for depends on finished
-outcomes alone (:func:`data_gen.strategies.wanted`). So one pool of rollouts serves all strategies,
-budgets and replicates: each is *replayed* on it and gets what a run of its own would have got.
+outcomes alone (:func:`data_gen.strategies.next_rollouts`). So one pool of rollouts serves all
+strategies, budgets and replicates: each is *replayed* on it and gets what a run of its own would
+have got.
 
 A replicate is a set of training problems of its own; a share of the budget has the first problems
 of it. There an arm labels one seed solution per problem, then a second one, and so on, until it has
@@ -34,7 +35,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from data_gen.strategies import Plan, Strategy, wanted
+from data_gen.strategies import Plan, Strategy, next_rollouts
 from pav.labels.tables import Completion, Key, LabelSet, Trace, count
 from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.base import Problem
@@ -146,7 +147,7 @@ class Replays:
         """
         if (arm, trace.trace_id) not in self._known:
             done: dict[Key, Completion] = {}
-            while requests := wanted(self.plan(arm), trace, done):
+            while requests := next_rollouts(self.plan(arm), trace, done):
                 keys = [(r.key, r.policy, r.index) for r in requests]
                 done |= {key: self.completions[key] for key in keys}
             self._known[arm, trace.trace_id] = done

@@ -33,7 +33,7 @@ from scipy.stats import t as student_t
 from benchmarks.speed.results import metric, result, write
 from data_gen.config import RolloutsConfig
 from data_gen.engines import loaded
-from data_gen.labeler import Labeler, Roller, Seed, label
+from data_gen.labeler import Labeler, PlannedTrace, RolloutPolicy, label
 from data_gen.rollouts import _rounds as rounds_of
 from data_gen.store import Store
 from data_gen.strategies import Plan
@@ -126,7 +126,10 @@ def generation(config: GenerationConfig) -> None:
 
 
 def _case(
-    labels: RolloutsConfig, roller: Roller, rounds: list[list[Seed]], config: GenerationConfig
+    labels: RolloutsConfig,
+    roller: RolloutPolicy,
+    rounds: list[list[PlannedTrace]],
+    config: GenerationConfig,
 ) -> list[dict[str, Turn]]:
     engine = roller.engine
     assert isinstance(engine, VllmEngine)
@@ -180,7 +183,9 @@ def _time(engine: VllmEngine, work: Callable[[], int]) -> Turn:
     return Turn(tokens, steps, clock, cpu)
 
 
-def _calls(plan: Plan, labeler: Labeler, roller: Roller, rounds: list[list[Seed]]) -> list[Call]:
+def _calls(
+    plan: Plan, labeler: Labeler, roller: RolloutPolicy, rounds: list[list[PlannedTrace]]
+) -> list[Call]:
     """The requests that a label run made, in the order of the usual loop within a round."""
     most, name, seen = roller.sampler.max_length, roller.name, set()
     calls = []
@@ -199,7 +204,7 @@ def _calls(plan: Plan, labeler: Labeler, roller: Roller, rounds: list[list[Seed]
     return calls
 
 
-def _raw(engine: VllmEngine, roller: Roller, calls: Sequence[Call]) -> int:
+def _raw(engine: VllmEngine, roller: RolloutPolicy, calls: Sequence[Call]) -> int:
     """Tokens that vLLM makes of ``calls``, all given at once."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

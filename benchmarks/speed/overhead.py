@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.speed.results import metric, result, write
 from data_gen.label_run import Run, base_policy, read_run, task_of
-from data_gen.labeler import Labeler, Roller, Seed, label
+from data_gen.labeler import Labeler, PlannedTrace, RolloutPolicy, label
 from data_gen.store import Store
 from data_gen.strategies import plan_of
 from data_gen.workers.pool import Call, Finished, Message, Model, Pool, Started
@@ -93,7 +93,7 @@ def _simulated(made: Run, workers: int, problems: int, rate: float) -> dict[str,
     solutions = cycle((t.ids, t.truncated) for t in made.traces.values())
     rounds = [
         [
-            Seed("train", problem, "given", 0, next(solutions))
+            PlannedTrace("train", problem, "given", 0, next(solutions))
             for problem in islice(task.problems("train"), problems)
         ]
     ]
@@ -105,7 +105,7 @@ def _simulated(made: Run, workers: int, problems: int, rate: float) -> dict[str,
         )
         engine = Pool(simulation, [model], workers, None).engines[0]
     with TemporaryDirectory() as name, Store(Path(name), {}) as store:
-        roller = Roller(policy, engine, sampler)
+        roller = RolloutPolicy(policy, engine, sampler)
         labeler = Labeler(
             GuardedGrader(task), [roller], plan_of(made.manifest), made.manifest["seed"], store
         )

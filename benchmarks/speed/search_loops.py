@@ -50,7 +50,7 @@ from pav.policy.policy import Policy, Sampler
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
 from pav.verifier.checkpoint import Verifier, load_model, load_verifier, trunk_path
-from pav.verifier.scoring import NOTHING, Reading, Scorer
+from pav.verifier.scoring import NO_LOGPROBS, PrefixScore, Scorer
 from pav.verifier.trunk import HeadedTrunk
 from search.run.records import Record
 from search.run.session import Session, open_session
@@ -110,8 +110,8 @@ class Batched:
         ids: Sequence[int],
         ends: Sequence[int],
         cost: Cost,
-        known: np.ndarray = NOTHING,
-    ) -> Reading:
+        known: np.ndarray = NO_LOGPROBS,
+    ) -> PrefixScore:
         """As :meth:`Scorer.read`; nothing is remembered from the steps before."""
         prompt = self.scorer.trunk.encode(problem)
         stop = scoring_position(len(prompt), ends[-1] if ends else 0) + 1
@@ -120,8 +120,8 @@ class Batched:
         out = await future
         cost.read(out)
         logprobs = np.concatenate([np.asarray(out.logprobs)[len(prompt) - 1 :], np.zeros(1)])
-        values = self.values(out.heads, logprobs if ends else NOTHING, ids, ends)
-        return Reading(values, logprobs.astype(np.float32))
+        values = self.values(out.heads, logprobs if ends else NO_LOGPROBS, ids, ends)
+        return PrefixScore(values, logprobs.astype(np.float32))
 
     @property
     def busy(self) -> bool:

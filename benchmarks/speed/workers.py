@@ -21,7 +21,7 @@ from benchmarks.speed.generation import mean_and_interval
 from benchmarks.speed.results import metric, result, write
 from data_gen.config import RolloutsConfig
 from data_gen.engines import loaded
-from data_gen.labeler import Labeler, Roller, label
+from data_gen.labeler import Labeler, RolloutPolicy, label
 from data_gen.rollouts import _rounds as rounds_of
 from data_gen.store import Store
 from data_gen.workers.pool import RemoteEngine
@@ -104,7 +104,7 @@ def workers(config: WorkersConfig) -> None:
     _plot(rows, result("workers", "png"))
 
 
-def _wait(roller: Roller) -> None:
+def _wait(roller: RolloutPolicy) -> None:
     """Until all workers have loaded their models."""
     engine = roller.engine
     assert isinstance(engine, RemoteEngine)
@@ -112,7 +112,7 @@ def _wait(roller: Roller) -> None:
         engine.step()
 
 
-def _made(config: RolloutsConfig, rollers: list[Roller]) -> Made:
+def _made(config: RolloutsConfig, rollers: list[RolloutPolicy]) -> Made:
     engine = rollers[0].engine
     if not isinstance(engine, RemoteEngine):  # workers keep a few blocks of the turn before
         engine.start()

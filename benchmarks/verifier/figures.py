@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pav.core.heads import ORM
 from pav.evaluate.metrics import Array
-from pav.evaluate.scored_labels import Judged, slips_of
+from pav.evaluate.scored_labels import ScoredLabels, slips_of
 
 RESAMPLES = 200
 Rows = NDArray[np.intp]
@@ -34,7 +34,7 @@ class Figure:
     of: Callable[[Array, Array], float]
 
 
-def figures_of(judged: Judged, held_N: NDArray[np.bool_]) -> dict[str, Figure]:
+def figures_of(judged: ScoredLabels, held_N: NDArray[np.bool_]) -> dict[str, Figure]:
     """The figures on the rows ``held_N``, by name; every prefix counts once."""
     found: dict[str, Figure] = {}
     scored = judged.scored

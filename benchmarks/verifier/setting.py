@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.verifier.pool import Encoded, Part, encode, subset
 from benchmarks.verifier.rows import DEPTH, STRONG, Row
 from pav.evaluate.report import first_half
-from pav.evaluate.scored_labels import Judged, judge, slips_of
+from pav.evaluate.scored_labels import ScoredLabels, score_labels, slips_of
 from pav.labels.examples import Example, hardened, pav_examples
 from pav.labels.tables import LabelSet
 from pav.policy.policy import Policy
@@ -46,7 +46,7 @@ class Study:
     task: Task
     directory: Path
     encoded: dict[tuple[str, int | None, int], Encoded] = field(default_factory=dict)
-    judged: dict[str, Judged] = field(default_factory=dict)
+    judged: dict[str, ScoredLabels] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, labels in self.judged_on.items():
@@ -61,14 +61,14 @@ class Study:
         """Solutions with their labels."""
         return pav_examples(labels, split, HEADS, self.policy, self.cap)
 
-    def _judged(self, labels: LabelSet) -> Judged:
+    def _judged(self, labels: LabelSet) -> ScoredLabels:
         examples = self.examples(labels, "validation")
         flat = [np.concatenate([getattr(e, name) for e in examples]) for name in ("k_PH", "n_PH")]
         owner = np.concatenate([np.full(len(e.positions_P), i) for i, e in enumerate(examples)])
         step = np.concatenate([np.arange(len(e.positions_P)) for e in examples])
         nothing = np.zeros(flat[0].shape, np.float32)
         scored = Scored(torch.zeros(0), nothing, nothing, flat[0], flat[1], owner, step)
-        return judge(HEADS, examples, scored, labels, self.policy, self.task)
+        return score_labels(HEADS, examples, scored, labels, self.policy, self.task)
 
     def states(self, row: Row, examples: Sequence[Example]) -> Tensor:
         """(N, D) hidden states that the heads of ``row`` read."""
@@ -127,7 +127,9 @@ def _kinds(study: Study, examples: list[Example], labels: LabelSet) -> list[list
     nothing = np.zeros((0, 0), np.float32)
     empty = np.zeros(0, dtype=np.intp)
     scored = Scored(torch.zeros(0), nothing, nothing, nothing, nothing, empty, empty)
-    judged = Judged(HEADS, examples, scored, labels, study.policy, study.task, empty, {}, empty)
+    judged = ScoredLabels(
+        HEADS, examples, scored, labels, study.policy, study.task, empty, {}, empty
+    )
     found = slips_of(judged)
     if found is None:
         raise TypeError("the task does not know the truth of steps")

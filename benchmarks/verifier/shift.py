@@ -28,7 +28,7 @@ from pav.cli.run import run
 from pav.evaluate.command import load_on_device, trunk_policy
 from pav.evaluate.metrics import Array, reliability_bins, value_metrics
 from pav.evaluate.report import first_half
-from pav.evaluate.scored_labels import MODES, Judged, judge
+from pav.evaluate.scored_labels import MODES, ScoredLabels, score_labels
 from pav.labels.examples import pav_examples
 from pav.labels.tables import read_labels
 from pav.tasks.tape import Tape
@@ -66,13 +66,13 @@ def shift(config: ShiftConfig) -> None:
     card = verifier.card
     path, policy = trunk_policy(verifier, Tape(), None)
     model = load_on_device(verifier, path)
-    judged: dict[str, Judged] = {}
+    judged: dict[str, ScoredLabels] = {}
     for name, directory in ((SAMPLED, config.sampled), (SEARCHED, config.searched)):
         labels = read_labels([directory])
         cap = labels.manifest["sampler"]["max_length"]
         examples = pav_examples(labels, "validation", card.heads, policy, cap)
         scored = score(model, examples, policy, name)
-        judged[name] = judge(card.heads, examples, scored, labels, policy, Tape())
+        judged[name] = score_labels(card.heads, examples, scored, labels, policy, Tape())
     halves = {name: _half(j) for name, j in judged.items()}
     table: list[dict[str, Any]] = []
     metrics = []
@@ -121,14 +121,14 @@ def shift(config: ShiftConfig) -> None:
     write("verifier_selection_shift", metrics, table, figure, [0], count, COMMAND)
 
 
-def _half(judged: Judged) -> np.ndarray:
+def _half(judged: ScoredLabels) -> np.ndarray:
     """Rows of the problems that calibrators are fitted on."""
     half = np.array([first_half(e.problem_id) for e in judged.examples])
     rows: np.ndarray = half[judged.scored.example_N]
     return rows
 
 
-def _recalibrated(judged: Judged, half_N: np.ndarray, h: int) -> Calibrator:
+def _recalibrated(judged: ScoredLabels, half_N: np.ndarray, h: int) -> Calibrator:
     scored = judged.scored
     rows = np.flatnonzero(half_N & (scored.n_NH[:, h] > 0))
     return fit_calibrator(

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from data_gen.importers.formats import Format, Solution, read_solutions
+from data_gen.importers.formats import Format, ImportedSolution, read_solutions
 from data_gen.importers.traces import digest
 from data_gen.inspect.card import write_data_card
 from data_gen.inspect.health import print_health, write_health
@@ -143,7 +143,7 @@ def import_labels(config: ImportConfig) -> None:
 
 
 def encode(
-    solutions: Sequence[Solution], policy: Policy, name: str, max_length: int
+    solutions: Sequence[ImportedSolution], policy: Policy, name: str, max_length: int
 ) -> tuple[list[Trace], list[Completion], Counter[str]]:
     """(traces, labels, how many solutions or labels were left out by reason)."""
     traces: dict[str, Trace] = {}
@@ -212,7 +212,7 @@ def _grader(config: ImportConfig) -> Grader:
     return config.grader or ("none" if config.format == "trl" else "math")
 
 
-def _problems(config: ImportConfig, solutions: Sequence[Solution]) -> str:
+def _problems(config: ImportConfig, solutions: Sequence[ImportedSolution]) -> str:
     """The problems with a known answer, as lines of JSON, so that a verifier can search on them.
 
     Without a grader the reference is the text of a right solution.

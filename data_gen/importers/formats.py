@@ -34,7 +34,7 @@ _ANSWER = re.compile(r"[Tt]he answer is:?\s*(.+?)\s*$")
 
 
 @dataclass(frozen=True)
-class Step:
+class ImportedStep:
     """One step; ``label`` is None where nobody judged it (or another solution carries it)."""
 
     text: str
@@ -42,7 +42,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Solution:
+class ImportedSolution:
     """A solution whose steps are labelled.
 
     Attributes:
@@ -54,13 +54,13 @@ class Solution:
 
     question: str
     gold: str | None
-    steps: list[Step]
+    steps: list[ImportedStep]
     complete: bool
 
 
 def read_solutions(
     path: str, layout: Format, limit: int | None, bad: list[str] | None = None
-) -> Iterator[list[Solution]]:
+) -> Iterator[list[ImportedSolution]]:
     """The solutions of each of the first ``limit`` rows; none for a row that its authors gave up.
 
     Args:
@@ -130,12 +130,12 @@ def _field(row: Any, names: str, kind: type, where: str) -> Any:
     return value
 
 
-def _math_shepherd(row: dict[str, Any], where: str) -> list[Solution]:
+def _math_shepherd(row: dict[str, Any], where: str) -> list[ImportedSolution]:
     text, labelled = (_field(row, name, str, where) for name in ("input", "label"))
     pieces = text.split(_TAG)
     if pieces.pop().strip():
         raise UserError(f"{where}: input does not end with the tag {_TAG!r}; every step needs one")
-    steps: list[Step] = []
+    steps: list[ImportedStep] = []
     cursor = 0
     for number, piece in enumerate(pieces, 1):
         mark = labelled[cursor + len(piece) : cursor + len(piece) + 1]
@@ -145,7 +145,7 @@ def _math_shepherd(row: dict[str, Any], where: str) -> list[Solution]:
                 f"with + or - in place of {_TAG!r}"
             )
         cursor += len(piece) + 1
-        steps.append(Step(piece.strip(), mark == "+"))
+        steps.append(ImportedStep(piece.strip(), mark == "+"))
         if not piece.strip():
             raise UserError(f"{where}: input has an empty step {number}; mend or drop the line")
     # The last one: a problem may list steps of its own.
@@ -154,19 +154,21 @@ def _math_shepherd(row: dict[str, Any], where: str) -> list[Solution]:
     question = steps[0].text[:start].strip() if steps else ""
     if not question:
         raise UserError(f"{where}: input has no problem before 'Step 1:'; mend or drop the line")
-    steps[0] = Step(steps[0].text[start:], steps[0].label)
+    steps[0] = ImportedStep(steps[0].text[start:], steps[0].label)
     answer = _ANSWER.search(steps[-1].text)
-    return [Solution(question, answer[1] if answer and steps[-1].label else None, steps, True)]
+    return [
+        ImportedSolution(question, answer[1] if answer and steps[-1].label else None, steps, True)
+    ]
 
 
-def _prm800k(row: dict[str, Any], where: str) -> list[Solution]:
+def _prm800k(row: dict[str, Any], where: str) -> list[ImportedSolution]:
     question = _field(row, "question.problem", str, where)
     gold = row["question"].get("ground_truth_answer")
     reason = _field(row, "label.finish_reason", str, where)
     if reason in ("bad_problem", "give_up"):
         return []
-    path: list[Step] = []
-    found: list[Solution] = []
+    path: list[ImportedStep] = []
+    found: list[ImportedSolution] = []
     for number, step in enumerate(_field(row, "label.steps", list, where)):
         at = f"label.steps[{number}]"
         if not isinstance(step, dict):
@@ -182,9 +184,9 @@ def _prm800k(row: dict[str, Any], where: str) -> list[Solution]:
                 f"{len(offered)}"
             )
         # The solution itself carries the labels of its steps; an alternative only its own.
-        before = [Step(s.text, None) for s in path]
+        before = [ImportedStep(s.text, None) for s in path]
         found += [
-            Solution(question, gold, [*before, other], False)
+            ImportedSolution(question, gold, [*before, other], False)
             for i, other in enumerate(offered)
             if i != chosen and other.label is not None
         ]
@@ -196,21 +198,21 @@ def _prm800k(row: dict[str, Any], where: str) -> list[Solution]:
             break
     if path:
         complete = reason == "solution" and path[-1].label is not None
-        found.insert(0, Solution(question, gold, path, complete))
+        found.insert(0, ImportedSolution(question, gold, path, complete))
     return found
 
 
-def _completion(value: Any, at: str, where: str) -> Step:
+def _completion(value: Any, at: str, where: str) -> ImportedStep:
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: {at}.text is {repr(text)[:60]}; it must be text")
     rating = value.get("rating")
     if rating not in (None, -1, 0, 1) or isinstance(rating, bool):
         raise UserError(f"{where}: {at}.rating is {rating!r}; it must be -1, 0, 1 or null")
-    return Step(text.strip(), None if rating is None else rating >= 0)
+    return ImportedStep(text.strip(), None if rating is None else rating >= 0)
 
 
-def _trl(row: dict[str, Any], where: str) -> list[Solution]:
+def _trl(row: dict[str, Any], where: str) -> list[ImportedSolution]:
     prompt = _field(row, "prompt", str, where)
     completions, labels = (_field(row, name, list, where) for name in ("completions", "labels"))
     if not completions or len(completions) != len(labels):
@@ -225,5 +227,5 @@ def _trl(row: dict[str, Any], where: str) -> list[Solution]:
             raise UserError(f"{where}: labels[{i}] is {label!r}; it must be true or false")
     if not prompt.strip():
         raise UserError(f"{where}: prompt is empty; it must be the problem")
-    steps = [Step(t.strip(), bool(k)) for t, k in zip(completions, labels, strict=True)]
-    return [Solution(prompt.strip(), None, steps, True)]
+    steps = [ImportedStep(t.strip(), bool(k)) for t, k in zip(completions, labels, strict=True)]
+    return [ImportedSolution(prompt.strip(), None, steps, True)]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_gen.labeler import Seed
+from data_gen.labeler import PlannedTrace
 from pav.core.errors import UserError
 from pav.core.text import check_text
 from pav.policy.encoding import eos_id
@@ -37,7 +37,7 @@ def digest(path: str) -> str:
 
 def given_rounds(
     path: str, problems: list[tuple[Split, Problem]], policy: Policy, max_length: int
-) -> list[list[Seed]]:
+) -> list[list[PlannedTrace]]:
     """Seeds of the file at ``path``, round by round: the first of every problem, the second, ...
 
     Raises:
@@ -46,7 +46,7 @@ def given_rounds(
     known = {problem.id: (split, problem) for split, problem in problems}
     counts: Counter[tuple[str, str]] = Counter()
     per_problem: Counter[str] = Counter()
-    rounds: list[list[Seed]] = []
+    rounds: list[list[PlannedTrace]] = []
     for where, row in _solution_rows(path):
         named = _text(row, "problem_id" if "problem_id" in row else "question", where)
         pid = named if "problem_id" in row else problem_id(named)
@@ -68,7 +68,7 @@ def given_rounds(
                 f"{max_length}; raise it or drop the line"
             )
         writer = _text(row, "policy", where) if "policy" in row else GIVEN
-        seed = Seed(split, problem, writer, counts[pid, writer], (ids, truncated))
+        seed = PlannedTrace(split, problem, writer, counts[pid, writer], (ids, truncated))
         counts[pid, writer] += 1
         if per_problem[pid] == len(rounds):
             rounds.append([])

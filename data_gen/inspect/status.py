@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from data_gen.label_run import Run, print_wide, read_run, run_on_directories, stepper_of
-from data_gen.strategies import plan_of, wanted
+from data_gen.strategies import next_rollouts, plan_of
 from data_gen.workers.pool import worker_lines
 from pav.core.errors import UserError
 from pav.core.journal import JOURNAL
@@ -65,7 +65,7 @@ def status(config: StatusConfig) -> None:
 def _row(run: Run) -> list[str]:
     plan = plan_of(run.manifest)
     stepper = stepper_of(run) if plan.branches else None
-    done = sum(not wanted(plan, t, run.completions, stepper) for t in run.traces.values())
+    done = sum(not next_rollouts(plan, t, run.completions, stepper) for t in run.traces.values())
     total = run.solutions or _planned(run.manifest)
     per_second, tokens = rates(run)
     # Rollouts are what takes time; solutions come in bursts.

@@ -93,7 +93,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     # Not at the top: they bring torch, and --help stays fast.
     from pav.evaluate.report import first_half, label_facts, print_metrics
-    from pav.evaluate.scored_labels import MODES, judge
+    from pav.evaluate.scored_labels import MODES, score_labels
     from pav.evaluate.suite import measure
     from pav.labels.examples import pav_examples
     from pav.verifier.forward import score
@@ -125,8 +125,8 @@ def _evaluate(
     }
     fitted = np.array([first_half(e.problem_id) for e in examples])[scored.example_N]
     everything = dict.fromkeys(card.heads, np.ones_like(fitted))
-    judged = judge(card.heads, examples, scored, labels, policy, task)
-    metrics = measure(judged, q, everything, fitted) | {"data": label_facts(labels)}
+    scores = score_labels(card.heads, examples, scored, labels, policy, task)
+    metrics = measure(scores, q, everything, fitted) | {"data": label_facts(labels)}
     title = f"{config.verifier} on {', '.join(config.labels)}, {config.split} problems"
     print_metrics(metrics, title, config.verbose)
     _print_shift(card.validation, metrics)

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from pav.core.heads import LIK, ORM
 from pav.evaluate.intervals import location_intervals
 from pav.evaluate.metrics import NAN, Array
-from pav.evaluate.scored_labels import MODES, Held, Judged, Rows, Values
+from pav.evaluate.scored_labels import MODES, Held, Rows, ScoredLabels, Values
 from pav.labels.examples import Example
 
 
 def first_error(
-    judged: Judged, q: Values, held: Held, fitted: Rows, kinds: list[list[str | None]] | None
+    scores: ScoredLabels, q: Values, held: Held, fitted: Rows, kinds: list[list[str | None]] | None
 ) -> dict[str, Any]:
     """Where a solution first goes wrong: by the truth, or the first step with no right rollout.
 
@@ -27,16 +27,16 @@ def first_error(
     From counts a solution that ends right has no error; one that ends wrong is judged only where
     every step but the last has two rollouts.
     """
-    scored = judged.scored
-    width = max((len(e.ends) for e in judged.examples), default=0)
-    shape = (len(judged.examples), width)
+    scored = scores.scored
+    width = max((len(e.ends) for e in scores.examples), default=0)
+    shape = (len(scores.examples), width)
     after = scored.step_N > 0
     at = scored.example_N[after], scored.step_N[after] - 1
     fitted_T = np.zeros(shape[0], dtype=bool)
     fitted_T[scored.example_N[fitted]] = True
-    problem_T = np.array([e.problem_id for e in judged.examples])
+    problem_T = np.array([e.problem_id for e in scores.examples])
     found: dict[str, Any] = {"truth": "counts" if kinds is None else "slips"}
-    for head in judged.heads:
+    for head in scores.heads:
         if head == ORM or (kinds is None and head.startswith(LIK)):
             continue  # a likelihood is never zero
         held_T = np.zeros(shape[0], dtype=bool)
@@ -49,11 +49,11 @@ def first_error(
         else:
             k_TP, n_TP = np.zeros(shape), np.zeros(shape)
             k_TP[at], n_TP[at] = (
-                c[after] for c in (judged.counts[head].k_N, judged.counts[head].n_N)
+                c[after] for c in (scores.counts[head].k_N, scores.counts[head].n_N)
             )
             exact_TP = np.zeros(shape, dtype=bool)
-            exact_TP[at] = judged.counts[head].exact_N[after]
-            first_T, known_T, n_TP = _first_zero(k_TP, n_TP, exact_TP, judged.examples)
+            exact_TP[at] = scores.counts[head].exact_N[after]
+            first_T, known_T, n_TP = _first_zero(k_TP, n_TP, exact_TP, scores.examples)
             found[f"{head}/halves"] = halves_agree(
                 k_TP[known_T & (first_T > 0)], n_TP[known_T & (first_T > 0)]
             )

@@ -24,12 +24,12 @@ from pav.core.files import json_text
 from pav.core.printable import cell, one_line
 from pav.core.steps import scoring_position
 from pav.evaluate.command import check_writable, load_on_device, trunk_policy
-from pav.evaluate.processbench_data import Solution, read_subsets
+from pav.evaluate.processbench_data import AnnotatedSolution, read_subsets
 from pav.evaluate.processbench_f1 import UNREADABLE, Scores, f1_row, first_wrong, pick_threshold
 from pav.policy.encoding import encode_steps
 from pav.policy.policy import Policy
 from pav.tasks.base import Problem, Task
-from pav.verifier.checkpoint import Card, load_verifier, resolve_task
+from pav.verifier.checkpoint import VerifierMeta, load_verifier, resolve_task
 
 # Not typing's: jsonargparse would run that block, and --help would wait for its imports.
 TYPE_CHECKING = False
@@ -145,7 +145,7 @@ def processbench(config: ProcessBenchConfig) -> dict[str, Any]:
     return result
 
 
-def chosen_head(card: Card, name: str | None) -> str:
+def chosen_head(card: VerifierMeta, name: str | None) -> str:
     """The head to read.
 
     Raises:
@@ -157,7 +157,9 @@ def chosen_head(card: Card, name: str | None) -> str:
     return head
 
 
-def encode(policy: Policy, solution: Solution, separator: str) -> tuple[Example, list[int], bool]:
+def encode(
+    policy: Policy, solution: AnnotatedSolution, separator: str
+) -> tuple[Example, list[int], bool]:
     """A solution as the verifier's policy would have written it.
 
     Steps end where the step rule says, and where the data say (:func:`encode_steps`).
@@ -186,9 +188,9 @@ def encode(policy: Policy, solution: Solution, separator: str) -> tuple[Example,
 def score_steps(
     model: HeadedTrunk,
     policy: Policy,
-    card: Card,
+    card: VerifierMeta,
     head: str,
-    solutions: Sequence[Solution],
+    solutions: Sequence[AnnotatedSolution],
     config: ProcessBenchConfig,
     separator: str,
 ) -> list[Scores]:
@@ -231,7 +233,7 @@ def _per_step(q_P: NDArray[np.float64], own: Sequence[int], kind: Score) -> NDAr
     return np.asarray(last)
 
 
-def _key(solution: Solution) -> tuple[str, tuple[str, ...]]:
+def _key(solution: AnnotatedSolution) -> tuple[str, tuple[str, ...]]:
     return solution.problem, tuple(solution.steps)
 
 

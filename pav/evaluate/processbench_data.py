@@ -27,7 +27,7 @@ CORRECT = -1
 
 
 @dataclass(frozen=True)
-class Solution:
+class AnnotatedSolution:
     """A solution whose first error is known.
 
     Attributes:
@@ -43,7 +43,7 @@ class Solution:
     label: int
 
 
-def read_subsets(field: str, source: str) -> dict[str, list[Solution]]:
+def read_subsets(field: str, source: str) -> dict[str, list[AnnotatedSolution]]:
     """Solutions by subset: the files of a directory, or one file, by name without suffix.
 
     Raises:
@@ -64,7 +64,7 @@ def read_subsets(field: str, source: str) -> dict[str, list[Solution]]:
             f"{field} {source!r} does not exist; give a file of ProcessBench's layout or a "
             "directory of them"
         )
-    subsets: dict[str, list[Solution]] = {}
+    subsets: dict[str, list[AnnotatedSolution]] = {}
     for file in files:
         name = file.name
         for suffix in sorted(SUFFIXES, key=len, reverse=True):
@@ -75,7 +75,7 @@ def read_subsets(field: str, source: str) -> dict[str, list[Solution]]:
     return subsets
 
 
-def _solutions(file: Path) -> list[Solution]:
+def _solutions(file: Path) -> list[AnnotatedSolution]:
     solutions = [_solution(row, f"{file} line {line}") for line, row in _rows(file)]
     if not solutions:
         raise UserError(f"{file} holds no solutions; give a file of ProcessBench's layout")
@@ -116,7 +116,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
         position += is_array and text[position : position + 1] == ","
 
 
-def _solution(row: Any, where: str) -> Solution:
+def _solution(row: Any, where: str) -> AnnotatedSolution:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a {type(row).__name__}, not an object; write one object a row")
     check_text(row, where)
@@ -148,7 +148,7 @@ def _solution(row: Any, where: str) -> Solution:
             f"{where}: label is {label} with {len(steps)} steps; give the index of the first wrong "
             f"step (0 to {len(steps) - 1}), or {CORRECT}"
         )
-    return Solution(identity, problem, steps, label)
+    return AnnotatedSolution(identity, problem, steps, label)
 
 
 def _short(value: Any) -> str:

@@ -17,14 +17,14 @@ from rich.table import Table
 from pav.core.heads import ORM
 from pav.core.printable import cell, one_line
 from pav.core.statistics import bootstrap
-from pav.evaluate.scored_labels import MODES, judge
+from pav.evaluate.scored_labels import MODES, score_labels
 from pav.evaluate.suite import measure
 from pav.labels.examples import Example
 from pav.labels.tables import LabelSet
 from pav.policy.policy import Policy
 from pav.tasks.base import Task
 from pav.verifier.calibrate import fit_calibrator
-from pav.verifier.checkpoint import Card
+from pav.verifier.checkpoint import VerifierMeta
 from pav.verifier.forward import Scored, score
 from pav.verifier.trunk import HeadedTrunk
 
@@ -35,7 +35,7 @@ MOST_CALIBRATING = 1000
 
 
 def fit_and_report(
-    card: Card,
+    card: VerifierMeta,
     model: HeadedTrunk,
     examples: list[Example],
     training: list[Example],
@@ -43,7 +43,7 @@ def fit_and_report(
     policy: Policy,
     task: Task,
     base: str,
-) -> Card:
+) -> VerifierMeta:
     """The card with calibrators, default pick and validation metrics filled in.
 
     Calibrators are fitted on one half of the validation ``examples``, and on ``training`` where
@@ -79,7 +79,7 @@ def fit_and_report(
             calibrator = fit_calibrator(logit, seen, k, n)
             (surprised if mode == "surprise" else calibrators)[head] = asdict(calibrator)
             q[head, mode] = calibrator(scored.logits_NH[:, h], scored.surprise_NF)
-    judged = judge(card.heads, examples, scored, labels, policy, task)
+    judged = score_labels(card.heads, examples, scored, labels, policy, task)
     metrics = measure(judged, q, held, fitted)
     metrics["data"] = label_facts(labels)
     card = replace(card, calibrators=calibrators, surprise_calibrators=surprised)
@@ -115,7 +115,7 @@ def label_facts(labels: LabelSet) -> dict[str, Any]:
 
 
 def _picks(
-    card: Card,
+    card: VerifierMeta,
     examples: list[Example],
     scored: Scored,
     q: dict[tuple[str, str], np.ndarray],
@@ -175,7 +175,7 @@ def default_pick(picks: dict[str, Any]) -> str:
     return best if picks[best] > picks[ORM] + noise else ORM
 
 
-def print_report(card: Card, verbose: bool) -> None:
+def print_report(card: VerifierMeta, verbose: bool) -> None:
     """The validation metrics as tables (see :func:`print_metrics`)."""
     print_metrics(card.validation, "validation, the half that calibration did not see", verbose)
     if "picks" in card.validation:

@@ -25,7 +25,7 @@ Held = Mapping[str, Rows]
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredLabels:
     """Scored validation prefixes with what is known of them. Axes: N rows as in ``scored``.
 
     Attributes:
@@ -51,15 +51,15 @@ class Judged:
     before_N: NDArray[np.intp]
 
 
-def judge(
+def score_labels(
     heads: Sequence[str],
     examples: list[Example],
     scored: Scored,
     labels: LabelSet,
     policy: Policy,
     task: Task,
-) -> Judged:
-    """Look up the labels of every scored prefix (see :class:`Judged`)."""
+) -> ScoredLabels:
+    """Look up the labels of every scored prefix (see :class:`ScoredLabels`)."""
     keys = []
     last_N = np.zeros(len(scored.step_N), dtype=bool)
     row_of: dict[tuple[int, int], int] = {}
@@ -91,22 +91,24 @@ def judge(
             np.where(exact_N, 1.0, n_N * labelled),
             exact_N,
         )
-    return Judged(heads, examples, scored, labels, policy, task, np.array(keys), counts, before_N)
+    return ScoredLabels(
+        heads, examples, scored, labels, policy, task, np.array(keys), counts, before_N
+    )
 
 
-def slips_of(judged: Judged) -> list[list[str | None]] | None:
+def slips_of(scores: ScoredLabels) -> list[list[str | None]] | None:
     """Kind of the first slip up to every position of every example, step 0 included."""
-    slips = getattr(judged.task, "slips", None)
+    slips = getattr(scores.task, "slips", None)
     if slips is None:
         return None
     problems = {
-        t.problem_id: Problem(t.problem_id, t.question, t.gold) for t in judged.labels.traces
+        t.problem_id: Problem(t.problem_id, t.question, t.gold) for t in scores.labels.traces
     }
     kinds = []
-    for example in judged.examples:
+    for example in scores.examples:
         ids, start, texts = example.ids[example.prompt_length :], 0, []
         for end in example.ends:
-            texts.append(judged.policy.text(ids[start:end]))
+            texts.append(scores.policy.text(ids[start:end]))
             start = end
         kinds.append([None, *slips(texts, problems[example.problem_id])])
     return kinds

@@ -17,7 +17,7 @@ from pav.evaluate.ceilings import MIN_ROWS, advantage_ceilings, ceilings
 from pav.evaluate.first_error import first_error
 from pav.evaluate.intervals import advantage_intervals, auc_interval, value_intervals
 from pav.evaluate.metrics import advantage_metrics, auc, reliability_bins, value_metrics
-from pav.evaluate.scored_labels import MODES, Held, Judged, Rows, Values, slips_of
+from pav.evaluate.scored_labels import MODES, Held, Rows, ScoredLabels, Values, slips_of
 
 _STEP_COLUMNS = (
     "rows",
@@ -32,7 +32,7 @@ _STEP_COLUMNS = (
 _ADVANTAGE_COLUMNS = ("rows", "sign", "correlation")
 
 
-def measure(judged: Judged, q: Values, held: Held, fitted: Rows) -> dict[str, Any]:
+def measure(scores: ScoredLabels, q: Values, held: Held, fitted: Rows) -> dict[str, Any]:
     """All figures on the rows ``held`` (by head); thresholds are settled on the rows ``fitted``.
 
     Keys: ``<head>/<mode>`` and ``<head>/ceiling`` (:func:`pav.evaluate.metrics.value_metrics`, by
@@ -41,12 +41,12 @@ def measure(judged: Judged, q: Values, held: Held, fitted: Rows) -> dict[str, An
     (:mod:`pav.evaluate.intervals`); ``slips_ci95`` are those of the slips.
     """
     found: dict[str, Any] = {}
-    problem_N = _problems(judged)
+    problem_N = _problems(scores)
     advantages: dict[str, Any] = {}
-    for head in judged.heads:
-        rows = _distinct(judged, held[head] & (judged.counts[head].n_N > 0))
-        steps = judged.scored.step_N[rows]
-        labelled, problem = judged.counts[head][rows], problem_N[rows]
+    for head in scores.heads:
+        rows = _distinct(scores, held[head] & (scores.counts[head].n_N > 0))
+        steps = scores.scored.step_N[rows]
+        labelled, problem = scores.counts[head][rows], problem_N[rows]
         for mode in MODES:
             values = q[head, mode][rows]
             bins = reliability_bins(values, labelled) if len(rows) else {}
@@ -71,25 +71,25 @@ def measure(judged: Judged, q: Values, held: Held, fitted: Rows) -> dict[str, An
             "steps": _by_step(steps, _STEP_COLUMNS, lambda s, c=labelled: ceilings(c[s]))
         }
         if head != ORM:
-            advantages |= _advantages(judged, q, held[head], head)
+            advantages |= _advantages(scores, q, held[head], head)
     found["advantage"] = advantages
-    kinds = slips_of(judged)
-    found["first_error"] = first_error(judged, q, held, fitted, kinds)
+    kinds = slips_of(scores)
+    found["first_error"] = first_error(scores, q, held, fitted, kinds)
     found["slips"], found["slips_ci95"] = (
-        ({}, {}) if kinds is None else _slip_tables(judged, q, held, kinds)
+        ({}, {}) if kinds is None else _slip_tables(scores, q, held, kinds)
     )
     return found
 
 
-def _problems(judged: Judged) -> NDArray[Any]:
+def _problems(scores: ScoredLabels) -> NDArray[Any]:
     """(N,) problem of every scored row."""
-    return np.array([e.problem_id for e in judged.examples])[judged.scored.example_N]
+    return np.array([e.problem_id for e in scores.examples])[scores.scored.example_N]
 
 
-def _distinct(judged: Judged, rows: Rows) -> NDArray[np.intp]:
+def _distinct(scores: ScoredLabels, rows: Rows) -> NDArray[np.intp]:
     """Indices of ``rows``, every prefix once."""
     where = np.flatnonzero(rows)
-    return where[np.sort(np.unique(judged.keys_N[where], return_index=True)[1])]
+    return where[np.sort(np.unique(scores.keys_N[where], return_index=True)[1])]
 
 
 def _short(values: Any) -> list[float]:
@@ -107,18 +107,18 @@ def _by_step(step_N: NDArray[Any], columns: Sequence[str], of: Any) -> dict[str,
     }
 
 
-def _advantages(judged: Judged, q: Values, held: Rows, head: str) -> dict[str, Any]:
+def _advantages(scores: ScoredLabels, q: Values, held: Rows, head: str) -> dict[str, Any]:
     """Advantages of steps between two labelled prefixes."""
-    n_N = judged.counts[head].n_N
+    n_N = scores.counts[head].n_N
     rows = _distinct(
-        judged, held & (judged.scored.step_N > 0) & (n_N > 0) & (n_N[judged.before_N] > 0)
+        scores, held & (scores.scored.step_N > 0) & (n_N > 0) & (n_N[scores.before_N] > 0)
     )
-    before, after = judged.counts[head][judged.before_N[rows]], judged.counts[head][rows]
-    steps, problem = judged.scored.step_N[rows], _problems(judged)[rows]
+    before, after = scores.counts[head][scores.before_N[rows]], scores.counts[head][rows]
+    steps, problem = scores.scored.step_N[rows], _problems(scores)[rows]
     found: dict[str, Any] = {}
     for mode in MODES:
         values = q[head, mode]
-        a = values[rows] - values[judged.before_N[rows]]
+        a = values[rows] - values[scores.before_N[rows]]
         found[f"{head}/{mode}"] = advantage_metrics(a, before, after) | {
             "ci95": advantage_intervals(a, before, after, problem),
             "steps": _by_step(
@@ -136,23 +136,23 @@ def _advantages(judged: Judged, q: Values, held: Rows, head: str) -> dict[str, A
 
 
 def _slip_tables(
-    judged: Judged, q: Values, held: Held, kinds: list[list[str | None]]
+    scores: ScoredLabels, q: Values, held: Held, kinds: list[list[str | None]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(figures, intervals): AUC of "no slip so far", by step and by kind of first slip.
 
     By kind: steps that hold a first slip of that kind against clean steps (the last step, which
     ends the trace, excluded unless the head is the ORM's).
     """
-    scored, problem_N = judged.scored, _problems(judged)
+    scored, problem_N = scores.scored, _problems(scores)
     kind_N = np.array(
         [kinds[e][s] or "" for e, s in zip(scored.example_N, scored.step_N, strict=True)],
         dtype=object,
     )
-    first_N = (kind_N != "") & (kind_N[judged.before_N] == "")
-    ends_N = np.array([len(e.ends) for e in judged.examples])[scored.example_N] == scored.step_N
+    first_N = (kind_N != "") & (kind_N[scores.before_N] == "")
+    ends_N = np.array([len(e.ends) for e in scores.examples])[scored.example_N] == scored.step_N
     table: dict[str, Any] = {}
     intervals: dict[str, Any] = {}
-    for head in judged.heads:
+    for head in scores.heads:
         scope = held[head] & (ends_N if head == ORM else (scored.step_N > 0))
         for mode in MODES:
             values = q[head, mode]

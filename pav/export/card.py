@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pav.core.heads import LIK, ORM
 from pav.evaluate.calibration_plot import draw
-from pav.verifier.checkpoint import Card
+from pav.verifier.checkpoint import VerifierMeta
 
 PLOT = "calibration.png"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -26,7 +26,7 @@ _METRICS = {
 }
 
 
-def write_card(directory: Path, card: Card, usage: str, pipeline_tag: str) -> None:
+def write_card(directory: Path, card: VerifierMeta, usage: str, pipeline_tag: str) -> None:
     """Write ``README.md``, and the calibration plot where it was measured, into ``directory``.
 
     Args:
@@ -40,7 +40,7 @@ def write_card(directory: Path, card: Card, usage: str, pipeline_tag: str) -> No
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def model_card(card: Card, usage: str, pipeline_tag: str, has_plot: bool) -> str:
+def model_card(card: VerifierMeta, usage: str, pipeline_tag: str, has_plot: bool) -> str:
     """Metadata and text of the card (see :func:`write_card`)."""
     name = f"{'ORM' if card.recipe == 'orm' else 'Process advantage verifier'} of {_name(card)}"
     results = _results(card)
@@ -77,7 +77,7 @@ def model_card(card: Card, usage: str, pipeline_tag: str, has_plot: bool) -> str
     return str(card_text.content)
 
 
-def _name(card: Card) -> str:
+def _name(card: VerifierMeta) -> str:
     return _short(str(card.policy.get("name") or card.policy["model"]))
 
 
@@ -88,7 +88,7 @@ def _short(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _arxiv(card: Card) -> list[str]:
+def _arxiv(card: VerifierMeta) -> list[str]:
     return [] if card.recipe == "orm" else ["arxiv:2410.08146"]
 
 
@@ -102,7 +102,7 @@ def _meaning(head: str) -> str:
     return head
 
 
-def _facts(card: Card) -> list[str]:
+def _facts(card: VerifierMeta) -> list[str]:
     task = card.task["class_path"].rsplit(".", 1)[-1]
     sampler = ", ".join(f"{k} {v}" for k, v in card.sampler.items())
     mode = "frozen" if card.frozen else "LoRA" if card.lora else "fine-tuned"
@@ -130,7 +130,7 @@ def _facts(card: Card) -> list[str]:
     return lines
 
 
-def _calibration(card: Card) -> list[str]:
+def _calibration(card: VerifierMeta) -> list[str]:
     """What turns a score token's logit into Q without any code of ours."""
     if not card.calibrators:
         return []
@@ -151,7 +151,7 @@ def _calibration(card: Card) -> list[str]:
     ]
 
 
-def _measured(card: Card) -> dict[str, dict[str, Any]]:
+def _measured(card: VerifierMeta) -> dict[str, dict[str, Any]]:
     return {
         name: m
         for name, m in card.validation.items()
@@ -159,7 +159,7 @@ def _measured(card: Card) -> dict[str, dict[str, Any]]:
     }
 
 
-def _table(card: Card) -> list[str]:
+def _table(card: VerifierMeta) -> list[str]:
     measured = _measured(card)
     if not measured:
         return []
@@ -193,7 +193,7 @@ def _shown(value: Any) -> str:
     return "-" if number is None else f"{number:.3f}"
 
 
-def _results(card: Card) -> list[EvalResult]:
+def _results(card: VerifierMeta) -> list[EvalResult]:
     """The served figures in the form that a hub shows beside the model."""
     task = card.task["class_path"].rsplit(".", 1)[-1]
     return [

@@ -19,7 +19,7 @@ from pav.core.lock import Lock, beside
 from pav.export.card import write_card
 from pav.policy.policy import load_tokenizer
 from pav.verifier.calibrate import Calibrator
-from pav.verifier.checkpoint import Card, Verifier, load_model, load_verifier, trunk_path
+from pav.verifier.checkpoint import Verifier, VerifierMeta, load_model, load_verifier, trunk_path
 
 # Not typing's: jsonargparse would run that block, and --help would wait for its imports.
 TYPE_CHECKING = False
@@ -134,7 +134,7 @@ def _classifier(headed: HeadedTrunk, verifier: Verifier, head: str) -> Any:
     return model.to(getattr(torch, card.dtype)).eval()
 
 
-def _usage(card: Card, head: str) -> str:
+def _usage(card: VerifierMeta, head: str) -> str:
     """How to read the model; the position is not that of TRL's own training."""
     delimiter = card.task["init_args"]["step_rule"]["delimiter"]
     return (

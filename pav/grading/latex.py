@@ -42,7 +42,7 @@ POINTS = (
 )
 # Computed to DIGITS digits, equal values differ by less than this share of their size.
 DIGITS, SHARE = 60, Float("1e-45", 60)
-NOTHING = Float("1e-90", 60)
+NO_LOGPROBS = Float("1e-90", 60)
 PERCENT = sympy.UnevaluatedExpr(Rational(1, 100))
 
 
@@ -327,7 +327,7 @@ def _values(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:
 
 def _close(a: Any, b: Any) -> bool:
     size = max(abs(a).evalf(20), abs(b).evalf(20))
-    return bool(size < NOTHING or abs((a - b).evalf(DIGITS)).evalf(20) <= SHARE * size)
+    return bool(size < NO_LOGPROBS or abs((a - b).evalf(DIGITS)).evalf(20) <= SHARE * size)
 
 
 def _is_rounded(decimal: Any, value: Any) -> bool:

@@ -25,7 +25,7 @@ ROWS_PER_BATCH = 2048
 MAX_WASTE = 0.1
 
 
-class Rows(NamedTuple):
+class PositionRows(NamedTuple):
     """Labelled positions under a frozen trunk."""
 
     hidden_ND: Tensor
@@ -154,7 +154,7 @@ class RowLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[PositionRows]:
         start = self.done if self.done < len(self) else 0
         if start and self.generator is not None:
             torch.set_rng_state(self.generator)
@@ -162,7 +162,7 @@ class RowLoader:
         for i, batch in enumerate(self.loader):
             if i >= start:
                 self.done = i + 1
-                yield Rows(*batch)
+                yield PositionRows(*batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Batches done and the generator at the start of the epoch."""
@@ -244,5 +244,5 @@ class LabelData(L.LightningDataModule):
         return TraceLoader(self.examples["validation"], self.weight_2H, None, self.tokens)
 
 
-def _as_rows(items: list[tuple[Tensor, ...]]) -> Rows:
-    return Rows(*(torch.stack(parts) for parts in zip(*items, strict=True)))
+def _as_rows(items: list[tuple[Tensor, ...]]) -> PositionRows:
+    return PositionRows(*(torch.stack(parts) for parts in zip(*items, strict=True)))

@@ -29,7 +29,7 @@ from pav.core.files import damage, json_text, read_object, write_whole
 from pav.labels.examples import Example
 from pav.policy.prompts import PROMPTS, check_prompts
 from pav.train.config import TrainConfig
-from pav.verifier.checkpoint import Card
+from pav.verifier.checkpoint import VerifierMeta
 
 # Settings that a resumed run may change: they do not change what is trained.
 _FREE = {"checkpoint_minutes", "logger", "memory_gib", "verbose", "dry_run"}
@@ -187,7 +187,7 @@ class LastCheckpoint(L.Callback):
 
 
 def resume_or_refuse(
-    config: TrainConfig, card: Card, working: Path, examples: Sequence[Example]
+    config: TrainConfig, card: VerifierMeta, working: Path, examples: Sequence[Example]
 ) -> Path | None:
     """Write down what is trained; an unfinished run of something else is not resumed.
 

@@ -60,7 +60,7 @@ from pav.train.loggers import logger_of
 from pav.train.planning import plan
 from pav.verifier.checkpoint import (
     FORMAT,
-    Card,
+    VerifierMeta,
     card_json,
     load_verifier,
     not_finite,
@@ -71,7 +71,7 @@ from pav.verifier.lora import adapters_of, merge_into
 from pav.verifier.trunk import HeadedTrunk, load_trunk
 
 
-def train(config: TrainConfig) -> Card | None:
+def train(config: TrainConfig) -> VerifierMeta | None:
     """Train, calibrate, report, save and export (see :class:`TrainConfig`).
 
     Returns:
@@ -91,7 +91,7 @@ def train(config: TrainConfig) -> Card | None:
         raise unwritable(error.filename or config.output, error) from error
 
 
-def _as_one_of_many(config: TrainConfig) -> Card | None:
+def _as_one_of_many(config: TrainConfig) -> VerifierMeta | None:
     """The first process says what it does, the others are silent."""
     if config.processes == 1:
         # A task of a bigger job (SLURM_PROCID) is first among one.
@@ -107,7 +107,7 @@ def _as_one_of_many(config: TrainConfig) -> Card | None:
         return _train(config)
 
 
-def _train(config: TrainConfig) -> Card | None:
+def _train(config: TrainConfig) -> VerifierMeta | None:
     output, working = Path(config.output), Path(config.output).with_suffix(".training")
     check_output(config, output)
     labels = read_labels(config.labels)
@@ -225,7 +225,7 @@ def _train(config: TrainConfig) -> Card | None:
     return card
 
 
-def say_opening(task: Task, policy: Policy, labels: LabelSet, card: Card) -> None:
+def say_opening(task: Task, policy: Policy, labels: LabelSet, card: VerifierMeta) -> None:
     """Say on what, how asked, the trunk is trained."""
     base = card.policy_config()
     sampler = card.sampler_config()
@@ -240,7 +240,7 @@ def say_opening(task: Task, policy: Policy, labels: LabelSet, card: Card) -> Non
 
 
 def trained_model(
-    card: Card, path: str, state: dict[str, Tensor], dtype: torch.dtype
+    card: VerifierMeta, path: str, state: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[HeadedTrunk, dict[str, Tensor] | None]:
     """The trained model as it will be served, adapters merged, and the adapters alone."""
     model = HeadedTrunk(load_trunk(path, dtype), len(card.heads), card.head)
@@ -277,7 +277,7 @@ def check_task(task: Task, labels: LabelSet, where: str) -> None:
         )
 
 
-def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
+def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> VerifierMeta:
     """The card of a verifier about to be trained."""
     manifest = labels.manifest
     policy = manifest["policy"]
@@ -289,7 +289,7 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> Card:
         prompt = settled(asked(PolicyConfig(prompt=config.prompt), task)).prompt
     trunk = config.trunk or base.model
     digest = weights_digest(model_path(trunk))
-    return Card(
+    return VerifierMeta(
         heads=heads,
         recipe="pav" if is_pav else "orm",
         trunk=trunk,
@@ -344,7 +344,7 @@ def heads_of(config: TrainConfig, labels: LabelSet, base: str) -> list[str]:
 
 
 def save(
-    card: Card, model: HeadedTrunk, output: Path, adapters: dict[str, Tensor] | None = None
+    card: VerifierMeta, model: HeadedTrunk, output: Path, adapters: dict[str, Tensor] | None = None
 ) -> None:
     """Write the checkpoint in Lightning's format.
 

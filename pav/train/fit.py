@@ -25,7 +25,7 @@ from pav.core.errors import UserError
 from pav.core.seeds import seed_of
 from pav.labels.examples import Example, balance
 from pav.policy.policy import Policy
-from pav.train.batches import LabelData, Rows, Traces, class_weights
+from pav.train.batches import LabelData, PositionRows, Traces, class_weights
 from pav.train.checkpoints import BEST, LAST, LastCheckpoint, Stopped, Unwritten, WholeCheckpoints
 from pav.train.config import HEAD_RATE, TrainConfig
 from pav.train.loggers import logger_of
@@ -96,29 +96,29 @@ class VerifierModule(L.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
 
-    def logits(self, batch: Rows | Traces) -> Tensor:
+    def logits(self, batch: PositionRows | Traces) -> Tensor:
         """Head logits (N, H) at the labelled positions of a batch."""
-        if isinstance(batch, Rows):
+        if isinstance(batch, PositionRows):
             return self.model.head_logits(batch.hidden_ND)
         return self.model(batch.ids_BT, batch.row_N, batch.column_N)
 
-    def summed(self, logits_NH: Tensor, batch: Rows | Traces, weight_NH: Tensor) -> Tensor:
+    def summed(self, logits_NH: Tensor, batch: PositionRows | Traces, weight_NH: Tensor) -> Tensor:
         """The loss summed over the labels of a batch."""
         return summed_loss(
             self.config.loss, logits_NH, batch.k_NH, batch.n_NH, batch.share_N1, weight_NH,
             self.log_spread,
         )  # fmt: skip
 
-    def on_train_batch_start(self, batch: Rows | Traces, index: int) -> None:
+    def on_train_batch_start(self, batch: PositionRows | Traces, index: int) -> None:
         # Dropout must not depend on where a run was resumed. (Heads alone draw nothing.)
         if isinstance(batch, Traces):
             done = self.trainer.fit_loop.epoch_loop.total_batch_idx
             torch.manual_seed(seed_of(self.config.seed, done, self.global_rank))
 
-    def training_step(self, batch: Rows | Traces, index: int) -> Tensor:
+    def training_step(self, batch: PositionRows | Traces, index: int) -> Tensor:
         weight_NH = class_weights(batch.k_NH, batch.n_NH, self.weight_2H, torch.where)
         summed = self.summed(self.logits(batch), batch, weight_NH)
-        if isinstance(batch, Rows):
+        if isinstance(batch, PositionRows):
             loss = summed / weight_NH.sum().clamp_min(1e-9)
         else:
             # Lightning divides by accumulate, and the strategy averages over processes.
@@ -127,7 +127,7 @@ class VerifierModule(L.LightningModule):
         self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def validation_step(self, batch: Rows | Traces, index: int) -> None:
+    def validation_step(self, batch: PositionRows | Traces, index: int) -> None:
         logits, k, n = self.logits(batch), batch.k_NH, batch.n_NH
         loss = self.summed(logits, batch, n) / n.sum().clamp_min(1e-9)
         self.log("val_loss", loss, batch_size=int(n.count_nonzero()))

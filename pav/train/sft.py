@@ -68,7 +68,7 @@ class HasSolutions(Protocol):
 
 
 @dataclass(frozen=True)
-class Shape:
+class PolicyShape:
     """Size of a Llama trained from scratch."""
 
     hidden: int = 128
@@ -104,7 +104,7 @@ class SftConfig:
     output: str
     task: Task = field(default_factory=Tape)
     init: str | None = None
-    shape: Shape = field(default_factory=Shape)
+    shape: PolicyShape = field(default_factory=PolicyShape)
     prompt: Prompt = field(default_factory=Prompt)
     steps: int = 1000
     batch: int = 32

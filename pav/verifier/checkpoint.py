@@ -42,7 +42,7 @@ FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Card:
+class VerifierMeta:
     """What a verifier remembers; plain data, stored as JSON in the checkpoint.
 
     Attributes:
@@ -144,7 +144,7 @@ class Verifier:
 
     path: Path
     digest: str
-    card: Card
+    card: VerifierMeta
     weight: Tensor
     bias: Tensor
     trunk_state: dict[str, Tensor] | None
@@ -188,7 +188,7 @@ def load_verifier(name: str) -> Verifier:
                 f"verifier {name!r} has checkpoint format {written}, this version reads {FORMAT}; "
                 "train it again with pav.train, or use the version that wrote it"
             )
-        card = Card(**json.loads(checkpoint["verifier"]))
+        card = VerifierMeta(**json.loads(checkpoint["verifier"]))
         state = checkpoint["state_dict"]
         heads = _under("model.head.", state)
         mlp = heads if card.head == "mlp" else None
@@ -245,7 +245,7 @@ def not_finite(heads: Sequence[str], state: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _calibration_flaw(card: Card) -> str:
+def _calibration_flaw(card: VerifierMeta) -> str:
     """The first calibrator that cannot be computed; empty where all can."""
     for kind, calibrators in (("", card.calibrators), ("surprise ", card.surprise_calibrators)):
         # There are none before calibration.
@@ -302,7 +302,7 @@ def load_model(verifier: Verifier, trunk: str) -> HeadedTrunk:
     return model.eval()
 
 
-def card_json(card: Card) -> str:
+def card_json(card: VerifierMeta) -> str:
     """The card as stored in a checkpoint."""
     plain = asdict(card)
     # Undefined metrics are NaN here and null there: NaN is no JSON.

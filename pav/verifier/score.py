@@ -15,7 +15,7 @@ Values = dict[str, float]
 Score = Literal["q+a", "q", "a"]
 
 
-class Defaults(Protocol):
+class ScorerMeta(Protocol):
     """What a scorer says of itself: a verifier's card, or a third-party reward model."""
 
     @property

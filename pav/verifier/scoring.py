@@ -19,11 +19,11 @@ from pav.verifier.calibrate import SURPRISE, Calibrator, surprise
 from pav.verifier.checkpoint import Verifier
 from pav.verifier.score import Values
 
-NOTHING = np.zeros(0, dtype=np.float32)
+NO_LOGPROBS = np.zeros(0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
-class Reading:
+class PrefixScore:
     """What a verifier's own engine says of a prefix.
 
     Attributes:
@@ -34,7 +34,7 @@ class Reading:
     """
 
     values: Values
-    logprobs: np.ndarray = field(default_factory=lambda: NOTHING)
+    logprobs: np.ndarray = field(default_factory=lambda: NO_LOGPROBS)
 
 
 class StepScorer(Protocol):
@@ -63,8 +63,8 @@ class StepScorer(Protocol):
         ids: Sequence[int],
         ends: Sequence[int],
         cost: Cost,
-        known: np.ndarray = NOTHING,
-    ) -> Reading:
+        known: np.ndarray = NO_LOGPROBS,
+    ) -> PrefixScore:
         """What an engine of the scorer's own says after the last step.
 
         ``known``: ``logprobs`` of the reading after an earlier step; they are not read again.
@@ -149,8 +149,8 @@ class Scorer:
         ids: Sequence[int],
         ends: Sequence[int],
         cost: Cost,
-        known: np.ndarray = NOTHING,
-    ) -> Reading:
+        known: np.ndarray = NO_LOGPROBS,
+    ) -> PrefixScore:
         """Q of every head after the last step, read by the verifier's own engine."""
         prompt = self.trunk.encode(problem)
         end = ends[-1] if ends else 0
@@ -159,8 +159,8 @@ class Scorer:
         if not (self.reads_surprise and ends):
             out = await self.engine.read(sequence)
             cost.read(out)
-            return Reading(self.values(out.heads, NOTHING, ids, ends))
+            return PrefixScore(self.values(out.heads, NO_LOGPROBS, ids, ends))
         out = await self.engine.read(sequence, logprobs_from=len(prompt) + len(known))
         cost.read(out)
         logprobs = np.concatenate([known, np.asarray(out.logprobs), np.zeros(1, np.float32)])
-        return Reading(self.values(out.heads, logprobs, ids, ends), logprobs)
+        return PrefixScore(self.values(out.heads, logprobs, ids, ends), logprobs)

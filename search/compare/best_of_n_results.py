@@ -23,15 +23,15 @@ from pav.policy.cost import Cost
 from pav.policy.policy import Policy, asked, like, load_policy
 from pav.tasks.base import Problem
 from pav.verifier.pick import EVERY_STEP, Candidate, Pick, check_pick
-from pav.verifier.score import Defaults
-from pav.verifier.scoring import NOTHING, Scorer, StepScorer
+from pav.verifier.score import ScorerMeta
+from pav.verifier.scoring import NO_LOGPROBS, Scorer, StepScorer
 from search.compare.plan import Method
-from search.compare.results import Point, make_point
-from search.compare.run_searches import Sweep, rule_of
-from search.methods.expand import together
+from search.compare.results import MethodResult, make_result
+from search.compare.run_searches import Comparison, rule_of
+from search.methods.expand import gather_or_cancel
 from search.run.failures import ERRORS
 from search.run.records import Record
-from search.run.solve import beam_settings, failed, repick, traces_record
+from search.run.solve import beam_settings, failed, pick_again, traces_record
 
 if TYPE_CHECKING:
     from search.scoring.reward_model import RewardModel
@@ -40,34 +40,34 @@ if TYPE_CHECKING:
 Ranker: TypeAlias = "Scorer | RewardModel"
 
 
-def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
+def best_of_n_results(comparison: Comparison, beams: Sequence[MethodResult]) -> list[MethodResult]:
     """All best-of-N points: one sample set per policy and seed, one scoring pass per verifier."""
-    config, session = sweep.config, sweep.session
+    config, session = comparison.config, comparison.session
     methods = [m for m in config.methods if m.kind == "best_of_n"]
     reference = [p for p in beams if p.method == beams[0].method]  # empty without beams
-    points: list[Point] = []
+    points: list[MethodResult] = []
     for chosen in {_policy_key(m): m.policy for m in methods}.values():
         own = [m for m in methods if m.policy == chosen]
-        other = other_policy(sweep, own[0])
+        other = other_policy(comparison, own[0])
         label = session.policy.config.label if chosen is None else chosen.label
         # A small first set tells how long a trace is; its traces are the first of the full set.
         few = min(4, max(config.n))
-        pilot, _, _ = _sample_set(sweep, other, label, config.seeds[0], few)
+        pilot, _, _ = _sample_set(comparison, other, label, config.seeds[0], few)
         per_trace = float(np.mean([c.tokens for r in pilot for c in r.candidates]))
         matched = {_rounded_up(b.policy_tokens / per_trace): b.n for b in reversed(reference)}
         counts = {*config.n, *matched}
         total = min(max(counts), config.max_traces)
         sets, files, seconds = [], [], 0.0
         for seed in config.seeds:
-            records, took, path = _sample_set(sweep, other, label, seed, total)
+            records, took, path = _sample_set(comparison, other, label, seed, total)
             sets.append(records)
             files.append(path)
             seconds += took
         for method in own:
             scored, extra, scorer, read_from = sets, 0.0, None, files
             if method.verifier or method.orm:
-                scored, extra, scorer, read_from = _scored_sets(sweep, method, label, sets)
-            rule = rule_of(sweep, method)
+                scored, extra, scorer, read_from = _scored_sets(comparison, method, label, sets)
+            rule = rule_of(comparison, method)
 
             def at(
                 n: int,
@@ -79,7 +79,7 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
                 policy: Policy = other or session.policy,
                 total: int = total,
                 read_from: list[Path] = read_from,
-            ) -> Point:
+            ) -> MethodResult:
                 head, score = "", None
                 if scorer is not None:
                     head = scorer.base_head
@@ -87,11 +87,14 @@ def sample_points(sweep: Sweep, beams: Sequence[Point]) -> list[Point]:
                         card = scorer.verifier.card if isinstance(scorer, Scorer) else scorer
                         score = beam_settings(card, 1, 1, method.alpha, method.prover).score
                 picked = [
-                    [_first(repick(r, rule, n, head, score), r, rule, n, total) for r in records]
+                    [
+                        _first(pick_again(r, rule, n, head, score), r, rule, n, total)
+                        for r in records
+                    ]
                     for records in scored
                 ]
                 share = took * n / total
-                point = make_point(method.name, n, picked, share, policy, scorer, read_from)
+                point = make_result(method.name, n, picked, share, policy, scorer, read_from)
                 return replace(point, base=method.policy is None)
 
             each = at(total).flops / total
@@ -133,50 +136,50 @@ def _first(record: Record, whole: Record, rule: Pick, n: int, total: int) -> Rec
 
 
 def _sample_set(
-    sweep: Sweep, policy: Policy | None, label: str, seed: int, n: int
+    comparison: Comparison, policy: Policy | None, label: str, seed: int, n: int
 ) -> tuple[list[Record], float, Path]:
-    session = sweep.session
-    path = sweep.file("samples", label, f"n{n}", f"s{seed}")
+    session = comparison.session
+    path = comparison.file("samples", label, f"n{n}", f"s{seed}")
     session.sampling_engine(None, policy)
     records, seconds = session.run(
         path,
-        sweep.problems,
+        comparison.problems,
         partial(traces_record, session, None, n, "majority", "samples", seed, policy=policy),
-        sweep.config.concurrency,
+        comparison.config.concurrency,
         f"{n} samples of {label}, seed {seed}",
     )
     return records, seconds, path
 
 
-def other_policy(sweep: Sweep, method: Method) -> Policy | None:
+def other_policy(comparison: Comparison, method: Method) -> Policy | None:
     """The policy that a method samples from, where that is not the session's.
 
     It is asked as the session's is, unless it has a prompt of its own.
     """
     if method.policy is None:
         return None
-    session = sweep.session
+    session = comparison.session
     policy = asked(like(method.policy, session.policy.config), session.task)
     return load_policy(policy, session.task.step_rule)
 
 
-def ranker(sweep: Sweep, method: Method) -> Ranker:
+def ranker(comparison: Comparison, method: Method) -> Ranker:
     """What values the sample sets of a method that names a verifier or a reward model.
 
     Raises:
         UserError: if the method's pick reads what it does not give.
     """
     scorer: Ranker
-    card: Defaults
+    card: ScorerMeta
     if method.orm is not None:
-        scorer = card = sweep.session.reward_model(method.orm)
+        scorer = card = comparison.session.reward_model(method.orm)
         name = method.orm.model
     else:
-        verifier = sweep.verifiers[str(method.verifier)]
+        verifier = comparison.verifiers[str(method.verifier)]
         # Sampled ids do not depend on what ranks them, so scoring is always a pass of its own.
-        scorer = sweep.session.scorer(verifier, "separate", method.surprise, None)
+        scorer = comparison.session.scorer(verifier, "separate", method.surprise, None)
         card, name = verifier.card, str(method.verifier)
-    rule = rule_of(sweep, method)
+    rule = rule_of(comparison, method)
     check_pick(rule, card.heads, card.base_head, name)
     if rule == "pav":
         beam_settings(card, 1, 1, method.alpha, method.prover)
@@ -184,17 +187,17 @@ def ranker(sweep: Sweep, method: Method) -> Ranker:
 
 
 def _scored_sets(
-    sweep: Sweep, method: Method, label: str, sets: list[list[Record]]
+    comparison: Comparison, method: Method, label: str, sets: list[list[Record]]
 ) -> tuple[list[list[Record]], float, Ranker, list[Path]]:
-    scorer = ranker(sweep, method)
+    scorer = ranker(comparison, method)
     if isinstance(scorer, Scorer):
         name, digest = scorer.verifier.path.stem, scorer.verifier.digest
     else:
         name, digest = Path(scorer.config.model).name, scorer.digest
-    every_step = rule_of(sweep, method) in EVERY_STEP
+    every_step = rule_of(comparison, method) in EVERY_STEP
     out, files, seconds = [], [], 0.0
-    for seed, records in zip(sweep.config.seeds, sets, strict=True):
-        path = sweep.file(
+    for seed, records in zip(comparison.config.seeds, sets, strict=True):
+        path = comparison.file(
             "scored",
             name,
             digest,
@@ -204,11 +207,11 @@ def _scored_sets(
             f"n{records[0].n}",
             f"s{seed}",
         )
-        scored, took = sweep.session.run(
+        scored, took = comparison.session.run(
             path,
-            sweep.problems,
+            comparison.problems,
             partial(score_record, scorer, path.parent / ERRORS, every_step=every_step),
-            sweep.config.concurrency,
+            comparison.config.concurrency,
             f"scoring by {name}, seed {seed}",
             {r.problem_id: r for r in records},
         )
@@ -246,7 +249,7 @@ async def _valued(
     async def valued(c: Candidate) -> Candidate:
         if not c.finished:
             return c
-        rows, logprobs = [], NOTHING
+        rows, logprobs = [], NO_LOGPROBS
         for j in range(0 if every_step else len(c.ends), len(c.ends) + 1):
             ids = c.ids[: c.ends[j - 1]] if j else []
             read = await scorer.read(problem, ids, c.ends[:j], cost, logprobs)
@@ -254,4 +257,4 @@ async def _valued(
             logprobs = read.logprobs
         return replace(c, q={h: [r[h] for r in rows] for h in rows[0]})
 
-    return await together(valued(c) for c in record.candidates)
+    return await gather_or_cancel(valued(c) for c in record.candidates)

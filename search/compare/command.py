@@ -17,22 +17,22 @@ from pav.policy.policy import load_policy, settled
 from pav.policy.prompts import PROMPTS, Rendering
 from pav.policy.rendered import rendered
 from pav.verifier.checkpoint import Verifier, load_verifier
-from search.compare.best_of_n_results import other_policy, ranker, sample_points
+from search.compare.best_of_n_results import best_of_n_results, other_policy, ranker
 from search.compare.efficiency import Ratio, print_ratios, ratios, said, write_ratios
 from search.compare.headline import headline
 from search.compare.investment import invested_flops
 from search.compare.plan import CompareConfig, Investment, Method, Selectable
 from search.compare.results import (
     PICKS,
-    Point,
+    MethodResult,
     counted,
     csv_rows,
     paired,
-    print_points,
+    print_results,
     write_csv,
     write_picks,
 )
-from search.compare.run_searches import Sweep, prepared, search_points
+from search.compare.run_searches import Comparison, prepared, search_results
 from search.report.command import write_report
 from search.run.records import MANIFEST, open_run
 from search.run.session import Session, capped, open_session, sibling_orm, warn_few
@@ -68,22 +68,22 @@ def compare(config: CompareConfig) -> None:
     output = Path(config.output)
     problems = session.problems(config.split, config.problems, config.skip)
     warn_few(len(problems), config.split, config.problems)
-    sweep = Sweep(config, verifiers, session, problems, output)
+    comparison = Comparison(config, verifiers, session, problems, output)
     _expect(config, session, verifiers)
-    _prepare(sweep)
+    _prepare(comparison)
     digests = {name: v.digest for name, v in verifiers.items()}
     digests |= {model.config.model: model.digest for model in session.readers.values()}
     if not (output / MANIFEST).exists():
         session.check_models()
-    prompts = session.prompts() | _own_policies(sweep)
+    prompts = session.prompts() | _own_policies(comparison)
     with open_run(output, manifest(config, digests) | {PROMPTS: prompts}):
         say_opening(session, problems, config.split)
-        sweep = with_choices(sweep)
-        points: list[Point] = []
-        for method in sweep.config.methods:
+        comparison = with_choices(comparison)
+        points: list[MethodResult] = []
+        for method in comparison.config.methods:
             if method.kind != "best_of_n":
-                points += search_points(sweep, method)
-        points += sample_points(sweep, points)
+                points += search_results(comparison, method)
+        points += best_of_n_results(comparison, points)
         session.shutdown()
         write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
         _report(config, points, invested, _following(verifiers))
@@ -104,30 +104,32 @@ def _expect(config: CompareConfig, session: Session, verifiers: dict[str, Verifi
             session.expect_scorer(verifiers[method.verifier], scoring, None)
 
 
-def _own_policies(sweep: Sweep) -> dict[str, Rendering]:
+def _own_policies(comparison: Comparison) -> dict[str, Rendering]:
     """How the policies are asked that methods sample from in place of the verifiers' own."""
-    own = [p for p in (other_policy(sweep, m) for m in sweep.config.methods) if p is not None]
+    own = [
+        p for p in (other_policy(comparison, m) for m in comparison.config.methods) if p is not None
+    ]
     return {f"the policy {p.config.label!r}": rendered(p) for p in own}
 
 
-def _prepare(sweep: Sweep) -> None:
+def _prepare(comparison: Comparison) -> None:
     """Have the session know all models; what does not fit must not cost the night either.
 
     Raises:
         UserError: if a method cannot be searched as it is set.
     """
-    for method in sweep.config.methods:
+    for method in comparison.config.methods:
         if method.kind != "best_of_n":
-            prepared(sweep, method)
+            prepared(comparison, method)
             continue
-        sweep.session.sampling_engine(None, other_policy(sweep, method))
+        comparison.session.sampling_engine(None, other_policy(comparison, method))
         if method.verifier or method.orm:
-            ranker(sweep, method)
+            ranker(comparison, method)
 
 
-def with_choices(sweep: Sweep) -> Sweep:
+def with_choices(comparison: Comparison) -> Comparison:
     """The comparison with what its beams leave open chosen on validation problems."""
-    config = sweep.config
+    config = comparison.config
     chosen: dict[str, Choice] = {}
     methods = []
     for method in config.methods:
@@ -142,7 +144,7 @@ def with_choices(sweep: Sweep) -> Sweep:
         # Beams that differ in name and widths alone share a choice.
         key = json.dumps(asdict(replace(method, name="", n=None)), sort_keys=True)
         if key not in chosen:
-            place = replace(sweep, output=sweep.output / "select" / str(len(chosen)))
+            place = replace(comparison, output=comparison.output / "select" / str(len(chosen)))
             choice = choose(place, method, left_open, config.selection)
             write_choice(choice, place.output)
             print_choice(choice, config.selection)
@@ -155,7 +157,7 @@ def with_choices(sweep: Sweep) -> Sweep:
                 prover=method.prover if prover is None else prover,
             )
         )
-    return replace(sweep, config=replace(config, methods=methods))
+    return replace(comparison, config=replace(config, methods=methods))
 
 
 def _following(verifiers: dict[str, Verifier]) -> str:
@@ -175,7 +177,7 @@ def _following(verifiers: dict[str, Verifier]) -> str:
 
 
 def _report(
-    config: CompareConfig, points: list[Point], invested: dict[str, float], following: str
+    config: CompareConfig, points: list[MethodResult], invested: dict[str, float], following: str
 ) -> None:
     from search.compare.plot import plot_accuracy, plot_optimisation
 
@@ -196,7 +198,7 @@ def _report(
     result = headline(csv_rows(points), differences)
     (output / "headline.txt").write_text(result + "\n", encoding="utf-8")
     page = write_report(output)
-    print_points(points, differences, config.split, config.verbose)
+    print_results(points, differences, config.split, config.verbose)
     if config.verbose or invested:
         print_ratios(found)
     uncounted = _uncounted(config, found, invested)

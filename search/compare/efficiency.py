@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pav.core.files import json_text
 from pav.core.tables import print_table
-from search.compare.results import Point, baseline
+from search.compare.results import MethodResult, baseline
 
 RISING = "with more samples the baseline might be better still"
 RESAMPLES = 2000
@@ -84,7 +84,7 @@ def budget_for(target: float, budgets_K: NDArray[np.float64], y_K: NDArray[np.fl
     return float(np.exp(logs[k - 1] + share * (logs[k] - logs[k - 1])))
 
 
-def ratios(points: Sequence[Point], invested: dict[str, float] | None = None) -> list[Ratio]:
+def ratios(points: Sequence[MethodResult], invested: dict[str, float] | None = None) -> list[Ratio]:
     """Ratios of every method on the base policy against the ORM baseline, on every axis.
 
     Args:
@@ -109,7 +109,7 @@ def ratios(points: Sequence[Point], invested: dict[str, float] | None = None) ->
     return out
 
 
-def _ratio(axis: str, own: Sequence[Point], other: Sequence[Point]) -> Ratio:
+def _ratio(axis: str, own: Sequence[MethodResult], other: Sequence[MethodResult]) -> Ratio:
     of = AXES[axis]
     own_x, other_x = (np.array([of(p) for p in points]) for points in (own, other))
     own_PK, other_PK = (
@@ -149,7 +149,7 @@ def _ratio(axis: str, own: Sequence[Point], other: Sequence[Point]) -> Ratio:
     )
 
 
-def _with_investment(ratio: Ratio, mine: float, its: float, point: Point) -> Ratio:
+def _with_investment(ratio: Ratio, mine: float, its: float, point: MethodResult) -> Ratio:
     problems = len(point.correct_PS)
     plain = asdict(ratio) | {"invested": mine, "baseline_invested": its}
     if ratio.budget is not None:

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pav.core.statistics import Interval, bootstrap
-from search.compare.results import Point, oracle_points
+from search.compare.results import MethodResult, oracle_results
 
 matplotlib.use("Agg")
 # Names hold dollar signs; they are no formulas.
@@ -27,7 +27,10 @@ LABELS = {
 
 
 def plot_accuracy(
-    points: Sequence[Point], axis: Literal["n", "policy_tokens", "flops"], path: Path, title: str
+    points: Sequence[MethodResult],
+    axis: Literal["n", "policy_tokens", "flops"],
+    path: Path,
+    title: str,
 ) -> None:
     """Write a PNG: accuracy with 95% intervals over ``axis``, one line per method.
 
@@ -62,7 +65,7 @@ def plot_accuracy(
                 "capsize": 2 + 1.5 * min(later, 3)}  # fmt: skip
         x = [_spent(p, axis) for p in own]
         _line(axes, x, [p.accuracy for p in own], method, look)
-    oracle = [p for p in oracle_points(kept) if axis != "flops" or not math.isnan(p.policy_flops)]
+    oracle = [p for p in oracle_results(kept) if axis != "flops" or not math.isnan(p.policy_flops)]
     if oracle:
         axes.plot(
             [p.policy_flops if axis == "flops" else _spent(p, axis) for p in oracle],
@@ -88,7 +91,7 @@ def plot_accuracy(
     plt.close(figure)
 
 
-def plot_optimisation(points: Sequence[Point], path: Path, title: str) -> None:
+def plot_optimisation(points: Sequence[MethodResult], path: Path, title: str) -> None:
     """Write a PNG with two panels per method, over N: shares of problems, and the verifier's score.
 
     Where the share with a right answer in the final set rises and accuracy does not, right answers
@@ -148,7 +151,7 @@ def plot_optimisation(points: Sequence[Point], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def _spent(point: Point, axis: str) -> float:
+def _spent(point: MethodResult, axis: str) -> float:
     return float(getattr(point, axis))
 
 

@@ -34,7 +34,7 @@ PICKS = "picks.json"
 
 
 @dataclass(frozen=True)
-class Point:
+class MethodResult:
     """One method at one N.
 
     Attributes:
@@ -99,7 +99,7 @@ class Point:
         return self.policy_flops + self.verifier_flops
 
 
-def make_point(
+def make_result(
     method: str,
     n: int,
     by_seed: Sequence[Sequence[Record]],
@@ -107,7 +107,7 @@ def make_point(
     policy: Policy,
     scorer: Scorer | RewardModel | None,
     files: Sequence[Path],
-) -> Point:
+) -> MethodResult:
     """The point of one method at one N from its records, a list (and a file) per seed."""
     flat = [r for records in by_seed for r in records]
     trunk = None if scorer is None else scorer.shape
@@ -122,14 +122,14 @@ def make_point(
         return float(np.mean([getattr(r, name) for r in flat]))
 
     base_head = "" if scorer is None else scorer.base_head
-    return Point(
+    return MethodResult(
         method=method,
         n=n,
         matched=None,
         matched_flops=None,
         correct_PS=table(lambda r: r.correct),
         oracle_PS=table(lambda r: any(c.correct for c in r.candidates)),
-        believed_PS=table(lambda r: believed(r, base_head)),
+        believed_PS=table(lambda r: verifier_score(r, base_head)),
         policy_tokens=mean("policy_tokens"),
         policy_prefilled=mean("policy_prefilled"),
         policy_cached=mean("policy_cached"),
@@ -144,7 +144,7 @@ def make_point(
     )
 
 
-def believed(record: Record, base_head: str) -> float:
+def verifier_score(record: Record, base_head: str) -> float:
     """The verifier's chance that the picked solution is right: its value after the last step.
 
     0 where nothing could be picked, as accuracy counts it; NaN where no verifier took part.
@@ -159,7 +159,7 @@ def believed(record: Record, base_head: str) -> float:
     return values[-1] if values else math.nan
 
 
-def write_csv(points: Sequence[Point], path: Path) -> None:
+def write_csv(points: Sequence[MethodResult], path: Path) -> None:
     """One tidy row per point; costs are means per problem, ``believed`` the mean verifier score."""
     with path.open("w", newline="") as stream:
         rows = [{**row, "method": csv_text(row["method"])} for row in csv_rows(points)]
@@ -168,7 +168,7 @@ def write_csv(points: Sequence[Point], path: Path) -> None:
         writer.writerows(rows)
 
 
-def _row(p: Point) -> dict[str, Any]:
+def _row(p: MethodResult) -> dict[str, Any]:
     a = p.accuracy
     count, seeds = p.correct_PS.shape
     return {
@@ -197,7 +197,7 @@ def _row(p: Point) -> dict[str, Any]:
 
 
 def write_picks(
-    points: Sequence[Point], problem_ids: Sequence[str], seeds: Sequence[int], path: Path
+    points: Sequence[MethodResult], problem_ids: Sequence[str], seeds: Sequence[int], path: Path
 ) -> None:
     """What every point picked, for a reader of its records: they hold the pick of one rule alone.
 
@@ -220,7 +220,7 @@ def write_picks(
     path.write_text(json_text(plain, None))
 
 
-def paired(points: Sequence[Point]) -> list[dict[str, Any]]:
+def paired(points: Sequence[MethodResult]) -> list[dict[str, Any]]:
     """Paired differences, each with its 95% interval and exact McNemar p.
 
     A beam against best-of-N at its policy tokens, at its total FLOPs and, as the paper's figures
@@ -228,7 +228,7 @@ def paired(points: Sequence[Point]) -> list[dict[str, Any]]:
     """
     out: list[dict[str, Any]] = []
 
-    def add(kind: str, a: Point, b: Point) -> None:
+    def add(kind: str, a: MethodResult, b: MethodResult) -> None:
         d = bootstrap(a.correct_PS - b.correct_PS)
         out.append(
             {
@@ -258,26 +258,26 @@ def paired(points: Sequence[Point]) -> list[dict[str, Any]]:
     return out
 
 
-def baseline(points: Sequence[Point]) -> str | None:
+def baseline(points: Sequence[MethodResult]) -> str | None:
     """The ORM baseline: the first best-of-N method whose pick is the ORM's argmax."""
     found = (p.method for p in points if not p.is_beam and p.settings.get("pick") == "orm")
     return next(found, None)
 
 
-def oracle_points(points: Sequence[Point]) -> list[Point]:
+def oracle_results(points: Sequence[MethodResult]) -> list[MethodResult]:
     """The points of one method that ranks the base policy's samples: they hold pass@N."""
     sampled = [p for p in points if not p.is_beam and p.base]
     return [p for p in sampled if p.method == sampled[0].method]
 
 
-def counted(points: Sequence[Point], split: Split) -> str:
+def counted(points: Sequence[MethodResult], split: Split) -> str:
     """How many problems and seeds."""
     count, seeds = points[0].correct_PS.shape
     return f"{count} {split} problems, {seeds} seed{'' if seeds == 1 else 's'}"
 
 
-def print_points(
-    points: list[Point], differences: list[dict[str, Any]], split: Split, verbose: bool
+def print_results(
+    points: list[MethodResult], differences: list[dict[str, Any]], split: Split, verbose: bool
 ) -> None:
     """Two tables: all points and the paired differences, or what matters of both.
 
@@ -299,12 +299,12 @@ def print_points(
     print_table(what, difference_rows(differences))
 
 
-def csv_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+def csv_rows(points: Sequence[MethodResult]) -> list[dict[str, Any]]:
     """The rows of ``compare.csv``."""
     return [_row(p) for p in points]
 
 
-def short_rows(points: Sequence[Point]) -> list[dict[str, str]]:
+def short_rows(points: Sequence[MethodResult]) -> list[dict[str, str]]:
     """A row per method: its accuracy at every N that was asked for."""
     asked = [p for p in points if not p.matching]
     ns = sorted({p.n for p in asked})
@@ -332,7 +332,7 @@ def shown_row(row: dict[str, Any]) -> dict[str, str]:
     ]
     accuracy = Interval(float(row["accuracy"]), float(row["low"]), float(row["high"]))
     # Columns that came later than the first files.
-    believed, policy, verifier = (
+    verifier_score, policy, verifier = (
         float(row.get(key) or "nan") for key in ("believed", "policy_flops", "verifier_flops")
     )
     return result_row(
@@ -344,7 +344,7 @@ def shown_row(row: dict[str, Any]) -> dict[str, str]:
         float(row["verifier_tokens"]),
         float(row["seconds"]),
     ) | {
-        "believed": f"{believed:.3f}",
+        "verifier_score": f"{verifier_score:.3f}",
         "MFLOPs policy + verifier": f"{policy / 1e6:.0f} + {verifier / 1e6:.0f}",
     }
 

@@ -11,17 +11,17 @@ from pav.verifier.checkpoint import Verifier
 from pav.verifier.pick import Pick, check_pick
 from pav.verifier.scoring import Scorer
 from search.compare.plan import CompareConfig, Method
-from search.compare.results import Point, make_point
+from search.compare.results import MethodResult, make_result
 from search.methods.alphallm import WEIGHT
 from search.methods.beam import BeamSettings
 from search.methods.smc import SmcSettings
 from search.run.session import Session
-from search.run.solve import beam_record, beam_settings, repick, smc_record
+from search.run.solve import beam_record, beam_settings, pick_again, smc_record
 from search.run.worker import Search
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Comparison:
     """What every search of a comparison needs.
 
     Attributes:
@@ -46,30 +46,30 @@ class Sweep:
         )
 
 
-def prepared(sweep: Sweep, method: Method) -> tuple[Scorer, Pick]:
+def prepared(comparison: Comparison, method: Method) -> tuple[Scorer, Pick]:
     """(scorer, final pick) of a search; its engines are known then, and not yet loaded.
 
     Raises:
         UserError: if a setting does not fit the verifier.
     """
-    verifier = sweep.verifiers[str(method.verifier)]
-    scorer = sweep.session.scorer(verifier, method.scoring, method.surprise, None)
-    sweep.session.sampling_engine(scorer)
-    rule = rule_of(sweep, method)
+    verifier = comparison.verifiers[str(method.verifier)]
+    scorer = comparison.session.scorer(verifier, method.scoring, method.surprise, None)
+    comparison.session.sampling_engine(scorer)
+    rule = rule_of(comparison, method)
     check_pick(rule, verifier.card.heads, verifier.card.base_head, str(method.verifier))
-    for n in method.n or sweep.config.n:
-        _beam_settings(sweep, method, n)
+    for n in method.n or comparison.config.n:
+        _beam_settings(comparison, method, n)
     return scorer, rule
 
 
-def search_points(sweep: Sweep, method: Method) -> list[Point]:
+def search_results(comparison: Comparison, method: Method) -> list[MethodResult]:
     """A search (all but best-of-N) at all its widths."""
-    config, session = sweep.config, sweep.session
-    verifier = sweep.verifiers[str(method.verifier)]
-    scorer, rule = prepared(sweep, method)
+    config, session = comparison.config, comparison.session
+    verifier = comparison.verifiers[str(method.verifier)]
+    scorer, rule = prepared(comparison, method)
     points = []
     for n in method.n or config.n:
-        settings = _beam_settings(sweep, method, n)
+        settings = _beam_settings(comparison, method, n)
         # N of a greedy search is its share of children, not its places.
         places = {"places": 1} if method.kind == "greedy" else {}
         by_seed, files, seconds = [], [], 0.0
@@ -87,7 +87,7 @@ def search_points(sweep: Sweep, method: Method) -> list[Point]:
                     bonus=bonus,
                 )  # fmt: skip
             # Named by what was searched: methods that differ in the pick alone share a search.
-            path = sweep.file(
+            path = comparison.file(
                 method.kind,
                 verifier.path.stem,
                 verifier.digest,
@@ -99,11 +99,11 @@ def search_points(sweep: Sweep, method: Method) -> list[Point]:
             )
             what = f"{method.name} N={n} seed {seed}"
             files.append(path)
-            found, took = session.run(path, sweep.problems, search, config.concurrency, what)
+            found, took = session.run(path, comparison.problems, search, config.concurrency, what)
             by_seed.append(
                 [
                     replace(
-                        repick(r, rule, None, settings.base_head, settings.score),
+                        pick_again(r, rule, None, settings.base_head, settings.score),
                         n=r.n,
                         settings={**r.settings, "pick": rule, **places},
                     )
@@ -111,12 +111,12 @@ def search_points(sweep: Sweep, method: Method) -> list[Point]:
                 ]
             )
             seconds += took
-        points.append(make_point(method.name, n, by_seed, seconds, session.policy, scorer, files))
+        points.append(make_result(method.name, n, by_seed, seconds, session.policy, scorer, files))
     return points
 
 
-def _beam_settings(sweep: Sweep, method: Method, n: int) -> BeamSettings:
-    card = sweep.verifiers[str(method.verifier)].card
+def _beam_settings(comparison: Comparison, method: Method, n: int) -> BeamSettings:
+    card = comparison.verifiers[str(method.verifier)].card
     if method.kind == "alphallm":
         return beam_settings(card, n, method.samples, 0.0, None, "q")
     width, children = (1, n * method.samples) if method.kind == "greedy" else (n, method.samples)
@@ -149,10 +149,10 @@ def _searched_by(method: Method, settings: BeamSettings) -> list[str]:
     return parts
 
 
-def rule_of(sweep: Sweep, method: Method) -> Pick:
+def rule_of(comparison: Comparison, method: Method) -> Pick:
     """The final pick of a method."""
     if method.pick:
         return method.pick
     if method.orm is not None:
-        return sweep.session.reward_model(method.orm).pick  # type: ignore[return-value]
-    return sweep.verifiers[str(method.verifier)].card.pick  # type: ignore[return-value]
+        return comparison.session.reward_model(method.orm).pick  # type: ignore[return-value]
+    return comparison.verifiers[str(method.verifier)].card.pick  # type: ignore[return-value]

@@ -20,7 +20,7 @@ from pav.policy.policy import Policy, Sampler
 from pav.tasks.base import Problem
 from pav.verifier.scoring import StepScorer
 from search.methods.beam import BeamSettings, beam_search, with_score
-from search.methods.expand import Found, Prefix
+from search.methods.expand import Prefix, SearchResult
 
 # C of the paper.
 WEIGHT = 0.25
@@ -36,7 +36,7 @@ async def alphallm_search(
     scorer: StepScorer,
     seed: int,
     cost: Cost,
-) -> Found:
+) -> SearchResult:
     """Search one problem; of ``settings`` the prover, alpha and ``score_by`` are not used."""
     head = settings.base_head
 

@@ -26,7 +26,7 @@ from pav.tasks.base import Problem
 from pav.verifier.pick import Candidate
 from pav.verifier.score import Score, Values, step_score
 from pav.verifier.scoring import StepScorer
-from search.methods.expand import Found, Grower, Prefix, together
+from search.methods.expand import Expander, Prefix, SearchResult, gather_or_cancel
 from search.run.records import Node
 
 Duplicates = Literal["weigh", "merge"]
@@ -61,7 +61,7 @@ class BeamSettings:
         return step_score(before, after, self.base_head, self.prover, self.alpha, self.score_by)
 
 
-BeamResult = Found
+BeamResult = SearchResult
 # Changes the scores of a round's children before they are ranked: (places, children by the index
 # of their parent among them) -> the children.
 Rescore = Callable[[Sequence[Prefix], list[tuple[int, Prefix]]], list[tuple[int, Prefix]]]
@@ -78,7 +78,7 @@ async def beam_search(
     cost: Cost,
     name: tuple[object, ...] = ("beam",),
     rescore: Rescore | None = None,
-) -> Found:
+) -> SearchResult:
     """Search one problem; ``cost`` is charged as it goes.
 
     Seeds derive from (seed, problem, ``name``, round, prefix, index).
@@ -86,8 +86,8 @@ async def beam_search(
     prompt = policy.encode(problem)
     if len(prompt) >= sampler.max_length:
         # Every draw is cut before its first token.
-        return Found([], settings.n * settings.samples, 0, [], [])
-    grower = Grower(problem, prompt, engine, policy, sampler, scorer, cost, settings.score)
+        return SearchResult([], settings.n * settings.samples, 0, [], [])
+    grower = Expander(problem, prompt, engine, policy, sampler, scorer, cost, settings.score)
     places = [await grower.root()]
     weights = [1]
     truncated: list[Candidate] = []
@@ -108,19 +108,19 @@ async def beam_search(
         claimed[key] = claimed.get(key, 0) + 1
         if claimed[key] > 1:
             return parent, None
-        return parent, await grower.grown(prefix, step)
+        return parent, await grower.expanded(prefix, step)
 
     while any(not p.candidate.finished for p in places):
         active = [i for i, p in enumerate(places) if not p.candidate.finished]
         draws = settings.samples * (settings.n - (len(places) - len(active)))
         shares = divided(draws, [weights[i] for i in active])
         claimed: dict[tuple[int, ...], int] = {}
-        grown = await together(
+        expanded = await gather_or_cancel(
             grow(i, c) for i, share in zip(active, shares, strict=True) for c in range(share)
         )
-        truncated += [c for _, c in grown if isinstance(c, Candidate)]
-        merged += sum(c is None for _, c in grown)
-        children = [(parent, c) for parent, c in grown if isinstance(c, Prefix)]
+        truncated += [c for _, c in expanded if isinstance(c, Candidate)]
+        merged += sum(c is None for _, c in expanded)
+        children = [(parent, c) for parent, c in expanded if isinstance(c, Prefix)]
         if rescore is not None:
             children = rescore(places, children)
         contenders = [(-1, p) for p in places if p.candidate.finished] + children
@@ -140,7 +140,7 @@ async def beam_search(
             # A finished one of an earlier round was not drawn in this one, and draws no more.
             weights = [claimed.get(tuple(p.candidate.ids), 1) for p in places]
         round_number += 1
-    return Found([p.candidate for p in places], len(truncated), merged, steps, nodes)
+    return SearchResult([p.candidate for p in places], len(truncated), merged, steps, nodes)
 
 
 def divided(draws: int, weights: Sequence[int]) -> list[int]:

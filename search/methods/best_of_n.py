@@ -9,8 +9,8 @@ from pav.policy.policy import Policy, Sampler
 from pav.tasks.base import Problem
 from pav.verifier.pick import Candidate
 from pav.verifier.score import Values
-from pav.verifier.scoring import NOTHING, StepScorer
-from search.methods.expand import together
+from pav.verifier.scoring import NO_LOGPROBS, StepScorer
+from search.methods.expand import gather_or_cancel
 
 
 async def sample_traces(
@@ -61,7 +61,7 @@ async def sample_traces(
         q: dict[str, list[float]] = {}
         if scorer is not None and finished:
             rows: list[Values] = []
-            logprobs = NOTHING
+            logprobs = NO_LOGPROBS
             for j in range(0 if every_step else len(ends), len(ends) + 1):
                 end, upto = (ends[j - 1] if j else 0), ends[:j]
                 if fused and out.heads is not None and out.logprobs is not None:
@@ -82,4 +82,4 @@ async def sample_traces(
             tokens=len(out.ids),
         )
 
-    return await together(one(i) for i in range(n))
+    return await gather_or_cancel(one(i) for i in range(n))

@@ -16,7 +16,7 @@ from pav.policy.policy import Policy, Sampler
 from pav.tasks.base import Problem
 from pav.verifier.scoring import StepScorer
 from search.methods.beam import BeamSettings, beam_search
-from search.methods.expand import Found, together
+from search.methods.expand import SearchResult, gather_or_cancel
 
 
 async def dvts_search(
@@ -28,14 +28,14 @@ async def dvts_search(
     scorer: StepScorer,
     seed: int,
     cost: Cost,
-) -> Found:
+) -> SearchResult:
     """Search one problem in ``settings.n`` subtrees of ``settings.samples`` children a step.
 
     Subtree i depends on (seed, problem, i) alone: a run with n=m searches the first m of these.
     In ``steps`` and ``nodes`` place i is subtree i.
     """
     alone = replace(settings, n=1)
-    trees = await together(
+    trees = await gather_or_cancel(
         beam_search(problem, alone, engine, policy, sampler, scorer, seed, cost, ("dvts", i))
         for i in range(settings.n)
     )
@@ -56,7 +56,7 @@ async def dvts_search(
         ]
         for rounds in zip_longest(*(t.nodes for t in trees), fillvalue=[])
     ]
-    return Found(
+    return SearchResult(
         [c for tree in trees for c in tree.candidates],
         sum(t.truncated for t in trees),
         sum(t.merged for t in trees),

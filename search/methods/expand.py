@@ -15,8 +15,8 @@ from pav.policy.policy import Policy, Sampler
 from pav.tasks.base import Problem
 from pav.verifier.pick import Candidate
 from pav.verifier.score import Values
-from pav.verifier.scoring import NOTHING, StepScorer
-from search.methods.sample_step import Step, sample_step
+from pav.verifier.scoring import NO_LOGPROBS, StepScorer
+from search.methods.sample_step import SampledStep, sample_step
 from search.run.records import Node
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search ends with.
 
     Attributes:
@@ -51,7 +51,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Grower:
+class Expander:
     """Draws and scores the steps of one problem.
 
     Attributes:
@@ -87,9 +87,9 @@ class Grower:
             finished=False,
             truncated=False,
         )
-        return Prefix(candidate, values, NOTHING)
+        return Prefix(candidate, values, NO_LOGPROBS)
 
-    async def draw(self, prefix: Prefix, key: tuple[object, ...]) -> Step | Candidate:
+    async def draw(self, prefix: Prefix, key: tuple[object, ...]) -> SampledStep | Candidate:
         """One step after ``prefix``, its seed derived from ``key``; a candidate if it was cut."""
         ids = prefix.candidate.ids
         step = await sample_step(
@@ -108,7 +108,7 @@ class Grower:
             )
         return step
 
-    async def grown(self, prefix: Prefix, step: Step) -> Prefix:
+    async def expanded(self, prefix: Prefix, step: SampledStep) -> Prefix:
         """The prefix with ``step``, scored."""
         ids = prefix.candidate.ids + step.ids
         ends = [*prefix.candidate.ends, len(ids)]
@@ -144,7 +144,7 @@ class Grower:
         return self.policy.text(candidate.ids[start:]).rstrip("\n")
 
 
-async def together(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather_or_cancel(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Results of ``jobs`` in their order; where one raises, the others are cancelled first."""
     tasks = [asyncio.ensure_future(job) for job in jobs]
     try:

@@ -14,7 +14,7 @@ from pav.policy.policy import Policy, Sampler
 
 
 @dataclass(frozen=True)
-class Step:
+class SampledStep:
     """A sampled step.
 
     Attributes:
@@ -41,7 +41,7 @@ async def sample_step(
     key: tuple[object, ...],
     cost: Cost,
     fused: bool,
-) -> Step:
+) -> SampledStep:
     """Sample until a step ends.
 
     Delimiters that end no step (blank lines, steps under ``min_tokens``) are sampled through; after
@@ -87,6 +87,6 @@ async def sample_step(
             break
         resumes += 1
     finished = not truncated and policy.stepper.is_final(step)
-    return Step(
+    return SampledStep(
         step, finished, truncated, np.concatenate(logprobs) if logprobs else None, first, last
     )

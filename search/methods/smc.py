@@ -30,7 +30,7 @@ from pav.policy.policy import Policy, Sampler
 from pav.tasks.base import Problem
 from pav.verifier.pick import Candidate
 from pav.verifier.scoring import StepScorer
-from search.methods.expand import Found, Grower, Prefix, together
+from search.methods.expand import Expander, Prefix, SearchResult, gather_or_cancel
 from search.run.records import Node
 
 Weight = Literal["change", "q", "odds"]
@@ -65,7 +65,7 @@ async def particle_filter(
     scorer: StepScorer,
     seed: int,
     cost: Cost,
-) -> Found:
+) -> SearchResult:
     """Search one problem; ``cost`` is charged as it goes.
 
     Seeds derive from (seed, problem, "smc", round, prefix, particle), those of the resampling from
@@ -73,9 +73,9 @@ async def particle_filter(
     """
     prompt = policy.encode(problem)
     if len(prompt) >= sampler.max_length:
-        return Found([], settings.n, 0, [], [])
+        return SearchResult([], settings.n, 0, [], [])
     head = settings.head
-    grower = Grower(
+    grower = Expander(
         problem, prompt, engine, policy, sampler, scorer, cost, lambda _, after: after[head]
     )
     particles = [await grower.root()] * settings.n
@@ -95,12 +95,12 @@ async def particle_filter(
         # Particles that agree are read by the verifier once.
         key = tuple(ids + step.ids)
         if key not in scored:
-            scored[key] = asyncio.ensure_future(grower.grown(prefix, step))
+            scored[key] = asyncio.ensure_future(grower.expanded(prefix, step))
         return await scored[key]
 
     while any(not p.candidate.finished for p in particles):
         scored: dict[tuple[int, ...], asyncio.Future[Prefix]] = {}
-        moved = await together(move(i) for i in range(len(particles)))
+        moved = await gather_or_cancel(move(i) for i in range(len(particles)))
         truncated += sum(p is None for p in moved)
         drawn = [i for i, p in enumerate(particles) if not p.candidate.finished]
         alive = [i for i, p in enumerate(moved) if p is not None]
@@ -127,7 +127,7 @@ async def particle_filter(
         )
         nodes.append([grower.node(p, offspring[i]) for i, p in children])
         particles = [p for i in ancestors if (p := moved[i]) is not None]
-    return Found([p.candidate for p in particles], truncated, 0, steps, nodes)
+    return SearchResult([p.candidate for p in particles], truncated, 0, steps, nodes)
 
 
 def potential(q: Sequence[float], weight: Weight, moved: bool) -> float:

@@ -13,7 +13,7 @@ ROOT = -1
 
 
 @dataclass(frozen=True)
-class Step:
+class TreeStep:
     """A scored step of a search.
 
     Attributes:
@@ -33,13 +33,13 @@ class Step:
     q: dict[str, float]
 
 
-def tree(record: Record) -> list[Step]:
+def tree(record: Record) -> list[TreeStep]:
     """All scored steps, round by round; none for best-of-N, and for versions without ``nodes``.
 
     Raises:
         UserError: if a step continues a place that no step of the round before holds.
     """
-    found: list[Step] = []
+    found: list[TreeStep] = []
     held: dict[int, int] = {}
     for number, (children, nodes) in enumerate(zip(record.steps, record.nodes, strict=False)):
         now: dict[int, int] = {}
@@ -52,12 +52,12 @@ def tree(record: Record) -> list[Step]:
                     "of the round before holds; remove its line and search it again"
                 )
             now |= dict.fromkeys(node.places, len(found))
-            found.append(Step(parent, len(node.places), node.finished, score, text, node.q))
+            found.append(TreeStep(parent, len(node.places), node.finished, score, text, node.q))
         held = now
     return found
 
 
-def path_to(steps: Sequence[Step], last: int) -> list[int]:
+def path_to(steps: Sequence[TreeStep], last: int) -> list[int]:
     """Indices of the steps from the first one to ``last``."""
     path = []
     while last != ROOT:
@@ -66,7 +66,7 @@ def path_to(steps: Sequence[Step], last: int) -> list[int]:
     return path[::-1]
 
 
-def last_steps(record: Record, steps: Sequence[Step]) -> list[int | None]:
+def last_steps(record: Record, steps: Sequence[TreeStep]) -> list[int | None]:
     """The last step of every candidate; None where the tree does not hold it.
 
     Candidates with the same steps (particles, independent subtrees) get different ones as long as
@@ -84,14 +84,14 @@ def last_steps(record: Record, steps: Sequence[Step]) -> list[int | None]:
     return found
 
 
-def _fits(candidate: Candidate, path: Sequence[Step]) -> bool:
+def _fits(candidate: Candidate, path: Sequence[TreeStep]) -> bool:
     return len(path) == len(candidate.ends) and all(
         [round(v, 6) for v in values[1:]] == [s.q.get(head) for s in path]
         for head, values in candidate.q.items()
     )
 
 
-def _joined(steps: Sequence[Step], path: Sequence[int]) -> str:
+def _joined(steps: Sequence[TreeStep], path: Sequence[int]) -> str:
     return _text("\n".join(steps[i].text for i in path))
 
 

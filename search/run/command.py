@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from pav.verifier.scoring import StepScorer
 from search.run.config import SearchConfig
-from search.run.setup import Opened, Row, claim, print_rows, serve
-from search.run.solve import repick
+from search.run.setup import OpenedSearch, Row, create_run_dir, print_rows, serve
+from search.run.solve import pick_again
 from search.run.worker import Search
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def run_tree(
     config: SearchConfig,
-    opened: Opened,
+    opened: OpenedSearch,
     name: str,
     label: str,
     job: Callable[[StepScorer], Search],
@@ -26,7 +26,7 @@ def run_tree(
     scorer = serve(config, opened)
     session = opened.session
     problems = session.problems(config.split, config.problems)
-    with claim(config, opened, f"{name}-n{config.n}") as directory:
+    with create_run_dir(config, opened, f"{name}-n{config.n}") as directory:
         records, seconds = session.run(
             directory / f"{name}.jsonl",
             problems,
@@ -36,7 +36,7 @@ def run_tree(
         )
         session.shutdown()
         rows = [Row(f"{label} ({opened.rule})", config.n, records, seconds)]
-        rows.append(Row(f"{label} (majority)", config.n, [repick(r, "majority") for r in records],
-                        seconds))  # fmt: skip
+        voted = [pick_again(r, "majority") for r in records]
+        rows.append(Row(f"{label} (majority)", config.n, voted, seconds))
         print_rows(rows, directory, config.split)
         session.check()

@@ -39,8 +39,8 @@ from pav.policy.prompts import Rendering
 from pav.policy.rendered import rendered, warn_clock, warn_other_prompt
 from pav.tasks.base import Problem, Split, Task
 from pav.verifier.checkpoint import (
-    Card,
     Verifier,
+    VerifierMeta,
     load_verifier,
     prompt_from,
     resolve_task,
@@ -241,7 +241,7 @@ class Session:
             )
         return not why_not
 
-    def _why_not_fused(self, card: Card, trunk: Policy) -> str:
+    def _why_not_fused(self, card: VerifierMeta, trunk: Policy) -> str:
         """Why the policy's own pass does not give this verifier's scores; empty if it does."""
         if not card.frozen:
             return "its trunk was trained"
@@ -420,7 +420,7 @@ def open_session(
     return Session(found, chosen, used, engine, placed, grade_timeout=grade_timeout)
 
 
-def capped(sampler: Sampler | None, card: Card) -> Sampler | None:
+def capped(sampler: Sampler | None, card: VerifierMeta) -> Sampler | None:
     """A given sampler, whose length cap is the verifier's where it has none of its own."""
     if sampler is None or sampler.max_length:
         return sampler

@@ -18,7 +18,7 @@ from pav.policy.prompts import PROMPTS
 from pav.tasks.base import Problem
 from pav.verifier.checkpoint import Verifier, load_verifier
 from pav.verifier.pick import Pick, StepScore, check_pick
-from pav.verifier.score import Defaults
+from pav.verifier.score import ScorerMeta
 from pav.verifier.scoring import StepScorer
 from search.report.command import write_report
 from search.run.config import SearchConfig, manifest, run_directory
@@ -28,7 +28,7 @@ from search.run.solve import beam_settings
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedSearch:
     """A command's session and verifier, before anything is written or served.
 
     Attributes:
@@ -40,7 +40,7 @@ class Opened:
 
     session: Session
     verifier: Verifier | None
-    card: Defaults | None
+    card: ScorerMeta | None
     rule: Pick
 
     @property
@@ -61,7 +61,7 @@ class Row:
     seconds: float
 
 
-def open_search(config: SearchConfig, recipe: str | None) -> Opened:
+def open_search(config: SearchConfig, recipe: str | None) -> OpenedSearch:
     """Session and verifier; ``recipe`` is what a checkpoint must be of.
 
     Raises:
@@ -101,7 +101,7 @@ def open_search(config: SearchConfig, recipe: str | None) -> Opened:
     problems = session.problems(config.split, config.problems)
     warn_few(len(problems), config.split, config.problems)
     say_opening(session, problems, config.split)
-    card: Defaults | None = verifier.card if verifier else None
+    card: ScorerMeta | None = verifier.card if verifier else None
     if config.orm is not None:
         card = session.reward_model(config.orm)
     if verifier is not None and config.orm is None:
@@ -112,7 +112,7 @@ def open_search(config: SearchConfig, recipe: str | None) -> Opened:
     if card is not None:
         named = config.verifier if config.orm is None else config.orm.model
         check_pick(rule, card.heads, card.base_head, str(named))
-    return Opened(session, verifier, card, rule)
+    return OpenedSearch(session, verifier, card, rule)
 
 
 def say_opening(session: Session, problems: list[Problem], split: str) -> None:
@@ -123,7 +123,7 @@ def say_opening(session: Session, problems: list[Problem], split: str) -> None:
     print_opening(session.task, said, [("policy", policy)], problems[0], session.sampler, cap)
 
 
-def card_of(opened: Opened) -> Defaults:
+def scorer_of(opened: OpenedSearch) -> ScorerMeta:
     """What scores a step search; :func:`open_search` has seen to it that there is one."""
     if opened.card is None:
         raise RuntimeError("a step search was opened without a scorer")
@@ -131,7 +131,7 @@ def card_of(opened: Opened) -> Defaults:
 
 
 @contextmanager
-def claim(config: SearchConfig, opened: Opened, name: str) -> Iterator[Path]:
+def create_run_dir(config: SearchConfig, opened: OpenedSearch, name: str) -> Iterator[Path]:
     """The run directory, created or found to be this run's (see ``open_run``)."""
     path = None if opened.verifier is None else opened.verifier.path
     directory = run_directory(config, name, path)
@@ -142,7 +142,7 @@ def claim(config: SearchConfig, opened: Opened, name: str) -> Iterator[Path]:
         yield directory
 
 
-def serve(config: SearchConfig, opened: Opened) -> StepScorer:
+def serve(config: SearchConfig, opened: OpenedSearch) -> StepScorer:
     """The scorer and the engine that samples; they are loaded when something is searched."""
     scorer: StepScorer
     if config.orm is not None:

@@ -13,20 +13,20 @@ from pav.policy.cost import Cost
 from pav.policy.policy import Policy
 from pav.tasks.base import Grade, Problem
 from pav.verifier.pick import EVERY_STEP, Candidate, Pick, StepScore, pick
-from pav.verifier.score import Defaults, Score, check_prover
+from pav.verifier.score import Score, ScorerMeta, check_prover
 from pav.verifier.scoring import StepScorer
 from search.methods.alphallm import alphallm_search
 from search.methods.beam import BeamSettings, Duplicates, beam_search
 from search.methods.best_of_n import sample_traces
 from search.methods.dvts import dvts_search
-from search.methods.expand import Found
+from search.methods.expand import SearchResult
 from search.methods.smc import SmcSettings, particle_filter
 from search.run.records import Record
 from search.run.session import Session
 
 
 def beam_settings(
-    card: Defaults,
+    card: ScorerMeta,
     n: int,
     samples: int,
     alpha: float | None,
@@ -77,7 +77,7 @@ async def searched(
     settings: dict[str, Any],
     score: StepScore | None,
     head: str,
-    search: Callable[[Cost], Awaitable[Found]],
+    search: Callable[[Cost], Awaitable[SearchResult]],
 ) -> Record:
     """The graded record of one search. Where it raises, it failed: see ``error`` and the log.
 
@@ -160,7 +160,7 @@ async def beam_record(
     engine = session.sampling_engine(scorer)
     shared = (engine, session.policy, session.sampler, scorer, seed)
 
-    def search(cost: Cost) -> Awaitable[Found]:
+    def search(cost: Cost) -> Awaitable[SearchResult]:
         if method == "dvts":
             return dvts_search(problem, settings, *shared, cost)
         if bonus is not None:
@@ -209,7 +209,7 @@ async def smc_record(
     """Particle filtering of one problem, graded."""
     engine = session.sampling_engine(scorer)
 
-    def search(cost: Cost) -> Awaitable[Found]:
+    def search(cost: Cost) -> Awaitable[SearchResult]:
         return particle_filter(
             problem, settings, engine, session.policy, session.sampler, scorer, seed, cost
         )
@@ -241,7 +241,7 @@ async def traces_record(
     """``n`` independent solutions of one problem, graded, one of them picked."""
     engine = session.sampling_engine(scorer, policy)
 
-    async def search(cost: Cost) -> Found:
+    async def search(cost: Cost) -> SearchResult:
         found = await sample_traces(
             problem,
             n,
@@ -253,7 +253,7 @@ async def traces_record(
             cost,
             rule in EVERY_STEP,
         )
-        return Found(found, sum(c.truncated for c in found), 0, [], [])
+        return SearchResult(found, sum(c.truncated for c in found), 0, [], [])
 
     described: dict[str, Any] = {"pick": rule}
     if scorer is not None:
@@ -262,7 +262,7 @@ async def traces_record(
     return await searched(session, problem, method, n, seed, described, score, head, search)
 
 
-def repick(
+def pick_again(
     record: Record,
     rule: Pick,
     first: int | None = None,

@@ -41,13 +41,13 @@ from pav.policy.prompts import Rendering
 from pav.policy.rendered import of_ids
 from pav.tasks.base import Problem
 from pav.verifier.score import Values
-from pav.verifier.scoring import NOTHING, Reading
+from pav.verifier.scoring import NO_LOGPROBS, PrefixScore
 from search.scoring.text import Layout, Reader, RewardModelConfig, Text
 
 PRM = "prm"
 # What step 0 is worth: these models do not score the problem itself. A constant changes no ranking
 # among first steps.
-UNREAD = 0.5
+NEUTRAL = 0.5
 
 
 class RewardModel:
@@ -184,20 +184,20 @@ class RewardModel:
         ids: Sequence[int],
         ends: Sequence[int],
         cost: Cost,
-        known: np.ndarray = NOTHING,
-    ) -> Reading:
-        """Its value after the last step; :data:`UNREAD` before the first.
+        known: np.ndarray = NO_LOGPROBS,
+    ) -> PrefixScore:
+        """Its value after the last step; :data:`NEUTRAL` before the first.
 
         Raises:
             ValueError: if the text is longer than the model can read.
         """
         if not ends:
-            return Reading({self.head: UNREAD})
+            return PrefixScore({self.head: NEUTRAL})
         steps = tuple(self._policy.text(ids[a:b]).strip() for a, b in pairwise([0, *ends]))
         none = np.zeros(0, np.float32)
         if (found := self._known.get((problem.question, steps))) is not None:
             cost.read(Read(none, None, 0, found[1]))
-            return Reading({self.head: found[0]})
+            return PrefixScore({self.head: found[0]})
         text = self._reader.text(problem.question, steps)
         if self._limit is not None and len(text.ids) > self._limit:
             raise ValueError(
@@ -209,7 +209,7 @@ class RewardModel:
         self._waiting.append((text, future))
         value = await future
         cost.read(Read(none, None, len(text.ids), 0))
-        return Reading({self.head: value})
+        return PrefixScore({self.head: value})
 
     @property
     def busy(self) -> bool:

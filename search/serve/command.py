@@ -31,7 +31,7 @@ from pav.tasks.base import Task
 from pav.verifier.pick import Pick
 from search.run.session import Scoring, load_checked, open_session, sibling_orm
 from search.serve.chat import ApiError, chunks, completion, parse_chat
-from search.serve.served_models import KINDS, Kitchen, Recipe
+from search.serve.served_models import KINDS, ServedModel, ServedModels
 from search.serve.service import Limits, Service, stopping
 
 MAX_BODY = 1 << 20
@@ -187,7 +187,7 @@ def make_app(service: Service) -> FastAPI:
         well = {"status": service.failure or "ok", "searches": len(service.searches)}
         return JSONResponse(well, 503 if service.failure else 200)
 
-    def described(recipe: Recipe) -> dict[str, Any]:
+    def described(recipe: ServedModel) -> dict[str, Any]:
         what = KINDS[recipe.kind].replace("N", str(recipe.n), 1)
         return {"id": recipe.name, "object": "model", "created": 0, "owned_by": "pav-engine",
                 "description": what}  # fmt: skip
@@ -204,7 +204,7 @@ def make_app(service: Service) -> FastAPI:
     async def chat_completions(request: Request) -> Response:
         with service.receiving():
             body = await read_json(request)
-        chat = parse_chat(body, service.kitchen.session.sampler)
+        chat = parse_chat(body, service.served_models.session.sampler)
         record, prompt = await service.search(chat, request)
         if not chat.stream:
             return JSONResponse(completion(chat, record, prompt))
@@ -219,7 +219,7 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def open_kitchen(config: ServeConfig) -> Kitchen:
+def open_models(config: ServeConfig) -> ServedModels:
     """Load verifiers, and every engine once it is clear that all fit."""
     verifier = load_checked(config.verifier, "pav")
     session = open_session(
@@ -248,9 +248,11 @@ def open_kitchen(config: ServeConfig) -> Kitchen:
     orm = None
     if beside is not None:
         orm = session.scorer(beside, "separate", config.surprise, None)
-    kitchen = Kitchen(session, pav, orm, config.samples, config.alpha, config.prover, config.pick)
-    kitchen.warm_up()
-    return kitchen
+    served_models = ServedModels(
+        session, pav, orm, config.samples, config.alpha, config.prover, config.pick
+    )
+    served_models.warm_up()
+    return served_models
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -356,18 +358,20 @@ async def serve_until_told(service: Service, listening: socket.socket) -> None:
 def serve(config: ServeConfig) -> None:
     """Serve (see :class:`ServeConfig`)."""
     listening = listen(config.host, config.port)
-    kitchen = open_kitchen(config)
+    served_models = open_models(config)
     limits = Limits(config.max_n, config.max_concurrent, config.max_prompt_tokens, config.timeout)
-    service = Service(limits, kitchen, os.environ.get(API_KEY, ""))
+    service = Service(limits, served_models, os.environ.get(API_KEY, ""))
     host, port = listening.getsockname()[:2]
     at = f"[{host}]" if ":" in host else host
-    first = kitchen.kinds[0]
-    print(f"serving {', '.join(f'{k}-<N>' for k in kitchen.kinds)} with N up to {config.max_n}")
+    first = served_models.kinds[0]
+    print(
+        f"serving {', '.join(f'{k}-<N>' for k in served_models.kinds)} with N up to {config.max_n}"
+    )
     print(f"next: point a client of OpenAI's at http://{at}:{port}/v1, model {first}-8")
     try:
         asyncio.run(serve_until_told(service, listening))
     finally:
-        kitchen.session.shutdown()
+        served_models.session.shutdown()
     if service.failure:
         raise SystemExit(1)
 

@@ -25,7 +25,7 @@ _NAME = re.compile(r"([a-z-]+)-([1-9][0-9]{0,5})", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ServedModel:
     """A search and its N."""
 
     kind: str
@@ -38,7 +38,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Kitchen:
+class ServedModels:
     """Everything a recipe needs.
 
     Attributes:
@@ -81,8 +81,8 @@ class Kitchen:
         # Fused scores are free, and spare a second copy of the policy.
         return self.pav if self.pav.fused else None
 
-    async def cook(
-        self, recipe: Recipe, problem: Problem, seed: int, max_length: int | None = None
+    async def run(
+        self, recipe: ServedModel, problem: Problem, seed: int, max_length: int | None = None
     ) -> Record:
         """Search ``problem``; equal arguments give equal records on an engine of equal load.
 
@@ -121,9 +121,9 @@ class Kitchen:
         return self.pick or self.pav.verifier.card.pick  # type: ignore[return-value]
 
 
-def parse_recipe(name: str) -> Recipe | None:
+def parse_model(name: str) -> ServedModel | None:
     """The recipe that ``name`` stands for; None if it is no such name."""
     match = _NAME.fullmatch(name)
     if match is None or match[1] not in KINDS:
         return None
-    return Recipe(match[1], int(match[2]))
+    return ServedModel(match[1], int(match[2]))

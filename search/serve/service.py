@@ -24,7 +24,7 @@ from pav.core.printable import one_line
 from pav.tasks.base import Problem, problem_id
 from search.run.records import Record
 from search.serve.chat import ApiError, Chat
-from search.serve.served_models import Kitchen, Recipe, parse_recipe
+from search.serve.served_models import ServedModel, ServedModels, parse_model
 
 # A resolved future wakes its search through gather: a few turns of the event loop.
 TURNS = 4
@@ -54,7 +54,7 @@ class Service:
 
     Attributes:
         limits: what a request may ask for.
-        kitchen: what recipes are made with.
+        served_models: what answers.
         key: API key; empty for none.
         searches: those that are running.
         work: set while there is a search.
@@ -65,7 +65,7 @@ class Service:
     """
 
     limits: Limits
-    kitchen: Kitchen
+    served_models: ServedModels
     key: str = ""
     searches: set[asyncio.Task[Record]] = field(default_factory=set)
     work: asyncio.Event = field(default_factory=asyncio.Event)
@@ -93,7 +93,7 @@ class Service:
 
     async def pump(self) -> None:
         """Turn the engines for as long as there is work; ends only with an error."""
-        engines = list(self.kitchen.session.engines.values())
+        engines = list(self.served_models.session.engines.values())
         try:
             while True:
                 if not self.searches:
@@ -120,8 +120,8 @@ class Service:
         """
         recipe = self.recipe(chat.model)
         problem = Problem(problem_id(chat.question), chat.question)
-        prompt = len(self.kitchen.session.policy.encode(problem))
-        cap = self.kitchen.session.sampler.max_length
+        prompt = len(self.served_models.session.policy.encode(problem))
+        cap = self.served_models.session.sampler.max_length
         longest = min(cap - 1, self.limits.max_prompt_tokens or cap)
         if prompt > longest:
             raise ApiError(
@@ -139,7 +139,7 @@ class Service:
                 429, f"{self.limits.max_concurrent} searches are running; try again", None, "busy"
             )
         length = None if chat.max_tokens is None else prompt + chat.max_tokens
-        task = asyncio.ensure_future(self.kitchen.cook(recipe, problem, chat.seed, length))
+        task = asyncio.ensure_future(self.served_models.run(recipe, problem, chat.seed, length))
         self.searches.add(task)
         self.work.set()
         gone = asyncio.ensure_future(_disconnected(request))
@@ -173,15 +173,15 @@ class Service:
             raise ApiError(500, "the search failed; the server's log says why")
         return record, prompt
 
-    def recipe(self, name: str) -> Recipe:
+    def recipe(self, name: str) -> ServedModel:
         """The recipe that ``name`` stands for.
 
         Raises:
             ApiError: if there is none, or its N is too large.
         """
-        recipe = parse_recipe(name)
-        if recipe is None or recipe.kind not in self.kitchen.kinds:
-            shown = ", ".join(f"{kind}-<N>" for kind in self.kitchen.kinds)
+        recipe = parse_model(name)
+        if recipe is None or recipe.kind not in self.served_models.kinds:
+            shown = ", ".join(f"{kind}-<N>" for kind in self.served_models.kinds)
             raise ApiError(
                 404, f"no model {name[:80]!r}; there are {shown}", "model", "model_not_found"
             )
@@ -191,10 +191,10 @@ class Service:
             )
         return recipe
 
-    def models(self) -> list[Recipe]:
+    def models(self) -> list[ServedModel]:
         """Some of the recipes: every kind at powers of two; any other N up to max_n is served."""
         powers = [2**i for i in range(self.limits.max_n.bit_length())]
-        return [Recipe(kind, n) for kind in self.kitchen.kinds for n in powers]
+        return [ServedModel(kind, n) for kind in self.served_models.kinds for n in powers]
 
 
 def stopping() -> ApiError:

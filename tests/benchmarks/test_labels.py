@@ -100,17 +100,17 @@ def test_verifier_learns_from_a_replay_what_it_learns_without_remembering(
     *_, (_, _, problems) = config.groups()
     bought = replays.buy(study.REFERENCE, problems, inf, 4)
     labels = label_set(bought, run.manifest, endings=False)
-    judge = load_judge("pav:strong", config.policy.label, config.task, labels, 4)
+    score_labels = load_judge("pav:strong", config.policy.label, config.task, labels, 4)
     monkeypatch.setattr("benchmarks.labels.quality.STEPS", 30)
-    found = quality(judge, labels, seed=0)
+    found = quality(score_labels, labels, seed=0)
     k, n = np.array(list(labels.counts.values()), float).T
     constant = float((k.sum() / n.sum()) * (1 - k.sum() / n.sum()))
     assert found.prefixes >= len(labels.counts)
     assert found.brier_N["surprise"].mean() < constant
-    ids = torch.tensor([e.ids for e in judge.examples(labels, "validation")[:1]])
+    ids = torch.tensor([e.ids for e in score_labels.examples(labels, "validation")[:1]])
     plain = load_trunk(model_path("pav:strong")).get_decoder()(input_ids=ids, use_cache=False)
     padded = torch.nn.functional.pad(ids, (0, 5))
-    states = judge.trunk.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
+    states = score_labels.trunk.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
     assert states.shape[1] == padded.shape[1]
     torch.testing.assert_close(
         states[:, : ids.shape[1]], plain.last_hidden_state, atol=1e-5, rtol=0

@@ -27,9 +27,9 @@ from data_gen.strategies import (
     adaptive,
     allocate,
     gain,
+    next_rollouts,
     plan_of,
     spread,
-    wanted,
 )
 from pav.core.errors import UserError
 from pav.core.journal import JOURNAL
@@ -83,7 +83,7 @@ def play(
     """Work on solutions, one after the other, until none wants more."""
     finished = dict(done or {})
     for trace in traces:
-        while requests := wanted(plan, trace, finished, STEPPER):
+        while requests := next_rollouts(plan, trace, finished, STEPPER):
             assert len({(r.key, r.policy, r.index) for r in requests}) == len(requests)
             for r in requests:
                 where = (r.key, r.policy, r.index)
@@ -296,7 +296,7 @@ def asked_for(labels: LabelSet, plan: Plan, stepper: Stepper) -> set[Key]:
     keys: set[Key] = set()
     for trace in labels.traces:
         seen: dict[Key, Completion] = {}
-        while requests := wanted(plan, trace, seen, stepper):
+        while requests := next_rollouts(plan, trace, seen, stepper):
             seen |= {(w := (r.key, r.policy, r.index)): stored[w] for r in requests}
         keys |= seen.keys()
     return keys

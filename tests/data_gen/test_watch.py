@@ -23,15 +23,15 @@ from pav.tasks.tape import Tape
 
 RIGHT = Completion("k", "p", "base", 0, [], [1, 2], "7", True, False)
 WRONG = replace(RIGHT, answer="8", correct=False)
-UNREAD = replace(RIGHT, answer=None, correct=False)
-CUT = replace(UNREAD, truncated=True)
+NEUTRAL = replace(RIGHT, answer=None, correct=False)
+CUT = replace(NEUTRAL, truncated=True)
 
 
 @pytest.mark.parametrize(
     ("most", "others", "says"),
     [
         (CUT, RIGHT, "101 of 200 finished solutions and rollouts were cut by the length cap"),
-        (UNREAD, RIGHT, "in 101 of 200 finished solutions and rollouts the grader of the task"),
+        (NEUTRAL, RIGHT, "in 101 of 200 finished solutions and rollouts the grader of the task"),
         (WRONG, WRONG, "none of 200 finished solutions and rollouts is right"),
     ],
 )
@@ -65,7 +65,7 @@ def test_short_ones_that_finish_first_do_not_hide_what_is_cut_later() -> None:
 def test_hard_but_sound_run_goes_on() -> None:
     watch = Watch(stops=True)
     for _ in range(LOOKS[-1]):
-        for record in (RIGHT, CUT, WRONG, UNREAD):
+        for record in (RIGHT, CUT, WRONG, NEUTRAL):
             watch.see(record)
     assert watch.shares == "25% cut, 25% right"
 
@@ -73,7 +73,7 @@ def test_hard_but_sound_run_goes_on() -> None:
 def test_solutions_without_a_grader_are_not_missed_as_answers() -> None:
     ungraded = watch_for(Jsonl(data="x.jsonl", grader="none"), stops=True)
     for _ in range(LOOKS[-1]):
-        ungraded.see(UNREAD)
+        ungraded.see(NEUTRAL)
     with pytest.raises(Doubtful, match="cut by the length cap"):
         for _ in range(2 * LOOKS[-1]):
             ungraded.see(CUT)

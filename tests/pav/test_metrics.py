@@ -25,7 +25,7 @@ from pav.evaluate.command import EvaluateConfig, evaluate, load_on_device, trunk
 from pav.evaluate.first_error import first_error_metrics, first_error_threshold, halves_agree
 from pav.evaluate.metrics import NAMES, Counts, advantage_metrics, auc, value_metrics
 from pav.evaluate.report import verdict
-from pav.evaluate.scored_labels import judge
+from pav.evaluate.scored_labels import score_labels
 from pav.evaluate.suite import measure
 from pav.labels.examples import pav_examples
 from pav.labels.tables import Completion, Trace, prefix_key, read_labels
@@ -46,7 +46,7 @@ def counts_of(k: Any, n: Any, exact: Any = False) -> Counts:
 
 
 @st.composite
-def judged(draw: st.DrawFn) -> tuple[np.ndarray, Counts]:
+def scores(draw: st.DrawFn) -> tuple[np.ndarray, Counts]:
     """Predicted Qs of a few prefixes, with ties and both ends, and their counts."""
     size = draw(st.integers(2, 30))
     q = draw(
@@ -62,7 +62,7 @@ def judged(draw: st.DrawFn) -> tuple[np.ndarray, Counts]:
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=60)
-@given(judged())
+@given(scores())
 def test_metrics_are_their_formulas_rollout_by_rollout(drawn: tuple[np.ndarray, Counts]) -> None:
     q, counts = drawn
     found = value_metrics(q, counts)
@@ -233,7 +233,7 @@ def test_advantage_ceilings_bracket_what_the_true_advantages_reach(kind: str, n:
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=40)
-@given(judged(), st.data())
+@given(scores(), st.data())
 def test_advantage_metrics_are_their_formulas(
     drawn: tuple[np.ndarray, Counts], data: st.DataObject
 ) -> None:
@@ -373,7 +373,7 @@ def test_a_predictor_of_the_truth_reaches_the_ceilings_of_real_labels(
     heads = loaded.card.heads
     examples = pav_examples(found, "validation", heads, policy, 64)
     scored = score(model, examples, policy, "scoring")
-    seen = judge(heads, examples, scored, found, policy, TASK)
+    seen = score_labels(heads, examples, scored, found, policy, TASK)
     # Counts of a prefix are whole, however many solutions it stands in.
     labelled = seen.counts["q/base"].n_N
     assert set(labelled) == {1, 4}

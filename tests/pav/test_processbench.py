@@ -19,7 +19,7 @@ from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.core.steps import StepRule, scoring_position
 from pav.evaluate.processbench import ProcessBenchConfig, encode, processbench
-from pav.evaluate.processbench_data import Solution, read_subsets
+from pav.evaluate.processbench_data import AnnotatedSolution, read_subsets
 from pav.evaluate.processbench_f1 import Scores, f1_row, first_wrong, pick_threshold
 from pav.policy.policy import PolicyConfig, Prompt, load_policy
 from pav.tasks.base import Problem
@@ -184,7 +184,7 @@ def test_steps_end_at_the_token_that_holds_the_delimiter(tiny_model: Callable[..
     config = PolicyConfig(str(tiny_model("llama", "chat")), prompt=Prompt(chat=True))
     policy = load_policy(config, StepRule())
     steps = ["One line.\nA second line.", "  Then this.  ", "The end"]
-    solution = Solution("a", "Why?", steps, -1)
+    solution = AnnotatedSolution("a", "Why?", steps, -1)
     for separator in ("\n", "\n\n"):
         example, own, is_changed = encode(policy, solution, separator)
         assert not is_changed

@@ -28,7 +28,7 @@ from pav.labels.tables import read_labels
 from pav.train.command import train
 from pav.train.config import TrainConfig
 from pav.train.fit import VerifierModule
-from pav.verifier.checkpoint import Card
+from pav.verifier.checkpoint import VerifierMeta
 from pav.verifier.lora import Lora
 from tests.full_disk import full_disk
 from tests.pav.label_runs import write_labels
@@ -78,7 +78,7 @@ def config(labels: str, trunk: Path, tmp_path: Path) -> TrainConfig:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out calibration and report, which these tests do not look at."""
 
-    def unreported(card: Card, *_: Any) -> Card:
+    def unreported(card: VerifierMeta, *_: Any) -> VerifierMeta:
         return card
 
     monkeypatch.setattr(pav.train.command, "fit_and_report", unreported)
@@ -306,14 +306,14 @@ SHELL = SRUN | {"SLURM_JOB_NAME": "bash", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER
 def test_two_processes_train_the_model_of_one(
     strategy: Any, tasks: list[dict[str, str]], config: TrainConfig, tmp_path: Path
 ) -> None:
-    together = replace(config, devices=2, strategy=strategy, max_epochs=1)
-    for task in [start(together, environment) for environment in tasks]:
+    gather_or_cancel = replace(config, devices=2, strategy=strategy, max_epochs=1)
+    for task in [start(gather_or_cancel, environment) for environment in tasks]:
         said, errors = task.communicate()
         assert task.returncode == 0, said + errors[-3000:]
     # An optimiser step of one process is as many batches, one after the other.
     alone = replace(config, output=str(tmp_path / "alone.ckpt"), accumulate=2, max_epochs=1)
     train(alone)
-    one, two = weights(alone), weights(together)
+    one, two = weights(alone), weights(gather_or_cancel)
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=1e-4)
@@ -428,9 +428,9 @@ def test_full_disk_ends_the_run_with_one_line_and_the_same_command_goes_on(
 
 
 def test_full_disk_ends_all_processes_with_one_line(config: TrainConfig, tmp_path: Path) -> None:
-    together = replace(config, devices=2)
+    gather_or_cancel = replace(config, devices=2)
     # In blocks of 512 bytes.
-    task = start(together, {}, "ulimit -f 100;")
+    task = start(gather_or_cancel, {}, "ulimit -f 100;")
     _, errors = task.communicate(timeout=300)
     assert task.returncode == 2, errors
     (line,) = [text for text in errors.splitlines() if "rror" in text or "Traceback" in text]

@@ -26,7 +26,7 @@ from pav.train.command import train
 from pav.train.config import TrainConfig
 from pav.train.fit import VerifierModule
 from pav.verifier.calibrate import SURPRISE, fit_calibrator
-from pav.verifier.checkpoint import Card, Verifier, card_json, load_model, load_verifier
+from pav.verifier.checkpoint import Verifier, VerifierMeta, card_json, load_model, load_verifier
 from pav.verifier.forward import score
 from pav.verifier.trunk import HeadedTrunk, load_trunk
 from tests.pav.label_runs import HEADS, TASK, write_labels
@@ -44,12 +44,12 @@ def labels(trunk: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def trained(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Card, HeadedTrunk, Verifier]:
+) -> tuple[VerifierMeta, HeadedTrunk, Verifier]:
     """Card, the model as it was in memory when it was saved, and the checkpoint as loaded."""
     kept: list[HeadedTrunk] = []
     save = pav.train.command.save
 
-    def keep_and_save(card: Card, model: HeadedTrunk, output: Path, adapters: Any) -> None:
+    def keep_and_save(card: VerifierMeta, model: HeadedTrunk, output: Path, adapters: Any) -> None:
         kept.append(copy.deepcopy(model))
         save(card, model, output, adapters)
 

@@ -34,7 +34,7 @@ from pav.train.batches import MAX_WASTE, TraceLoader
 from pav.train.command import train
 from pav.train.config import TrainConfig
 from pav.train.fit import prepare
-from pav.verifier.checkpoint import Card, load_model, load_verifier, trunk_path
+from pav.verifier.checkpoint import VerifierMeta, load_model, load_verifier, trunk_path
 from pav.verifier.forward import batches, padding_waste
 from pav.verifier.lora import Lora
 from pav.verifier.trunk import HeadedTrunk, load_trunk
@@ -65,7 +65,7 @@ def config(labels: str, trunk: Path, tmp_path: Path) -> TrainConfig:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out calibration and report, which these tests do not look at."""
 
-    def unreported(card: Card, *_: Any) -> Card:
+    def unreported(card: VerifierMeta, *_: Any) -> VerifierMeta:
         return card
 
     monkeypatch.setattr(pav.train.command, "fit_and_report", unreported)

@@ -10,7 +10,7 @@ from pav.policy.cost import Cost
 from pav.policy.inference import Sampled
 from pav.policy.policy import Policy, Sampler
 from pav.tasks.base import Problem
-from pav.verifier.scoring import Reading
+from pav.verifier.scoring import PrefixScore
 
 EOS = 2
 PROBLEM = Problem("p", "1+1", "2")
@@ -61,8 +61,8 @@ class Scripted:
         ends: Sequence[int],
         cost: Cost,
         known: object = None,
-    ) -> Reading:
+    ) -> PrefixScore:
         text = self.policy.text(ids) + ("$" if ids and ids[-1] == EOS else "")
         base, prover = self.q.get(text, (0.5, 0.5))
         cost.verifier_tokens += 1
-        return Reading({"q/base": base, "q/prover": prover})
+        return PrefixScore({"q/base": base, "q/prover": prover})

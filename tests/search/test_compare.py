@@ -295,7 +295,7 @@ def test_second_comparison_in_one_directory_is_refused_until_the_first_is_gone(
         raise Inside
 
     # What was killed had no record yet: another comparison may have its directory.
-    monkeypatch.setattr("search.compare.command.search_points", inside)
+    monkeypatch.setattr("search.compare.command.search_results", inside)
     with pytest.raises(Inside):
         compare(made)
     assert [p.name for p in Path(made.output).iterdir()] == ["manifest.json"]

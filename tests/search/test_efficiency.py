@@ -25,7 +25,7 @@ from search.compare.command import _uncounted
 from search.compare.efficiency import Ratio, _ratio, budget_for, ratios
 from search.compare.investment import invested_flops
 from search.compare.plan import CompareConfig, Investment, Method
-from search.compare.results import Point
+from search.compare.results import MethodResult
 from search.scoring.text import RewardModelConfig
 
 N = (2, 4, 8, 16, 32, 64, 128)
@@ -36,7 +36,7 @@ PAV_9B = (0.395, 0.438, 0.475, 0.509, 0.527, 0.539, 0.540)
 
 def curve(
     method: str, accuracies: Sequence[float], *, beam: bool, flops: float = 1.0, rows: int = 1000
-) -> list[Point]:
+) -> list[MethodResult]:
     """Points at N = 2, 4, ...: of 1000 problems so many right; tokens 10 and FLOPs as given."""
     return [
         point(method, n, np.arange(rows)[:, None] < round(a * rows), beam=beam, flops=flops)
@@ -44,10 +44,10 @@ def curve(
     ]
 
 
-def point(method: str, n: int, right: Any, *, beam: bool, flops: float = 1.0) -> Point:
+def point(method: str, n: int, right: Any, *, beam: bool, flops: float = 1.0) -> MethodResult:
     correct_PS = np.asarray(right, dtype=np.float64)
     traces = 3 * n if beam else n
-    return Point(
+    return MethodResult(
         method, n, None, None, correct_PS, correct_PS, correct_PS, 10.0 * traces, 0.0, 0.0, 0.0,
         0.0, flops * traces, 0.0, 0.0, {"samples": 3} if beam else {"pick": "orm"},
     )  # fmt: skip

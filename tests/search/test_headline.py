@@ -15,7 +15,7 @@ from pav.core.tables import EXPLAINED
 from search.compare.efficiency import ratios, said
 from search.compare.headline import headline
 from search.compare.plot import plot_accuracy, plot_optimisation
-from search.compare.results import Point, csv_rows, paired, print_points, write_csv
+from search.compare.results import MethodResult, csv_rows, paired, print_results, write_csv
 from search.report.data import _tables
 from tests.search.test_efficiency import point
 
@@ -26,7 +26,7 @@ def right(share: float) -> Any:
 
 
 @pytest.fixture
-def points() -> list[Point]:
+def points() -> list[MethodResult]:
     """A beam at N 2 and 4, and two methods that pick from samples, also at its tokens."""
     found = [point("beam", n, right(a), beam=True) for n, a in ((2, 0.5), (4, 0.8))]
     for name, rule, shares in (
@@ -41,7 +41,7 @@ def points() -> list[Point]:
 
 
 def test_headline_is_of_the_widest_beam_against_the_orm_at_its_tokens(
-    points: list[Point],
+    points: list[MethodResult],
 ) -> None:
     sentence = headline(csv_rows(points), paired(points))
     assert sentence.startswith(
@@ -66,9 +66,9 @@ def test_headline_is_of_the_widest_beam_against_the_orm_at_its_tokens(
 
 
 def test_short_tables_hold_a_row_per_method_and_explain_their_columns(
-    points: list[Point], capsys: pytest.CaptureFixture[str]
+    points: list[MethodResult], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_points(points, paired(points), "test", False)
+    print_results(points, paired(points), "test", False)
     short = capsys.readouterr().out
     rows = [
         [c.strip() for c in line.split("│")[1:-1]] for line in short.splitlines() if "│" in line
@@ -79,13 +79,13 @@ def test_short_tables_hold_a_row_per_method_and_explain_their_columns(
     assert short.startswith("accuracy, 100 test problems, 1 seed ") and "seed(s)" not in short
     for column in ("N=...", "95% at the last", "tokens there", "difference", "p"):
         assert f"  {column}: {EXPLAINED[column]}"[:60] in short
-    print_points(points, paired(points), "test", True)
+    print_results(points, paired(points), "test", True)
     verbose = capsys.readouterr().out
     assert verbose.count("│") > 2 * short.count("│")
     assert "12 (tokens of beam 4)" in verbose and "believed" in verbose
 
 
-def test_what_a_ratio_says_names_both_costs(points: list[Point]) -> None:
+def test_what_a_ratio_says_names_both_costs(points: list[MethodResult]) -> None:
     sentence = said(ratios(points))
     assert sentence.startswith("to be as good as orm at its best (.500), beam needs >= ")
     assert "times fewer policy tokens and" in sentence and "times fewer total FLOPs" in sentence
@@ -95,7 +95,7 @@ def test_what_a_ratio_says_names_both_costs(points: list[Point]) -> None:
 
 
 def test_method_that_is_a_formula_is_text_in_the_csv_and_itself_in_the_report(
-    points: list[Point], tmp_path: Path
+    points: list[MethodResult], tmp_path: Path
 ) -> None:
     evil = [replace(p, method="=1+1") if p.method == "orm" else p for p in points]
     write_csv(evil, tmp_path / "compare.csv")
@@ -112,7 +112,7 @@ def test_method_that_is_a_formula_is_text_in_the_csv_and_itself_in_the_report(
 
 
 def test_plots_over_n_hold_what_was_asked_for_and_scores_have_a_panel_of_their_own(
-    points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    points: list[MethodResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib import pyplot as plt
 

@@ -32,7 +32,7 @@ from search.dvts import DvtsConfig, dvts
 from search.methods.alphallm import alphallm_search, bonuses
 from search.methods.beam import BeamSettings, beam_search
 from search.methods.dvts import dvts_search
-from search.methods.expand import Found, together
+from search.methods.expand import SearchResult, gather_or_cancel
 from search.methods.smc import (
     Resampling,
     SmcSettings,
@@ -158,7 +158,7 @@ TREE = {
 }  # fmt: skip
 
 
-def search_dvts(policy: Policy, n: int, samples: int) -> tuple[Found, Scripted, Cost]:
+def search_dvts(policy: Policy, n: int, samples: int) -> tuple[SearchResult, Scripted, Cost]:
     scripted = Scripted(policy, TREE, {"4\n": (0.9, 0), "1\n": (0.1, 0)}, by_seed=True)
     engine: Any = scripted
     cost = Cost()
@@ -264,7 +264,7 @@ def test_weights_by_change_multiply_to_the_change_of_q(q: list[float]) -> None:
 def filtered(
     policy: Policy, scripted: Scripted, n: int, weight: Weight = "q", cap: int = 64,
     how: Resampling = "systematic", seed: int = 0,
-) -> tuple[Found, Cost]:  # fmt: skip
+) -> tuple[SearchResult, Cost]:  # fmt: skip
     engine: Any = scripted
     cost = Cost()
     found = asyncio.run(
@@ -385,8 +385,8 @@ def test_pass_at_n_is_unbiased_and_counts_failures_as_wrong() -> None:
 
 
 def failing(real: Any, bad: Callable[[str], bool]) -> Any:
-    async def search(problem: Problem, *args: Any, **kwargs: Any) -> Found:
-        found: Found = await real(problem, *args, **kwargs)
+    async def search(problem: Problem, *args: Any, **kwargs: Any) -> SearchResult:
+        found: SearchResult = await real(problem, *args, **kwargs)
         if bad(problem.id):
             raise ZeroDivisionError("by\nnothing")
         return found
@@ -449,7 +449,7 @@ def test_jobs_beside_one_that_raises_are_cancelled() -> None:
             raise ValueError(i)
 
         with pytest.raises(ValueError, match="1"):
-            await together(wait(i) for i in range(3))
+            await gather_or_cancel(wait(i) for i in range(3))
         assert sorted(ended) == [0, 1, 2]
 
     asyncio.run(main())
@@ -486,7 +486,7 @@ def test_slow_problem_does_not_hold_up_another() -> None:
         at = 0
         for _ in range(rounds):
             # A round waits for its own two children and for nobody else's.
-            at = max(await together(engine.after(each) for _ in range(2)))
+            at = max(await gather_or_cancel(engine.after(each) for _ in range(2)))
         return name, at
 
     jobs = [lambda: problem("slow", 3, 100), lambda: problem("fast", 3, 2)]

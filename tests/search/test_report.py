@@ -29,7 +29,7 @@ from search.compare.results import PICKS
 from search.methods.alphallm import alphallm_search
 from search.methods.beam import BeamSettings, beam_search
 from search.methods.dvts import dvts_search
-from search.methods.expand import Found
+from search.methods.expand import SearchResult
 from search.methods.smc import SmcSettings, particle_filter
 from search.report.command import ReportConfig, report, write_report
 from search.report.data import BYTES_PER_SEARCH, report_data
@@ -85,7 +85,7 @@ def searched(
         "alphallm": lambda: alphallm_search(PROBLEM, ranked, 0.25, *shared),
         "smc": lambda: particle_filter(PROBLEM, SmcSettings(n, "q/base"), *shared),
     }
-    found: Found = asyncio.run(searches[method]())
+    found: SearchResult = asyncio.run(searches[method]())
     candidates = [replace(c, text=policy.text(c.ids)) for c in found.candidates]
     record = Record("p", "1+1", "2", method, n, seed, {}, candidates=candidates,
                     steps=found.steps, nodes=found.nodes)  # fmt: skip

@@ -34,7 +34,7 @@ from search.beam import BeamConfig, beam
 from search.best_of_n import BestOfNConfig, best_of_n
 from search.compare.command import CompareConfig, Method, compare
 from search.run.records import read
-from search.scoring.reward_model import UNREAD, QwenPrm, RewardModel
+from search.scoring.reward_model import NEUTRAL, QwenPrm, RewardModel
 from search.scoring.text import MARK, QWEN_SYSTEM, Layout, Reader, RewardModelConfig
 
 PROBLEM = Problem("p", "37+8*3")
@@ -197,12 +197,12 @@ def test_values_do_not_depend_on_the_batch(
     # Of many lengths, one of them twice.
     solutions = [SOLUTION, "A1", "1+1=2\nA2", "\n".join(["2+2=4"] * 6) + "\nA4", "A1"]
     config = RewardModelConfig(path, layout=kind)
-    together, _ = values(RewardModel(config, policy), policy, solutions)
+    gather_or_cancel, _ = values(RewardModel(config, policy), policy, solutions)
     alone, _ = values(RewardModel(replace(config, batch=1), policy), policy, solutions)
-    for a, b in zip(together, alone, strict=True):
+    for a, b in zip(gather_or_cancel, alone, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
-    assert together[1] == pytest.approx(together[4], abs=1e-5)
-    assert len({round(v, 4) for row in together for v in row}) > 5
+    assert gather_or_cancel[1] == pytest.approx(gather_or_cancel[4], abs=1e-5)
+    assert len({round(v, 4) for row in gather_or_cancel for v in row}) > 5
 
 
 def test_no_text_is_read_twice_until_the_scores_are_forgotten(
@@ -238,7 +238,7 @@ def test_step_zero_is_a_constant_that_costs_nothing(
     model = RewardModel(RewardModelConfig(built(tmp_path, "token", chat_tokenizer)), policy)
     cost, found = Cost(), []
     drive([model], [lambda: model.read(PROBLEM, [], [], cost)], found.append, 1)
-    assert [read.values for read in found] == [{"prm": UNREAD}] and cost == Cost()
+    assert [read.values for read in found] == [{"prm": NEUTRAL}] and cost == Cost()
 
 
 def test_special_tokens_in_a_solution_are_text(chat_tokenizer: Any, tmp_path: Path) -> None:
@@ -305,9 +305,9 @@ def test_encoder_classifiers_work_too(policy: Policy, chat_tokenizer: Any, tmp_p
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     chat_tokenizer.save_pretrained(tmp_path)
     model = RewardModel(RewardModelConfig(str(tmp_path)), policy)
-    together, _ = values(model, policy, ["A1", SOLUTION])
+    gather_or_cancel, _ = values(model, policy, ["A1", SOLUTION])
     alone, _ = values(RewardModel(model.config, policy), policy, [SOLUTION])
-    assert together[1] == pytest.approx(alone[0], abs=1e-5)
+    assert gather_or_cancel[1] == pytest.approx(alone[0], abs=1e-5)
 
 
 def test_comparison_ranks_its_one_sample_set_by_reward_models_too(
@@ -408,7 +408,7 @@ def test_commands_take_reward_models_in_the_verifiers_place(
         assert one.error is None and one.settings["trunk"] == prm
         for c in one.candidates:
             # Q alone: the score is the PRM's of the last step.
-            assert c.score == c.q["prm"][-1] and c.q["prm"][0] == UNREAD
+            assert c.score == c.q["prm"][-1] and c.q["prm"][0] == NEUTRAL
             assert len(c.q["prm"]) == len(c.ends) + 1
     assert (tmp_path / "beam" / "best_of_n.jsonl").exists()
     with pytest.raises(UserError, match="pick orm reads an ORM head, which"):

@@ -25,7 +25,7 @@ from pav.tasks.tape import Tape
 from search.beam import BeamConfig
 from search.compare.command import CompareConfig, Method, compare
 from search.compare.plan import Selection
-from search.compare.run_searches import Sweep
+from search.compare.run_searches import Comparison
 from search.run.records import read
 from search.select import COARSE, Choice, SelectConfig, choose, select
 
@@ -43,8 +43,8 @@ def chosen(
     """What is chosen where a beam with (alpha, prover) is right that often, and what was tried."""
     tried: list[tuple[float, str]] = []
 
-    def search_points(sweep: Sweep, method: Method) -> list[Any]:
-        assert sweep.config.split == "validation" and method.n == [16]
+    def search_results(comparison: Comparison, method: Method) -> list[Any]:
+        assert comparison.config.split == "validation" and method.n == [16]
         assert method.alpha is not None and method.prover is not None
         tried.append((method.alpha, method.prover))
         mean = accuracy(method.alpha, method.prover)
@@ -55,15 +55,15 @@ def chosen(
         assert split == "validation"
         return [Problem(str(i), "1+1") for i in range(count)]
 
-    monkeypatch.setattr("search.select.search_points", search_points)
+    monkeypatch.setattr("search.select.search_results", search_results)
     session: Any = SimpleNamespace(problems=problems)
     card = SimpleNamespace(
         alpha=0.5, heads=["q/base", "q/prover", "orm"], base_head="q/base", prover_head="q/prover"
     )
     verifiers: Any = {"v": SimpleNamespace(card=card)}
     made = method or Method("beam", verifier="v")
-    sweep = Sweep(CompareConfig([made], "unused"), verifiers, session, [], Path("/tmp"))
-    return choose(sweep, made, what, Selection(**how)), tried
+    comparison = Comparison(CompareConfig([made], "unused"), verifiers, session, [], Path("/tmp"))
+    return choose(comparison, made, what, Selection(**how)), tried
 
 
 def test_alpha_is_halved_from_ten_until_it_beats_zero_and_then_refined(

@@ -33,8 +33,8 @@ from pav.tasks.base import Grade, Problem, problem_id
 from pav.tasks.tape import Tape
 from search.run.records import Record
 from search.serve.chat import ApiError, parse_chat
-from search.serve.command import MAX_BODY, ServeConfig, listen, open_kitchen, serve_until_told
-from search.serve.served_models import Kitchen, Recipe, parse_recipe
+from search.serve.command import MAX_BODY, ServeConfig, listen, open_models, serve_until_told
+from search.serve.served_models import ServedModel, ServedModels, parse_model
 from search.serve.service import Limits, Service
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,8 +57,8 @@ def verifier(
 
 
 @pytest.fixture(scope="module")
-def kitchen(verifier: str) -> Iterator[Kitchen]:
-    made = open_kitchen(ServeConfig(verifier, engine=ENGINE))
+def served_models(verifier: str) -> Iterator[ServedModels]:
+    made = open_models(ServeConfig(verifier, engine=ENGINE))
     yield made
     made.session.shutdown()
 
@@ -87,8 +87,8 @@ def serving(service: Service) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def served(kitchen: Kitchen) -> Iterator[tuple[str, Service]]:
-    service = Service(LIMITS, kitchen)
+def served(served_models: ServedModels) -> Iterator[tuple[str, Service]]:
+    service = Service(LIMITS, served_models)
     with serving(service) as address:
         yield address, service
 
@@ -111,14 +111,18 @@ def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it never came about")
 
 
-def expected(kitchen: Kitchen, recipe: Recipe, question: str, seed: int = 0) -> Record:
+def expected(
+    served_models: ServedModels, recipe: ServedModel, question: str, seed: int = 0
+) -> Record:
     """What the recipe gives without a server."""
     found: list[Record] = []
     problem = Problem(problem_id(question), question)
     # drive() waits for engines alone.
-    kitchen = replace(kitchen, session=replace(kitchen.session, grade_in_thread=False))
-    job = partial(kitchen.cook, recipe, problem, seed)
-    drive(list(kitchen.session.engines.values()), [job], found.append, 1)
+    served_models = replace(
+        served_models, session=replace(served_models.session, grade_in_thread=False)
+    )
+    job = partial(served_models.run, recipe, problem, seed)
+    drive(list(served_models.session.engines.values()), [job], found.append, 1)
     return found[0]
 
 
@@ -126,10 +130,12 @@ def expected(kitchen: Kitchen, recipe: Recipe, question: str, seed: int = 0) -> 
 
 
 @pytest.fixture(scope="module")
-def alone(kitchen: Kitchen) -> dict[str, Record]:
+def alone(served_models: ServedModels) -> dict[str, Record]:
     """Answers of recipes that were cooked before any server ran (asked for before ``served``)."""
     names = ("pav-beam-4", "pav-bon-8", "pav-vote-4", "orm-bon-4", "orm-vote-4", "majority-4")
-    return {n: expected(kitchen, parse_recipe(n) or Recipe("", 0), QUESTION) for n in names}
+    return {
+        n: expected(served_models, parse_model(n) or ServedModel("", 0), QUESTION) for n in names
+    }
 
 
 @pytest.mark.parametrize(
@@ -194,13 +200,13 @@ def test_concurrent_searches_share_the_engine_and_answer_as_alone(
 ) -> None:
     questions = [f"{10 + i}+23*4-15" for i in range(8)]
     alone = [ask(client, "pav-beam-2", q).choices[0].message.content for q in questions]
-    together = 0
+    gather_or_cancel = 0
     stop = threading.Event()
 
     def watch() -> None:
-        nonlocal together
+        nonlocal gather_or_cancel
         while not stop.is_set():
-            together = max(together, len(served[1].searches))
+            gather_or_cancel = max(gather_or_cancel, len(served[1].searches))
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
@@ -209,7 +215,7 @@ def test_concurrent_searches_share_the_engine_and_answer_as_alone(
         found = list(pool.map(lambda q: ask(client, "pav-beam-2", q), questions))
     stop.set()
     watcher.join()
-    assert together >= 4
+    assert gather_or_cancel >= 4
     # vLLM is not batch-invariant: now and then a completion differs between batches.
     same = [a.choices[0].message.content == b for a, b in zip(found, alone, strict=True)]
     assert sum(same) >= 6
@@ -245,7 +251,7 @@ def test_client_that_goes_away_has_its_search_cancelled(served: tuple[str, Servi
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
         raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
         until(lambda: len(service.searches) == 1)
-        engines = service.kitchen.session.engines.values()
+        engines = service.served_models.session.engines.values()
         until(lambda: any(engine.busy for engine in engines))
         (search,) = service.searches
         assert not search.done()
@@ -297,7 +303,7 @@ def test_half_a_request_is_held_for_a_limited_time(
 
 
 def test_searches_in_flight_when_the_server_is_told_to_stop_are_answered(
-    kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    served_models: ServedModels, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     grade, slow = Tape.grade, "11+22-3"
     waiting, go_on = threading.Event(), threading.Event()
@@ -310,7 +316,7 @@ def test_searches_in_flight_when_the_server_is_told_to_stop_are_answered(
 
     monkeypatch.setattr(Tape, "grade", graded)
     monkeypatch.setattr("search.serve.command.GRACE_SECONDS", 1.0)
-    service = Service(LIMITS, kitchen)
+    service = Service(LIMITS, served_models)
     with serving(service) as address, ThreadPoolExecutor(2) as pool:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
         endless = pool.submit(ask, client, "majority-1", slow)
@@ -339,7 +345,7 @@ def test_search_that_takes_too_long_is_given_up(
         ask(client, LONG)
     assert raised.value.status_code == 504
     assert not service.searches
-    assert not any(e.busy for e in service.kitchen.session.engines.values())
+    assert not any(e.busy for e in service.served_models.session.engines.values())
 
 
 def test_one_search_too_many_is_told_to_come_again(
@@ -375,11 +381,11 @@ def test_failed_search_is_an_error_and_the_next_one_works(
 
 
 def test_score_that_is_not_finite_is_an_error_in_json_and_the_log_names_the_head(
-    kitchen: Kitchen, capfd: pytest.CaptureFixture[str]
+    served_models: ServedModels, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    verifier = kitchen.pav.verifier
+    verifier = served_models.pav.verifier
     damaged = replace(verifier, bias=verifier.bias * float("nan"))
-    broken = replace(kitchen, pav=replace(kitchen.pav, verifier=damaged))
+    broken = replace(served_models, pav=replace(served_models.pav, verifier=damaged))
     with serving(Service(LIMITS, broken)) as address:
         body = {"model": "pav-beam-2", "messages": [{"role": "user", "content": QUESTION}]}
         answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
@@ -493,15 +499,15 @@ def test_nothing_but_what_is_understood_is_parsed() -> None:
         with pytest.raises(ApiError, match="JSON object"):
             parse_chat(body, SAMPLER)
     for name in ("pav-beam-", "pav-beam--1", "pav-beam-1 ", "pav-beam-٣", "x-1", "pav-beam-1e3"):
-        assert parse_recipe(name) is None
-    assert parse_recipe("pav-beam-16") == Recipe("pav-beam", 16)
+        assert parse_model(name) is None
+    assert parse_model("pav-beam-16") == ServedModel("pav-beam", 16)
 
 
 # -- keys, addresses, ends -------------------------------------------------------------------------
 
 
-def test_key_is_asked_for_where_one_is_set(kitchen: Kitchen) -> None:
-    with serving(Service(LIMITS, kitchen, key="s3cret")) as address:
+def test_key_is_asked_for_where_one_is_set(served_models: ServedModels) -> None:
+    with serving(Service(LIMITS, served_models, key="s3cret")) as address:
         for key in ("wrong", "s3cret2", "s\u00e9cret"):
             headers = {"authorization": f"Bearer {key}".encode()}
             answer = httpx.get(f"{address}/v1/models", headers=headers)
@@ -540,12 +546,12 @@ def test_taken_port_is_one_line() -> None:
 
 
 def test_engine_that_breaks_ends_the_server_and_its_searches(
-    kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
+    served_models: ServedModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaks(self: VllmEngine) -> None:
         raise RuntimeError("out of memory")
 
-    service = Service(LIMITS, kitchen)
+    service = Service(LIMITS, served_models)
     with serving(service) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
         with monkeypatch.context() as patch:
