@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pav.labels.examples import Example
 from pav.labels.tables import LabelSet, prefix_key
-from pav.train.batches import Rows, Traces
+from pav.train.batches import PositionRows, Traces
 from pav.train.fit import VerifierModule
 
 
@@ -94,7 +94,7 @@ class ConsistentModule(VerifierModule):
         super().__init__(*args, **more)
         self.hidden_ND, self.sampled, self.weight = hidden_ND, steps, weight
 
-    def training_step(self, batch: Rows | Traces, index: int) -> Tensor:
+    def training_step(self, batch: PositionRows | Traces, index: int) -> Tensor:
         # Weighted classes shift logits by a constant (exactly so with one rollout a prefix), and a
         # mean of shifted values is no shifted mean.
         shift_H = self.weight_2H[1].log() - self.weight_2H[0].log()

@@ -27,7 +27,7 @@ from pav.policy.policy import PolicyConfig, Sampler, load_policy
 from pav.tasks.base import Grade, Problem, Task
 from pav.tasks.tape import Tape
 from pav.verifier.pick import Candidate
-from search.methods.expand import Found
+from search.methods.expand import SearchResult
 from search.run.failures import ERRORS
 from search.run.records import Record
 from search.run.session import Session
@@ -245,11 +245,11 @@ def test_search_counts_ungraded_answers_as_wrong_names_them_and_fails_above_a_sh
     problems = [Problem(f"p{i}", f"{i}+1", str(i + 1)) for i in range(4)]
 
     async def search(problem: Problem, broken: set[str]) -> Record:
-        async def found(_: Cost) -> Found:
+        async def found(_: Cost) -> SearchResult:
             text = "=" if problem.id in broken else problem.question[0]
             ids = policy.tokenizer.encode(text, add_special_tokens=False)
             candidate = Candidate(ids, [len(ids)], {}, 0.0, True, False)
-            return Found([candidate], 0, 0, [], [])
+            return SearchResult([candidate], 0, 0, [], [])
 
         settings = {"pick": "majority"}
         return await searched(session, problem, "beam", 1, 0, settings, None, "", found)

@@ -22,7 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data_gen.importers.command import ImportConfig, encode, import_labels
-from data_gen.importers.formats import Solution, Step, read_solutions
+from data_gen.importers.formats import ImportedSolution as Solution
+from data_gen.importers.formats import ImportedStep as Step
+from data_gen.importers.formats import read_solutions
 from data_gen.importers.traces import given_rounds
 from data_gen.likelihood.forced_answer import answer_ids
 from data_gen.merge import MergeConfig, merge
@@ -31,7 +33,7 @@ from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.core.steps import StepRule, compile_rule
 from pav.evaluate.processbench import encode as bench_encode
-from pav.evaluate.processbench_data import Solution as Bench
+from pav.evaluate.processbench_data import AnnotatedSolution as Bench
 from pav.labels.examples import orm_examples, pav_examples
 from pav.labels.tables import prefix_key, read_labels
 from pav.policy.encoding import encode_after_step, encode_steps

@@ -32,7 +32,7 @@ from search.beam import BeamConfig, beam
 from search.best_of_n import BestOfNConfig, best_of_n
 from search.methods import expand as grow
 from search.methods.beam import BeamResult, BeamSettings, Duplicates, beam_search, divided
-from search.methods.sample_step import Step
+from search.methods.sample_step import SampledStep
 from search.run.records import Record, read
 from search.run.session import Session, open_session
 from search.run.solve import beam_record
@@ -71,7 +71,7 @@ class Draw:
     round: int
     parent: tuple[int, ...]
     index: int
-    step: Step
+    step: SampledStep
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def searched(
     draws: list[Draw] = []
     sample_step = grow.sample_step
 
-    async def spy(*args: Any) -> Step:
+    async def spy(*args: Any) -> SampledStep:
         step = await sample_step(*args)
         _, problem, _, number, *prefix, index = args[4]
         draws.append(Draw(problem, number, tuple(prefix), index, step))
