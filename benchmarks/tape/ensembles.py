@@ -50,7 +50,7 @@ from search.methods.beam import BeamSettings, beam_search, with_score
 from search.methods.expand import Prefix
 from search.run.records import Record
 from search.run.session import Session, open_session
-from search.run.solve import beam_settings, searched
+from search.run.solve import beam_settings, context_of, searched
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.tape.ensembles"
 MEMBERS = 5
@@ -234,9 +234,8 @@ async def _search(
         ]
 
     def search(cost: Cost) -> Any:
-        engine = session.sampling_engine(scorer)
-        return beam_search(problem, settings, engine, session.policy, session.sampler, scorer, seed,
-                           cost, rescore=rescore)  # fmt: skip
+        context = context_of(session, scorer, problem, seed, cost)
+        return beam_search(context, settings, scorer, rescore=rescore)
 
     described = {"way": asdict(way), "pick": "orm"}
     return await searched(session, problem, "beam", settings.n, seed, described, settings.score,

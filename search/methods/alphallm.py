@@ -14,12 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pav.policy.cost import Cost
-from pav.policy.inference import Engine
-from pav.policy.policy import Policy, Sampler
-from pav.tasks.base import Problem
 from pav.verifier.scoring import StepScorer
 from search.methods.beam import BeamSettings, beam_search, with_score
+from search.methods.context import SearchContext
 from search.methods.expand import Prefix, SearchResult
 
 # C of the paper.
@@ -27,15 +24,7 @@ WEIGHT = 0.25
 
 
 async def alphallm_search(
-    problem: Problem,
-    settings: BeamSettings,
-    weight: float,
-    engine: Engine,
-    policy: Policy,
-    sampler: Sampler,
-    scorer: StepScorer,
-    seed: int,
-    cost: Cost,
+    context: SearchContext, settings: BeamSettings, weight: float, scorer: StepScorer
 ) -> SearchResult:
     """Search one problem; of ``settings`` the prover, alpha and ``score_by`` are not used."""
     head = settings.base_head
@@ -51,9 +40,7 @@ async def alphallm_search(
         bonus = bonuses(importance, weight)
         return [(i, with_score(c, c.values[head] + bonus[i])) for i, c in children]
 
-    return await beam_search(
-        problem, settings, engine, policy, sampler, scorer, seed, cost, ("alphallm",), rescore
-    )
+    return await beam_search(context, settings, scorer, ("alphallm",), rescore)
 
 
 def bonuses(importance: dict[int, float], weight: float) -> dict[int, float]:

@@ -19,13 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pav.policy.cost import Cost
-from pav.policy.inference import Engine
-from pav.policy.policy import Policy, Sampler
-from pav.tasks.base import Problem
 from pav.verifier.pick import Candidate
 from pav.verifier.score import Score, Values, step_score
 from pav.verifier.scoring import StepScorer
+from search.methods.context import SearchContext
 from search.methods.expand import Expander, Prefix, SearchResult, gather_or_cancel
 from search.run.records import Node
 
@@ -61,34 +58,29 @@ class BeamSettings:
         return step_score(before, after, self.base_head, self.prover, self.alpha, self.score_by)
 
 
-BeamResult = SearchResult
 # Changes the scores of a round's children before they are ranked: (places, children by the index
 # of their parent among them) -> the children.
 Rescore = Callable[[Sequence[Prefix], list[tuple[int, Prefix]]], list[tuple[int, Prefix]]]
 
 
 async def beam_search(
-    problem: Problem,
+    context: SearchContext,
     settings: BeamSettings,
-    engine: Engine,
-    policy: Policy,
-    sampler: Sampler,
     scorer: StepScorer,
-    seed: int,
-    cost: Cost,
     name: tuple[object, ...] = ("beam",),
     rescore: Rescore | None = None,
 ) -> SearchResult:
-    """Search one problem; ``cost`` is charged as it goes.
+    """Search one problem.
 
     Seeds derive from (seed, problem, ``name``, round, prefix, index).
     """
-    prompt = policy.encode(problem)
-    if len(prompt) >= sampler.max_length:
+    seed, problem = context.seed, context.problem
+    prompt = context.policy.encode(problem)
+    if len(prompt) >= context.sampler.max_length:
         # Every draw is cut before its first token.
         return SearchResult([], settings.n * settings.samples, 0, [], [])
-    grower = Expander(problem, prompt, engine, policy, sampler, scorer, cost, settings.score)
-    places = [await grower.root()]
+    expander = Expander(context, prompt, scorer, settings.score)
+    places = [await expander.root()]
     weights = [1]
     truncated: list[Candidate] = []
     merged = 0
@@ -100,7 +92,7 @@ async def beam_search(
         """One child of a place, scored; a bare candidate if truncated, None if a duplicate."""
         prefix = places[parent]
         ids = prefix.candidate.ids
-        step = await grower.draw(prefix, (seed, problem.id, *name, round_number, *ids, index))
+        step = await expander.draw(prefix, (seed, problem.id, *name, round_number, *ids, index))
         if isinstance(step, Candidate):
             return parent, step
         # Claimed before it is scored: a duplicate costs the verifier nothing.
@@ -108,7 +100,7 @@ async def beam_search(
         claimed[key] = claimed.get(key, 0) + 1
         if claimed[key] > 1:
             return parent, None
-        return parent, await grower.expanded(prefix, step)
+        return parent, await expander.expanded(prefix, step)
 
     while any(not p.candidate.finished for p in places):
         active = [i for i, p in enumerate(places) if not p.candidate.finished]
@@ -129,11 +121,13 @@ async def beam_search(
         ranked = [(rank, i, p) for rank, (i, p) in enumerate(contenders) if i >= 0]
         steps.append(
             [
-                (i, rank < settings.n, p.candidate.score, grower.last_step(p.candidate))
+                (i, rank < settings.n, p.candidate.score, expander.last_step(p.candidate))
                 for rank, i, p in ranked
             ]
         )
-        nodes.append([grower.node(p, [rank] if rank < settings.n else []) for rank, _, p in ranked])
+        nodes.append(
+            [expander.node(p, [rank] if rank < settings.n else []) for rank, _, p in ranked]
+        )
         places = [p for _, p in contenders[: settings.n]]
         weights = [1] * len(places)
         if settings.duplicates == "weigh":

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from pav.core.seeds import seed_of
-from pav.policy.cost import Cost
-from pav.policy.inference import Engine
-from pav.policy.policy import Policy, Sampler
-from pav.tasks.base import Problem
 from pav.verifier.pick import Candidate
 from pav.verifier.score import Values
 from pav.verifier.scoring import NO_LOGPROBS, StepScorer
+from search.methods.context import SearchContext
 from search.methods.expand import gather_or_cancel
 
 
 async def sample_traces(
-    problem: Problem,
+    context: SearchContext,
     n: int,
-    engine: Engine,
-    policy: Policy,
-    sampler: Sampler,
     scorer: StepScorer | None,
-    seed: int,
-    cost: Cost,
     every_step: bool = False,
 ) -> list[Candidate]:
     """``n`` graded-to-be solutions of one problem.
@@ -29,16 +21,12 @@ async def sample_traces(
     Trace i depends on (seed, problem, i) alone: the first m of n are what a run with n=m samples.
 
     Args:
-        problem: the problem.
+        context: problem, policy and engine.
         n: how many.
-        engine: the policy's engine.
-        policy: tokenizer and prompt.
-        sampler: how to sample.
         scorer: verifier that values them; None for none.
-        seed: run seed.
-        cost: charged as it goes.
         every_step: value all steps and not only the last (for the minimum over steps).
     """
+    problem, policy, sampler = context.problem, context.policy, context.sampler
     prompt = policy.encode(problem)
     room = sampler.max_length - len(prompt)
     if room <= 0:
@@ -46,16 +34,16 @@ async def sample_traces(
 
     async def one(index: int) -> Candidate:
         fused = scorer is not None and scorer.fused
-        out = await engine.sample(
+        out = await context.engine.sample(
             prompt,
             sampler,
             stop_ids=sorted(policy.stepper.eos_ids),
             max_tokens=room,
-            seed=seed_of(seed, problem.id, "trace", index),
+            seed=seed_of(context.seed, problem.id, "trace", index),
             scores=fused,
             until=policy.stepper,
         )
-        cost.sampled(out)
+        context.cost.sampled(out)
         ends = policy.stepper.step_ends(out.ids)
         finished = out.stopped and bool(ends) and ends[-1] == len(out.ids)
         q: dict[str, list[float]] = {}
@@ -68,7 +56,7 @@ async def sample_traces(
                     at = out.heads[max(end - 1, 0)]
                     rows.append(scorer.values(at, out.logprobs, out.ids[:end], upto))
                 else:
-                    read = await scorer.read(problem, out.ids[:end], upto, cost, logprobs)
+                    read = await scorer.read(problem, out.ids[:end], upto, context.cost, logprobs)
                     rows.append(read.values)
                     logprobs = read.logprobs
             q = {h: [r[h] for r in rows] for h in rows[0]}

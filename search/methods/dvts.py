@@ -10,24 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import zip_longest
 
-from pav.policy.cost import Cost
-from pav.policy.inference import Engine
-from pav.policy.policy import Policy, Sampler
-from pav.tasks.base import Problem
 from pav.verifier.scoring import StepScorer
 from search.methods.beam import BeamSettings, beam_search
+from search.methods.context import SearchContext
 from search.methods.expand import SearchResult, gather_or_cancel
 
 
 async def dvts_search(
-    problem: Problem,
-    settings: BeamSettings,
-    engine: Engine,
-    policy: Policy,
-    sampler: Sampler,
-    scorer: StepScorer,
-    seed: int,
-    cost: Cost,
+    context: SearchContext, settings: BeamSettings, scorer: StepScorer
 ) -> SearchResult:
     """Search one problem in ``settings.n`` subtrees of ``settings.samples`` children a step.
 
@@ -36,8 +26,7 @@ async def dvts_search(
     """
     alone = replace(settings, n=1)
     trees = await gather_or_cancel(
-        beam_search(problem, alone, engine, policy, sampler, scorer, seed, cost, ("dvts", i))
-        for i in range(settings.n)
+        beam_search(context, alone, scorer, ("dvts", i)) for i in range(settings.n)
     )
     steps = [
         [

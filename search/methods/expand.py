@@ -9,13 +9,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pav.policy.cost import Cost
-from pav.policy.inference import Engine
-from pav.policy.policy import Policy, Sampler
-from pav.tasks.base import Problem
 from pav.verifier.pick import Candidate
 from pav.verifier.score import Values
 from pav.verifier.scoring import NO_LOGPROBS, StepScorer
+from search.methods.context import SearchContext
 from search.methods.sample_step import SampledStep, sample_step
 from search.run.records import Node
 
@@ -55,30 +52,24 @@ class Expander:
     """Draws and scores the steps of one problem.
 
     Attributes:
-        problem: the problem.
-        prompt: its ids under the policy.
-        engine: the policy's engine.
-        policy: tokenizer and step rule.
-        sampler: how to sample.
+        context: problem, policy and engine; its cost is charged as it goes.
+        prompt: the problem's ids under the policy.
         scorer: values prefixes.
-        cost: charged as it goes.
         score: score of a step from the values before and after it.
     """
 
-    problem: Problem
+    context: SearchContext
     prompt: list[int]
-    engine: Engine
-    policy: Policy
-    sampler: Sampler
     scorer: StepScorer
-    cost: Cost
     score: Callable[[Values, Values], float]
 
     async def root(self) -> Prefix:
         """Step 0. A fused verifier values it with the first step that is drawn."""
         values: Values = {}
         if not self.scorer.fused:
-            values = (await self.scorer.read(self.problem, [], [], self.cost)).values
+            values = (
+                await self.scorer.read(self.context.problem, [], [], self.context.cost)
+            ).values
         candidate = Candidate(
             ids=[],
             ends=[],
@@ -92,15 +83,7 @@ class Expander:
     async def draw(self, prefix: Prefix, key: tuple[object, ...]) -> SampledStep | Candidate:
         """One step after ``prefix``, its seed derived from ``key``; a candidate if it was cut."""
         ids = prefix.candidate.ids
-        step = await sample_step(
-            self.engine,
-            self.policy,
-            self.sampler,
-            self.prompt + ids,
-            key,
-            self.cost,
-            self.scorer.fused,
-        )
+        step = await sample_step(self.context, self.prompt + ids, key, self.scorer.fused)
         # An empty solution has no step to score.
         if step.truncated or (step.finished and not ids and len(step.ids) == 1):
             return replace(
@@ -121,7 +104,9 @@ class Expander:
                 before = self.scorer.values(step.first_heads, logprobs[:0], [], [])
             after = self.scorer.values(step.last_heads, logprobs, ids, ends)
         else:
-            reading = await self.scorer.read(self.problem, ids, ends, self.cost, logprobs)
+            reading = await self.scorer.read(
+                self.context.problem, ids, ends, self.context.cost, logprobs
+            )
             after, logprobs = reading.values, reading.logprobs
         candidate = Candidate(
             ids=ids,
@@ -141,7 +126,7 @@ class Expander:
     def last_step(self, candidate: Candidate) -> str:
         """Text of a candidate's last step, without its line end."""
         start = candidate.ends[-2] if len(candidate.ends) > 1 else 0
-        return self.policy.text(candidate.ids[start:]).rstrip("\n")
+        return self.context.policy.text(candidate.ids[start:]).rstrip("\n")
 
 
 async def gather_or_cancel(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -8,9 +8,7 @@ import numpy as np
 
 from pav.core.seeds import seed_of
 from pav.core.steps import MAX_BLANK_RESUMES
-from pav.policy.cost import Cost
-from pav.policy.inference import Engine
-from pav.policy.policy import Policy, Sampler
+from search.methods.context import SearchContext
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,7 @@ class SampledStep:
 
 
 async def sample_step(
-    engine: Engine,
-    policy: Policy,
-    sampler: Sampler,
-    before: list[int],
-    key: tuple[object, ...],
-    cost: Cost,
-    fused: bool,
+    context: SearchContext, before: list[int], key: tuple[object, ...], fused: bool
 ) -> SampledStep:
     """Sample until a step ends.
 
@@ -48,15 +40,13 @@ async def sample_step(
     :data:`~pav.core.steps.MAX_BLANK_RESUMES` blank ones the candidate counts as truncated.
 
     Args:
-        engine: the policy's engine.
-        policy: tokenizer and step rule.
-        sampler: how to sample.
+        context: policy and engine; its cost is charged with every sampled token.
         before: prompt and prefix ids.
         key: what the request's seed derives from.
-        cost: charged with every sampled token.
         fused: whether to ask for scores.
     """
-    rule = policy.stepper.rule
+    stepper, sampler = context.policy.stepper, context.sampler
+    rule = stepper.rule
     step: list[int] = []
     logprobs: list[np.ndarray] = []
     first = last = None
@@ -68,25 +58,25 @@ async def sample_step(
             truncated = True
             break
         limit = room if rule.max_tokens is None else min(room, rule.max_tokens - len(step))
-        out = await engine.sample(
+        out = await context.engine.sample(
             before + step,
             sampler,
-            stop_ids=policy.stepper.stop_ids,
+            stop_ids=stepper.stop_ids,
             max_tokens=limit,
             seed=seed_of(*key, resumes),
             scores=fused,
         )
-        cost.sampled(out)
+        context.cost.sampled(out)
         step += out.ids
         if out.heads is not None and out.logprobs is not None:
             logprobs.append(out.logprobs)
             first = out.heads[0] if first is None else first
             last = out.heads[-1]
-        if policy.stepper.ends_step(step):
-            truncated = policy.stepper.is_cut(step) and not rule.score_cut
+        if stepper.ends_step(step):
+            truncated = stepper.is_cut(step) and not rule.score_cut
             break
         resumes += 1
-    finished = not truncated and policy.stepper.is_final(step)
+    finished = not truncated and stepper.is_final(step)
     return SampledStep(
         step, finished, truncated, np.concatenate(logprobs) if logprobs else None, first, last
     )

@@ -24,12 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pav.core.seeds import seed_of
-from pav.policy.cost import Cost
-from pav.policy.inference import Engine
-from pav.policy.policy import Policy, Sampler
-from pav.tasks.base import Problem
 from pav.verifier.pick import Candidate
 from pav.verifier.scoring import StepScorer
+from search.methods.context import SearchContext
 from search.methods.expand import Expander, Prefix, SearchResult, gather_or_cancel
 from search.run.records import Node
 
@@ -57,28 +54,20 @@ class SmcSettings:
 
 
 async def particle_filter(
-    problem: Problem,
-    settings: SmcSettings,
-    engine: Engine,
-    policy: Policy,
-    sampler: Sampler,
-    scorer: StepScorer,
-    seed: int,
-    cost: Cost,
+    context: SearchContext, settings: SmcSettings, scorer: StepScorer
 ) -> SearchResult:
-    """Search one problem; ``cost`` is charged as it goes.
+    """Search one problem.
 
     Seeds derive from (seed, problem, "smc", round, prefix, particle), those of the resampling from
     (seed, problem, "smc", round, "resample").
     """
-    prompt = policy.encode(problem)
-    if len(prompt) >= sampler.max_length:
+    seed, problem = context.seed, context.problem
+    prompt = context.policy.encode(problem)
+    if len(prompt) >= context.sampler.max_length:
         return SearchResult([], settings.n, 0, [], [])
     head = settings.head
-    grower = Expander(
-        problem, prompt, engine, policy, sampler, scorer, cost, lambda _, after: after[head]
-    )
-    particles = [await grower.root()] * settings.n
+    expander = Expander(context, prompt, scorer, lambda _, after: after[head])
+    particles = [await expander.root()] * settings.n
     truncated = 0
     steps: list[list[tuple[int, bool, float, str]]] = []
     nodes: list[list[Node]] = []
@@ -89,13 +78,13 @@ async def particle_filter(
         if prefix.candidate.finished:
             return prefix
         ids = prefix.candidate.ids
-        step = await grower.draw(prefix, (seed, problem.id, "smc", len(steps), *ids, index))
+        step = await expander.draw(prefix, (seed, problem.id, "smc", len(steps), *ids, index))
         if isinstance(step, Candidate):
             return None
         # Particles that agree are read by the verifier once.
         key = tuple(ids + step.ids)
         if key not in scored:
-            scored[key] = asyncio.ensure_future(grower.expanded(prefix, step))
+            scored[key] = asyncio.ensure_future(expander.expanded(prefix, step))
         return await scored[key]
 
     while any(not p.candidate.finished for p in particles):
@@ -121,11 +110,11 @@ async def particle_filter(
         children = [(i, p) for i in drawn if (p := moved[i]) is not None]
         steps.append(
             [
-                (i, bool(offspring[i]), p.candidate.score, grower.last_step(p.candidate))
+                (i, bool(offspring[i]), p.candidate.score, expander.last_step(p.candidate))
                 for i, p in children
             ]
         )
-        nodes.append([grower.node(p, offspring[i]) for i, p in children])
+        nodes.append([expander.node(p, offspring[i]) for i, p in children])
         particles = [p for i in ancestors if (p := moved[i]) is not None]
     return SearchResult([p.candidate for p in particles], truncated, 0, steps, nodes)
 

@@ -18,6 +18,7 @@ from pav.verifier.scoring import StepScorer
 from search.methods.alphallm import alphallm_search
 from search.methods.beam import BeamSettings, Duplicates, beam_search
 from search.methods.best_of_n import sample_traces
+from search.methods.context import SearchContext
 from search.methods.dvts import dvts_search
 from search.methods.expand import SearchResult
 from search.methods.smc import SmcSettings, particle_filter
@@ -47,6 +48,19 @@ def beam_settings(
     return BeamSettings(
         n, samples, weight, chosen, card.base_head, score or "q+a", duplicates or "weigh"
     )
+
+
+def context_of(
+    session: Session,
+    scorer: StepScorer | None,
+    problem: Problem,
+    seed: int,
+    cost: Cost,
+    policy: Policy | None = None,
+) -> SearchContext:
+    """What a search of one problem works with; ``policy`` is another than the session's."""
+    engine = session.sampling_engine(scorer, policy)
+    return SearchContext(problem, engine, policy or session.policy, session.sampler, seed, cost)
 
 
 async def graded(
@@ -157,15 +171,14 @@ async def beam_record(
             draws as many children a round as a beam of N.
         bonus: weight of AlphaLLM's bonus.
     """
-    engine = session.sampling_engine(scorer)
-    shared = (engine, session.policy, session.sampler, scorer, seed)
 
     def search(cost: Cost) -> Awaitable[SearchResult]:
+        context = context_of(session, scorer, problem, seed, cost)
         if method == "dvts":
-            return dvts_search(problem, settings, *shared, cost)
+            return dvts_search(context, settings, scorer)
         if bonus is not None:
-            return alphallm_search(problem, settings, bonus, *shared, cost)
-        return beam_search(problem, settings, *shared, cost)
+            return alphallm_search(context, settings, bonus, scorer)
+        return beam_search(context, settings, scorer)
 
     called = settings.n if n is None else n
     described = {
@@ -207,12 +220,9 @@ async def smc_record(
     score: StepScore | None = None,
 ) -> Record:
     """Particle filtering of one problem, graded."""
-    engine = session.sampling_engine(scorer)
 
     def search(cost: Cost) -> Awaitable[SearchResult]:
-        return particle_filter(
-            problem, settings, engine, session.policy, session.sampler, scorer, seed, cost
-        )
+        return particle_filter(context_of(session, scorer, problem, seed, cost), settings, scorer)
 
     described = {
         "samples": 1,
@@ -239,20 +249,10 @@ async def traces_record(
     score: StepScore | None = None,
 ) -> Record:
     """``n`` independent solutions of one problem, graded, one of them picked."""
-    engine = session.sampling_engine(scorer, policy)
 
     async def search(cost: Cost) -> SearchResult:
-        found = await sample_traces(
-            problem,
-            n,
-            engine,
-            policy or session.policy,
-            session.sampler,
-            scorer,
-            seed,
-            cost,
-            rule in EVERY_STEP,
-        )
+        context = context_of(session, scorer, problem, seed, cost, policy)
+        found = await sample_traces(context, n, scorer, rule in EVERY_STEP)
         return SearchResult(found, sum(c.truncated for c in found), 0, [], [])
 
     described: dict[str, Any] = {"pick": rule}

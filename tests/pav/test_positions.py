@@ -27,9 +27,11 @@ from pav.train.batches import collate
 from pav.verifier.calibrate import Calibrator
 from pav.verifier.checkpoint import Verifier, load_verifier
 from pav.verifier.forward import score
-from pav.verifier.scoring import Cost, Scorer
-from search.methods.beam import BeamResult, BeamSettings, beam_search
+from pav.verifier.scoring import Scorer
+from search.methods.beam import BeamSettings, beam_search
 from search.methods.best_of_n import sample_traces
+from search.methods.context import SearchContext
+from search.methods.expand import SearchResult
 
 PROMPTS = {"tape": Prompt(), "chat": Prompt(template="{question}", chat=True)}
 PROBLEM = Problem("p", "37+8")
@@ -207,13 +209,17 @@ def test_training_positions_are_serving_positions(
     for fused_too in (False, True):
         scorer = replace(scorer, fused=fused_too)
         (candidate,) = asyncio.run(
-            sample_traces(PROBLEM, 1, engine, policy, sampler, scorer, 0, Cost(), every_step=True)
+            sample_traces(
+                SearchContext(PROBLEM, engine, policy, sampler, 0), 1, scorer, every_step=True
+            )
         )
         assert positions_in(candidate.q[HEAD]) == trained
 
 
-def search_of(policy: Policy, engine: Any, sampler: Sampler, scorer: Scorer) -> BeamResult:
-    return asyncio.run(beam_search(PROBLEM, GREEDY, engine, policy, sampler, scorer, 0, Cost()))
+def search_of(policy: Policy, engine: Any, sampler: Sampler, scorer: Scorer) -> SearchResult:
+    return asyncio.run(
+        beam_search(SearchContext(PROBLEM, engine, policy, sampler, 0), GREEDY, scorer)
+    )
 
 
 @pytest.mark.parametrize("tokenizer", ["tape", "chat"])
@@ -236,12 +242,11 @@ def test_values_in_search_are_those_of_the_training_forward_at_the_training_posi
     compared = 0
     for fused in (True, False):
         scorer = Scorer(verifier, engine, fused, True, policy)
-        found: list[tuple[Problem, BeamResult]] = []
+        found: list[tuple[Problem, SearchResult]] = []
 
-        async def one(problem: Problem, scorer: Scorer = scorer) -> tuple[Problem, BeamResult]:
-            result = await beam_search(
-                problem, settings, engine, policy, sampler, scorer, 0, Cost()
-            )
+        async def one(problem: Problem, scorer: Scorer = scorer) -> tuple[Problem, SearchResult]:
+            context = SearchContext(problem, engine, policy, sampler, 0)
+            result = await beam_search(context, settings, scorer)
             return problem, result
 
         problems = islice(task.problems("validation"), 10)

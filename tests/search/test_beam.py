@@ -31,7 +31,9 @@ from pav.verifier.scoring import Cost
 from search.beam import BeamConfig, beam
 from search.best_of_n import BestOfNConfig, best_of_n
 from search.methods import expand as grow
-from search.methods.beam import BeamResult, BeamSettings, Duplicates, beam_search, divided
+from search.methods.beam import BeamSettings, Duplicates, beam_search, divided
+from search.methods.context import SearchContext
+from search.methods.expand import SearchResult
 from search.methods.sample_step import SampledStep
 from search.run.records import Record, read
 from search.run.session import Session, open_session
@@ -360,18 +362,23 @@ def policy(tiny_model: Callable[..., Path]) -> Policy:
 def search(
     scripted: Scripted, n: int, samples: int, alpha: float = 0.0, prover: str = "q/prover",
     max_length: int = 64, duplicates: Duplicates = "weigh",
-) -> tuple[BeamResult, Cost]:  # fmt: skip
+) -> tuple[SearchResult, Cost]:  # fmt: skip
     cost = Cost()
     engine: Any = scripted
     settings = BeamSettings(n, samples, alpha, prover, "q/base", duplicates=duplicates)
     result = asyncio.run(
-        beam_search(PROBLEM, settings, engine, scripted.policy, Sampler(max_length=max_length),
-                    engine, 0, cost)
-    )  # fmt: skip
+        beam_search(
+            SearchContext(
+                PROBLEM, engine, scripted.policy, Sampler(max_length=max_length), 0, cost
+            ),
+            settings,
+            engine,
+        )
+    )
     return result, cost
 
 
-def texts(scripted: Scripted, result: BeamResult) -> list[str]:
+def texts(scripted: Scripted, result: SearchResult) -> list[str]:
     return [scripted.policy.text(c.ids) for c in result.candidates]
 
 

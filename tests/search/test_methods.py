@@ -31,6 +31,7 @@ from search.compare.command import CompareConfig, Method, compare
 from search.dvts import DvtsConfig, dvts
 from search.methods.alphallm import alphallm_search, bonuses
 from search.methods.beam import BeamSettings, beam_search
+from search.methods.context import SearchContext
 from search.methods.dvts import dvts_search
 from search.methods.expand import SearchResult, gather_or_cancel
 from search.methods.smc import (
@@ -100,7 +101,9 @@ def test_worked_example_of_the_paper_flips_at_alpha_of_a_fifth(
     engine: Any = scripted
     ranked = BeamSettings(2, 3, alpha, "q/prover", "q/base", score)
     found = asyncio.run(
-        beam_search(PROBLEM, ranked, engine, policy, Sampler(max_length=64), engine, 0, Cost())
+        beam_search(
+            SearchContext(PROBLEM, engine, policy, Sampler(max_length=64), 0), ranked, engine
+        )
     )
     assert texts(policy, found.candidates) == kept
 
@@ -164,7 +167,9 @@ def search_dvts(policy: Policy, n: int, samples: int) -> tuple[SearchResult, Scr
     cost = Cost()
     ranked = BeamSettings(n, samples, 0.0, "q/prover", "q/base")
     found = asyncio.run(
-        dvts_search(PROBLEM, ranked, engine, policy, Sampler(max_length=64), engine, 0, cost)
+        dvts_search(
+            SearchContext(PROBLEM, engine, policy, Sampler(max_length=64), 0, cost), ranked, engine
+        )
     )
     return found, scripted, cost
 
@@ -204,7 +209,9 @@ def test_truncated_subtree_leaves_the_others_alone(policy: Policy) -> None:
     engine: Any = scripted
     ranked = BeamSettings(8, 1, 0.0, "q/prover", "q/base")
     found = asyncio.run(
-        dvts_search(PROBLEM, ranked, engine, policy, Sampler(max_length=room), engine, 0, Cost())
+        dvts_search(
+            SearchContext(PROBLEM, engine, policy, Sampler(max_length=room), 0), ranked, engine
+        )
     )
     assert found.truncated + len(found.candidates) == 8
     assert 0 < found.truncated < 8
@@ -269,8 +276,8 @@ def filtered(
     cost = Cost()
     found = asyncio.run(
         particle_filter(
-            PROBLEM, SmcSettings(n, "q/base", weight, how), engine, policy,
-            Sampler(max_length=cap), engine, seed, cost,
+            SearchContext(PROBLEM, engine, policy, Sampler(max_length=cap), seed, cost),
+            SmcSettings(n, "q/base", weight, how), engine,
         )
     )  # fmt: skip
     return found, cost
@@ -353,7 +360,10 @@ def test_bonus_moves_width_to_prefixes_whose_children_differ(policy: Policy) -> 
         ranked = BeamSettings(2, 2, 0.0, "q/prover", "q/base", "q")
         found = asyncio.run(
             alphallm_search(
-                PROBLEM, ranked, bonus, engine, policy, Sampler(max_length=64), engine, 0, Cost()
+                SearchContext(PROBLEM, engine, policy, Sampler(max_length=64), 0),
+                ranked,
+                bonus,
+                engine,
             )
         )
         return texts(policy, found.candidates)[0], found.candidates[0].score

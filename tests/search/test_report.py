@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.core.steps import StepRule
-from pav.policy.cost import Cost
 from pav.policy.inference import Sampled
 from pav.policy.policy import Policy, PolicyConfig, Sampler, load_policy
 from pav.verifier.pick import Candidate
 from search.compare.results import PICKS
 from search.methods.alphallm import alphallm_search
 from search.methods.beam import BeamSettings, beam_search
+from search.methods.context import SearchContext
 from search.methods.dvts import dvts_search
 from search.methods.expand import SearchResult
 from search.methods.smc import SmcSettings, particle_filter
@@ -77,13 +77,13 @@ def searched(
     wandering = Wandering(policy, {}, Chances())
     engine: Any = wandering
     # Long enough for a few rounds; what wanders on is cut.
-    shared = (engine, policy, Sampler(max_length=24), engine, seed, Cost())
+    context = SearchContext(PROBLEM, engine, policy, Sampler(max_length=24), seed)
     ranked = BeamSettings(n, samples, 0.5, "q/prover", "q/base")
     searches: dict[str, Any] = {
-        "beam": lambda: beam_search(PROBLEM, ranked, *shared),
-        "dvts": lambda: dvts_search(PROBLEM, ranked, *shared),
-        "alphallm": lambda: alphallm_search(PROBLEM, ranked, 0.25, *shared),
-        "smc": lambda: particle_filter(PROBLEM, SmcSettings(n, "q/base"), *shared),
+        "beam": lambda: beam_search(context, ranked, engine),
+        "dvts": lambda: dvts_search(context, ranked, engine),
+        "alphallm": lambda: alphallm_search(context, ranked, 0.25, engine),
+        "smc": lambda: particle_filter(context, SmcSettings(n, "q/base"), engine),
     }
     found: SearchResult = asyncio.run(searches[method]())
     candidates = [replace(c, text=policy.text(c.ids)) for c in found.candidates]
