@@ -14,14 +14,14 @@ from data_gen.inspect.card import write_data_card
 from data_gen.inspect.health import print_health, write_health
 from data_gen.label_run import Run, part_of, print_train_command, read_run, run_on_directories
 from data_gen.likelihood.command import write_part
-from data_gen.store import MANIFEST, Store, replace_file
+from data_gen.store import MANIFEST, Store
 from pav.core.errors import UserError
-from pav.core.files import json_text
+from pav.core.files import json_text, replace_file
+from pav.core.manifest import PROMPTS
 from pav.core.signals import interruptible
 from pav.labels.files import two_askers
 from pav.labels.tables import LIKELIHOODS, check_agreement, likelihood_rows
 from pav.labels.unfinished import COMMON, lacking, said
-from pav.policy.prompts import PROMPTS
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def merge(config: MergeConfig) -> None:
         if lack:
             manifest["partial"] = lack
         # Before the tables: they are never without it. The parts may have gone on since last time.
-        replace_file(output / MANIFEST, json_text(manifest).encode())
+        replace_file(output / MANIFEST, json_text(manifest))
         for run in parts:
             store.traces.update(run.traces)
             store.completions.update(run.completions)

@@ -11,9 +11,9 @@ from typing import TypeVar
 from data_gen.inspect.card import write_data_card
 from data_gen.inspect.health import print_health, write_health
 from data_gen.label_run import Run, base_policy, part_of, read_run, run_on_directories, task_of
-from data_gen.store import MANIFEST, Store, replace_file
+from data_gen.store import MANIFEST, Store
 from pav.core.errors import UserError
-from pav.core.files import json_text
+from pav.core.files import json_text, replace_file
 from pav.core.progress import Reporter
 from pav.core.signals import interruptible
 from pav.grading.sandbox import DEFAULT_TIMEOUT, GRADER_LOG, check_timeout, guarded
@@ -89,7 +89,7 @@ def regrade(config: RegradeConfig) -> None:
             json_text({"task": task.fingerprint, "task_spec": task_spec(task)})
         )
         if manifest != run.manifest:
-            replace_file(run.directory / MANIFEST, json_text(manifest).encode())
+            replace_file(run.directory / MANIFEST, json_text(manifest))
         print(f"regraded {len(traces)} traces and {len(completions)} rollouts in {config.labels}")
         _changes("traces", old_traces, traces)
         _changes("rollouts", old_completions, completions)

@@ -26,6 +26,7 @@ from data_gen.labeler import Labeler, OutOfTime, PlannedTrace, label, missing
 from data_gen.store import MANIFEST, Store
 from pav.cli.run import run
 from pav.core.errors import UserError
+from pav.core.manifest import PROMPTS
 from pav.core.signals import interruptible
 from pav.core.statistics import few
 from pav.engine.loading import check_model
@@ -38,7 +39,6 @@ from pav.policy.policy import (
     load_policy,
     tokenizer_fingerprint,
 )
-from pav.policy.prompts import PROMPTS
 from pav.policy.rendered import refuse_clock, rendered, warn_clock
 from pav.tasks.base import Problem, Split, task_spec
 

@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pav.core.errors import FULL, UserError, unwritable
-from pav.core.files import json_text, write_whole
+from pav.core.files import json_text, replace_file
 from pav.core.journal import JOURNAL, journal_line, journal_lines
 from pav.core.lock import LOCK, Lock
+from pav.core.manifest import other_configuration
 from pav.labels.files import checked_manifest
 from pav.labels.tables import (
     COMPLETIONS,
@@ -34,7 +35,6 @@ from pav.labels.tables import (
     remember,
     sealed,
 )
-from pav.policy.prompts import PROMPTS, other_prompt, refusal
 
 MANIFEST = "manifest.json"
 # What a manifest says of how far a run is, not of what it is.
@@ -90,24 +90,14 @@ class Store:
         path = self.directory / MANIFEST
         if path.exists():
             found = read_manifest(self.directory)
-            keys = (manifest.keys() | found.keys()) - _FREE - {PROMPTS}
-            changed = sorted(k for k in keys if manifest.get(k) != found.get(k))
-            asked = other_prompt(found.get(PROMPTS, {}), manifest.get(PROMPTS, {}))
-            if not changed and not asked:
+            said = other_configuration(found, manifest, _FREE)
+            if not said:
                 return
-            has_rows = _holds_rows(self.directory)
-            if changed and has_rows:
-                first = changed[0]
-                raise UserError(
-                    f"output {str(self.directory)!r} was made with another {', '.join(changed)} "
-                    f"({first}: {found.get(first)!r} there, {manifest.get(first)!r} now); restore "
-                    "it, or choose another output"
-                )
-            if has_rows:
-                raise UserError(refusal(f"output {str(self.directory)!r}", asked))
+            if _holds_rows(self.directory):
+                raise UserError(f"output {str(self.directory)!r} was {said}")
             print(f"nothing in {self.directory} was finished: it is claimed anew")
             (self.directory / JOURNAL).unlink(missing_ok=True)
-        replace_file(path, json_text(manifest).encode())
+        replace_file(path, json_text(manifest))
 
     def _replay(self) -> None:
         for kind, row in sealed(self.directory):
@@ -302,8 +292,3 @@ def _refuse_foreign(directory: Path) -> None:
             f"output {str(directory)!r} is not empty and no label run (it holds {others[0]!r}); "
             "choose another directory"
         )
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write ``path`` at once (see :func:`pav.core.files.write_whole`)."""
-    write_whole(path, lambda stream: stream.write(content))

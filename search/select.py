@@ -21,12 +21,12 @@ from rich.table import Table
 from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.core.files import json_text
+from pav.core.manifest import PROMPTS
 from pav.core.printable import cell, csv_text, one_line
 from pav.core.statistics import bootstrap
 from pav.engine.loading import EngineConfig
 from pav.policy.opening import task_option
 from pav.policy.policy import Sampler
-from pav.policy.prompts import PROMPTS
 from pav.tasks.base import Task
 from pav.verifier.checkpoint import VerifierMeta
 from pav.verifier.pick import Pick

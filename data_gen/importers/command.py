@@ -23,9 +23,11 @@ from data_gen.importers.traces import digest
 from data_gen.inspect.card import write_data_card
 from data_gen.inspect.health import print_health, write_health
 from data_gen.label_run import Run, print_train_command
-from data_gen.store import Store, replace_file
+from data_gen.store import Store
 from pav.cli.run import run
 from pav.core.errors import UserError
+from pav.core.files import replace_file
+from pav.core.manifest import PROMPTS
 from pav.core.printable import one_line
 from pav.core.signals import interruptible
 from pav.core.steps import StepRule
@@ -33,7 +35,6 @@ from pav.grading.kinds import Grader, reference
 from pav.labels.tables import Completion, Trace, prefix_key
 from pav.policy.encoding import encode_steps
 from pav.policy.policy import Policy, PolicyConfig, Sampler, load_policy, tokenizer_fingerprint
-from pav.policy.prompts import PROMPTS
 from pav.policy.rendered import refuse_clock, rendered
 from pav.tasks.base import Problem, problem_id, split_of, task_spec
 from pav.tasks.jsonl import Jsonl

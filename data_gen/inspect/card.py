@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from data_gen.label_run import Run
-from data_gen.store import replace_file
+from pav.core.files import replace_file
 from pav.labels.tables import own_endings
 
 CARD = "README.md"
@@ -26,7 +26,7 @@ _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
 
 def write_data_card(run: Run) -> None:
     """Write the card beside the tables of a sealed run."""
-    replace_file(run.directory / CARD, data_card(run).encode())
+    replace_file(run.directory / CARD, data_card(run))
 
 
 def data_card(run: Run) -> str:

@@ -27,8 +27,9 @@ from data_gen.label_run import (
     task_of,
     warn_unfinished,
 )
-from data_gen.store import Store, replace_file
+from data_gen.store import Store
 from pav.core.errors import UserError
+from pav.core.files import replace_file
 from pav.core.printable import one_line
 from pav.core.progress import Reporter
 from pav.core.signals import interruptible

@@ -22,10 +22,9 @@ from data_gen.label_run import (
     warn_unfinished,
 )
 from data_gen.provers.statistics import State, States, of_best_of_k, of_policy, states_of
-from data_gen.store import replace_file
 from pav.core.advantage import best_of_k_from_counts
 from pav.core.errors import UserError
-from pav.core.files import json_text
+from pav.core.files import json_text, replace_file
 from pav.core.printable import cell, one_line
 from pav.tasks.base import Task
 
@@ -123,7 +122,7 @@ def select_prover(config: SelectProverConfig) -> None:
             for c in found
         ],
     }
-    replace_file(directory / RESULT, json_text(result).encode())
+    replace_file(directory / RESULT, json_text(result))
     draw(found, run.base, chosen, directory / PICTURE)
     print(f"  {directory / RESULT}, {directory / PICTURE}")
     if chosen.startswith("bo") and chosen not in run.policies:

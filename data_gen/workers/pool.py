@@ -19,9 +19,8 @@ from pathlib import Path
 from time import monotonic, time
 from typing import Protocol
 
-from data_gen.store import replace_file
 from pav.core.errors import UserError
-from pav.core.files import json_text
+from pav.core.files import json_text, replace_file
 from pav.core.steps import Stepper
 from pav.engine.loading import EngineConfig
 from pav.engine.processes import Died
@@ -311,7 +310,7 @@ class Pool:
         waiting = sum(map(len, self._queues))
         content = {"at": round(time()), "waiting": waiting, "workers": workers}
         with suppress(OSError):  # the journal says so when a disk is full
-            replace_file(self._note, json_text(content).encode())
+            replace_file(self._note, json_text(content))
 
     def close(self) -> None:
         """End all workers; what they had not answered is dropped."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +43,29 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Write ``path`` at once (see :func:`write_whole`)."""
+    plain = content.encode() if isinstance(content, str) else content
+    write_whole(path, lambda stream: stream.write(plain))
+
+
+@contextmanager
+def whole_directory(output: Path) -> Iterator[Path]:
+    """A directory beside ``output`` to fill; it takes its place when all is in it.
+
+    Raises:
+        OSError: if it cannot be made, or ``output`` holds something by then.
+    """
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def damage(path: Path) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from pav.cli.run import run
 from pav.core.errors import UserError
-from pav.core.files import json_text, write_whole
+from pav.core.files import json_text, replace_file
 from pav.core.lock import Lock, beside
 from pav.core.printable import one_line
 from pav.core.statistics import few
@@ -132,7 +132,7 @@ def _evaluate(
     _print_shift(card.validation, metrics)
     try:
         plain = json_text(metrics).encode()
-        write_whole(output, lambda stream: stream.write(plain))
+        replace_file(output, plain)
         draw(metrics, output.with_suffix(".png"), title)
     except OSError as error:
         raise UserError(

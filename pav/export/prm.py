@@ -7,14 +7,13 @@ is folded into the last layer, so the softmax of a token's logits *is* Q.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pav.cli.run import run
 from pav.core.errors import UserError
-from pav.core.files import json_text
+from pav.core.files import json_text, whole_directory
 from pav.core.lock import Lock, beside
 from pav.export.card import write_card
 from pav.policy.policy import load_tokenizer
@@ -78,24 +77,20 @@ def export_prm(config: ExportPrmConfig) -> None:
             "that: use the export for vLLM beside the checkpoint"
         )
     with Lock(beside(output), config.output):
-        # Written beside and renamed: a directory that exists is a whole one.
-        partial = output.with_name(output.name + ".partial")
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _classifier(headed, verifier, head).save_pretrained(partial)
-            load_tokenizer(path).save_pretrained(partial)
-            stamp = {"checkpoint": verifier.digest, "layout": "token-classification", "head": head}
-            (partial / STAMP).write_text(json_text(stamp))
-            write_card(partial, card, _usage(card, head), "token-classification")
-            if output.exists():
-                output.rmdir()
-            partial.replace(output)
+            with whole_directory(output) as partial:
+                _classifier(headed, verifier, head).save_pretrained(partial)
+                load_tokenizer(path).save_pretrained(partial)
+                stamp = {
+                    "checkpoint": verifier.digest,
+                    "layout": "token-classification",
+                    "head": head,
+                }
+                (partial / STAMP).write_text(json_text(stamp))
+                write_card(partial, card, _usage(card, head), "token-classification")
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"output {config.output!r} cannot be written: {reason}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     print(f"token-classification model of head {head}: {output}")
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pav.core.errors import UserError
-from pav.core.files import json_text
+from pav.core.files import json_text, whole_directory
 from pav.engine.vllm import SCORE_BIAS
 from pav.export.card import write_card
 from pav.policy.inference import SCORE_SCALE
@@ -95,42 +95,39 @@ def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int
         source = Path(snapshot_download(trunk))
     config = json.loads((source / "config.json").read_text())
     refuse_unservable(_as_config(config))
-    building = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
     rows = torch.cat([verifier.weight / SCORE_SCALE, torch.zeros_like(verifier.weight[:1])])
-    if verifier.trunk_state is not None:
-        _grow_and_save("model.safetensors", dict(verifier.trunk_state), rows, config, building)
-    else:
-        _copy_trunk(source, rows, config, building, verifier)
-    # No code of its own, and no word of any: nothing to be talked into trusting.
-    config.pop("auto_map", None)
-    vocabulary = config["vocab_size"]
-    score_ids = list(range(vocabulary, vocabulary + len(rows)))
-    config["vocab_size"] = vocabulary + len(rows)
-    (building / "config.json").write_text(json_text(config))
-    for pattern in _CARRIED:
-        for file in source.glob(pattern):
-            shutil.copy2(file, building / file.name)
-    tokenizer = building / "tokenizer_config.json"
-    if tokenizer.exists() and "auto_map" in (plain := json.loads(tokenizer.read_text())):
-        del plain["auto_map"]
-        tokenizer.write_text(json_text(plain))
-    generation = building / "generation_config.json"
-    settings = json.loads(generation.read_text()) if generation.exists() else {}
-    settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or []), *score_ids]
-    generation.write_text(json_text(settings))
-    stamp = {
-        "checkpoint": verifier.digest,
-        "heads": verifier.card.heads,
-        "score_ids": score_ids,
-        "scale": SCORE_SCALE,
-        "bias": verifier.bias.tolist(),
-    }
-    (building / STAMP).write_text(json_text(stamp))
-    write_card(building, verifier.card, _readme(stamp), "text-generation")
-    shutil.rmtree(directory, ignore_errors=True)
-    building.replace(directory)
+    with whole_directory(directory) as building:
+        if verifier.trunk_state is not None:
+            _grow_and_save("model.safetensors", dict(verifier.trunk_state), rows, config, building)
+        else:
+            _copy_trunk(source, rows, config, building, verifier)
+        # No code of its own, and no word of any: nothing to be talked into trusting.
+        config.pop("auto_map", None)
+        vocabulary = config["vocab_size"]
+        score_ids = list(range(vocabulary, vocabulary + len(rows)))
+        config["vocab_size"] = vocabulary + len(rows)
+        (building / "config.json").write_text(json_text(config))
+        for pattern in _CARRIED:
+            for file in source.glob(pattern):
+                shutil.copy2(file, building / file.name)
+        tokenizer = building / "tokenizer_config.json"
+        if tokenizer.exists() and "auto_map" in (plain := json.loads(tokenizer.read_text())):
+            del plain["auto_map"]
+            tokenizer.write_text(json_text(plain))
+        generation = building / "generation_config.json"
+        settings = json.loads(generation.read_text()) if generation.exists() else {}
+        settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or []), *score_ids]
+        generation.write_text(json_text(settings))
+        stamp = {
+            "checkpoint": verifier.digest,
+            "heads": verifier.card.heads,
+            "score_ids": score_ids,
+            "scale": SCORE_SCALE,
+            "bias": verifier.bias.tolist(),
+        }
+        (building / STAMP).write_text(json_text(stamp))
+        write_card(building, verifier.card, _readme(stamp), "text-generation")
+        shutil.rmtree(directory, ignore_errors=True)
     return score_ids
 
 

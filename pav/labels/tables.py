@@ -28,6 +28,7 @@ import pyarrow as pa
 
 from pav.core.errors import UserError
 from pav.core.journal import JOURNAL, journal_lines
+from pav.core.manifest import PROMPTS, other_prompt
 from pav.labels.files import (
     AGREE,
     LIKELIHOOD,
@@ -37,7 +38,6 @@ from pav.labels.files import (
     two_askers,
 )
 from pav.labels.unfinished import Part, lacking, said
-from pav.policy.prompts import PROMPTS, other_prompt
 
 _IDS = pa.list_(pa.int32())
 TRACES = pa.schema(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pav.policy.prompts import PROMPTS
+from pav.core.manifest import PROMPTS
 
 # What a merged run holds once for all its parts; the rest of a manifest is each part's own.
 COMMON = (

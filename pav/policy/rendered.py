@@ -13,9 +13,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from pav.core.errors import UserError
+from pav.core.manifest import Rendering, other_prompt
 from pav.core.printable import one_line
 from pav.policy.policy import CLOCK, STARTED, Policy, Prompt, encode_prompt
-from pav.policy.prompts import Rendering, other_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,9 +25,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from pav.core.errors import UserError
-from pav.core.files import damage, json_text, read_object, write_whole
+from pav.core.files import damage, json_text, read_object, replace_file, write_whole
+from pav.core.manifest import PROMPTS, refuse_other
 from pav.labels.examples import Example
-from pav.policy.prompts import PROMPTS, check_prompts
 from pav.train.config import TrainConfig
 from pav.verifier.checkpoint import VerifierMeta
 
@@ -212,14 +212,11 @@ def resume_or_refuse(
     again = f"remove {str(working)!r} to train from the beginning"
     if path.exists() and any((working / name).exists() for name in (LAST, BEFORE)):
         found = read_object(path, f"restore it, or {again}")
-        # Before the contents of the labels, which hold the prompts.
-        check_prompts(found, plain, f"the unfinished run in {str(working)!r}")
-        if changed := sorted(k for k in {*plain} - {PROMPTS} if plain[k] != found.get(k)):
-            raise UserError(
-                f"{str(working)!r} holds an unfinished run with another {', '.join(changed)} "
-                f"({changed[0]}: {found.get(changed[0])!r} there, {plain[changed[0]]!r} now); "
-                "restore it, choose another output, or remove that directory"
-            )
+        what = f"the unfinished run in {str(working)!r}"
+        # Prompts before the contents of the labels, which hold them.
+        for keys in ({*plain} - {"label_contents"}, {*plain}):
+            there, now = ({k: d[k] for k in keys if k in d} for d in (found, plain))
+            refuse_other(what, there, now, ", or remove that directory")
         if point := whole_checkpoint(working):
             best = working / BEST
             if _has_best(point) and (wrong := damage(best)):
@@ -232,7 +229,7 @@ def resume_or_refuse(
         print(f"WARNING: {str(working)!r} holds no whole checkpoint: from the beginning, then")
     if not getattr(rank_zero_only, "rank", 0):
         working.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda stream: stream.write(json_text(plain).encode()))
+        replace_file(path, json_text(plain))
     return None
 
 

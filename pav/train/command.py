@@ -23,9 +23,10 @@ from torch import Tensor
 
 from pav.cli.run import run
 from pav.core.errors import FULL, UserError, unwritable
-from pav.core.files import json_text, write_whole
+from pav.core.files import json_text, replace_file
 from pav.core.heads import LIK, ORM, q_head
 from pav.core.lock import Lock, beside
+from pav.core.manifest import PROMPTS
 from pav.core.printable import one_line
 from pav.core.signals import interruptible
 from pav.core.statistics import few
@@ -49,7 +50,6 @@ from pav.policy.policy import (
     vocabulary_size,
     weights_digest,
 )
-from pav.policy.prompts import PROMPTS
 from pav.policy.rendered import refuse_clock, rendered
 from pav.tasks.base import Problem, Task, task_spec
 from pav.train.checkpoints import resume_or_refuse, save_whole
@@ -204,7 +204,7 @@ def _train(config: TrainConfig) -> VerifierMeta | None:
     shutil.rmtree(working, ignore_errors=True)
     print_report(card, config.verbose)
     metrics = json_text(card.validation).encode()
-    write_whole(output.with_suffix(".json"), lambda stream: stream.write(metrics))
+    replace_file(output.with_suffix(".json"), metrics)
     draw(card.validation, output.with_suffix(".png"), f"{output.name}: validation")
     print(
         f"verifier: {output} ({output.stat().st_size / 1e3:.0f} kB); all metrics: "

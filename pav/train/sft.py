@@ -34,14 +34,14 @@ from transformers import (
 
 from pav.cli.run import run
 from pav.core.errors import UserError
-from pav.core.files import json_text, read_object, write_whole
+from pav.core.files import json_text, read_object, replace_file
 from pav.core.lock import LOCK, Lock
+from pav.core.manifest import PROMPTS, refuse_other
 from pav.core.signals import interruptible
 from pav.core.statistics import Interval, bootstrap, few
 from pav.grading.sandbox import DEFAULT_TIMEOUT, GRADER_LOG, guarded
 from pav.policy.opening import task_option
 from pav.policy.policy import Prompt, encode_prompt, load_tokenizer, model_path
-from pav.policy.prompts import PROMPTS, check_prompts
 from pav.policy.rendered import rendering
 from pav.tasks.base import Problem, Task, task_spec
 from pav.tasks.tape import Tape, tape_tokenizer
@@ -332,16 +332,10 @@ def _refuse_other(
     plain["prompt"]["chat"] = bool(config.prompt.chat)
     path = output / "sft.json"
     if not resuming or not path.exists():
-        write_whole(path, lambda stream: stream.write(json_text(plain).encode()))
+        replace_file(path, json_text(plain))
         return
     found = read_object(path, "restore it, or choose another output")
-    if changed := sorted(k for k in {*plain} - {PROMPTS} if plain[k] != found.get(k)):
-        raise UserError(
-            f"output {config.output!r} holds an unfinished run with another {', '.join(changed)} "
-            f"({changed[0]}: {found.get(changed[0])!r} there, {plain[changed[0]]!r} now); restore "
-            "it, or choose another output"
-        )
-    check_prompts(found, plain, f"the unfinished run in {config.output!r}")
+    refuse_other(f"the unfinished run in {config.output!r}", found, plain)
 
 
 def llama_config(config: SftConfig, vocabulary: int) -> LlamaConfig:

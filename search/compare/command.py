@@ -11,10 +11,10 @@ from typing import Any
 from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.core.files import json_text
+from pav.core.manifest import PROMPTS, Rendering
 from pav.core.printable import one_line
 from pav.policy.opening import task_option
 from pav.policy.policy import load_policy, settled
-from pav.policy.prompts import PROMPTS, Rendering
 from pav.policy.rendered import rendered
 from pav.verifier.checkpoint import Verifier, load_verifier
 from search.compare.best_of_n_results import best_of_n_results, other_policy, ranker

@@ -17,6 +17,7 @@ from typing import Any
 
 from pav.cli.run import run
 from pav.core.errors import UserError
+from pav.core.files import replace_file
 from search.report.data import PROBLEMS, report_data
 
 NAME = "report.html"
@@ -76,9 +77,7 @@ def write_report(
         for name, path in found.items()
     )
     path = directory / NAME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page(data, plots), encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, page(data, plots))
     return path
 
 

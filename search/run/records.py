@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from pav.core.errors import FULL, UserError, unwritable
-from pav.core.files import json_text, read_object, write_whole
+from pav.core.files import json_text, read_object, replace_file
 from pav.core.lock import LOCK, Lock
+from pav.core.manifest import other_configuration
 from pav.core.signals import interruptible
-from pav.policy.prompts import PROMPTS, other_prompt, refusal
 from pav.verifier.pick import Candidate
 
 MANIFEST = "manifest.json"
+_CRC = re.compile(rb',"crc":"([0-9a-f]{8})"}\n\Z')
 
 
 @dataclass(frozen=True)
@@ -85,29 +90,48 @@ class Record:
     ungraded: int = 0
 
 
-def append(path: Path, record: Record) -> None:
-    """Add one line."""
+def line_of(record: Record) -> bytes:
+    """A record as a line of JSON; its last key, ``crc``, is the CRC-32 of the line without it."""
     plain = asdict(record)
     for candidate in plain["candidates"]:
         # JSON has no infinity.
         candidate["score"] = None if candidate["score"] == -math.inf else candidate["score"]
-    line = json.dumps(plain, separators=(",", ":"), allow_nan=False)
-    with path.open("a") as stream:
-        stream.write(line + "\n")
+    body = json.dumps(plain, separators=(",", ":"), allow_nan=False).encode()
+    return b'%b,"crc":"%08x"}\n' % (body[:-1], crc32(body))
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one line, which survives the death of this process."""
+    line = line_of(record)
+    with path.open("ab", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[stream.write(rest) :]
+        except BaseException:
+            # Half a line would swallow the next one.
+            with suppress(OSError):
+                stream.truncate(size)
+            raise
+
+
+def flush(path: Path) -> None:
+    """Have the disk keep what was appended, whatever happens to the machine."""
+    if path.exists():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def rewrite(path: Path, records: list[Record]) -> None:
     """Replace a file by these records, at once."""
-    temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch()
-    for record in records:
-        append(temporary, record)
-    temporary.replace(path)
+    replace_file(path, b"".join(map(line_of, records)))
 
 
 def read(path: Path) -> list[Record]:
-    """All whole lines of a file; others (a torn last one) are cut out, to be searched again.
+    """All whole lines of a file; others are cut out, to be searched again.
+
+    A torn last line is what the death of a process leaves; other damage is said.
 
     Raises:
         UserError: if a line holds something else.
@@ -115,8 +139,15 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records, good = _whole(path)
-    if sum(map(len, good)) < path.stat().st_size:
-        write_whole(path, lambda stream: stream.write(b"".join(good)))
+    content = path.read_bytes()
+    if sum(map(len, good)) < len(content):
+        if not content.startswith(b"".join(good)):
+            lost = content.count(b"\n") - len(good)
+            print(
+                f"WARNING: {lost} lines of {path} are damaged; what they held is searched again",
+                file=sys.stderr,
+            )
+        replace_file(path, b"".join(good))
     return records
 
 
@@ -129,11 +160,14 @@ def _whole(path: Path) -> tuple[list[Record], list[bytes]]:
     """Records and their lines."""
     records, good = [], []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        body = _CRC.sub(b"}", line)
         try:
-            plain = json.loads(line)
+            plain = json.loads(body)
         except (ValueError, RecursionError):
             continue
-        if not line.endswith(b"\n"):
+        # Earlier versions wrote none.
+        kept = _CRC.search(line)
+        if not line.endswith(b"\n") or (kept and crc32(body) != int(kept[1], 16)):
             continue
         try:
             records.append(_record(plain))
@@ -213,8 +247,7 @@ def _take(directory: Path, manifest: dict[str, Any]) -> Lock:
         with ExitStack() as stack:
             lock = stack.enter_context(Lock(directory / LOCK, directory))
             if not path.exists() or _is_another(directory, manifest):
-                temporary.write_text(json_text(manifest))
-                temporary.replace(path)
+                replace_file(path, json_text(manifest))
             stack.pop_all()
         return lock
     except OSError as error:
@@ -226,18 +259,9 @@ def _take(directory: Path, manifest: dict[str, Any]) -> Lock:
 def _is_another(directory: Path, manifest: dict[str, Any]) -> bool:
     """Whether a run directory without any record is another run's; one with records is refused."""
     found = read_object(directory / MANIFEST, "restore it, or choose another output")
-    keys = (manifest.keys() | found.keys()) - {PROMPTS}
-    changed = sorted(k for k in keys if manifest.get(k) != found.get(k))
-    asked = other_prompt(found.get(PROMPTS, {}), manifest.get(PROMPTS, {}))
-    has_records = any(p.stat().st_size for p in directory.rglob("*.jsonl"))
-    if changed and has_records:
-        raise UserError(
-            f"output {str(directory)!r} holds a run with another {', '.join(changed)} "
-            f"({changed[0]}: {found.get(changed[0])!r} there, {manifest.get(changed[0])!r} now); "
-            "choose another output"
-        )
-    if asked and has_records:
-        raise UserError(refusal(f"output {str(directory)!r}", asked))
-    if changed or asked:
+    said = other_configuration(found, manifest)
+    if said and any(p.stat().st_size for p in directory.rglob("*.jsonl")):
+        raise UserError(f"output {str(directory)!r} was {said}")
+    if said:
         print(f"nothing in {directory} was finished: it is claimed anew")
-    return bool(changed or asked)
+    return bool(said)

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 from pav.core.errors import UserError
+from pav.core.manifest import Rendering
 from pav.core.printable import one_line
 from pav.core.progress import Reporter
 from pav.core.statistics import few
@@ -35,7 +36,6 @@ from pav.policy.policy import (
     tokenizer_fingerprint,
     weights_digest,
 )
-from pav.policy.prompts import Rendering
 from pav.policy.rendered import rendered, warn_clock, warn_other_prompt
 from pav.tasks.base import Problem, Split, Task
 from pav.verifier.checkpoint import (
@@ -55,7 +55,7 @@ from search.run.failures import (
     troubles,
     truncated_share,
 )
-from search.run.records import Record, append, read, read_seconds, rewrite, write_seconds
+from search.run.records import Record, append, flush, read, read_seconds, rewrite, write_seconds
 from search.run.worker import Search
 from search.run.workers import Workers
 from search.scoring.text import RewardModelConfig
@@ -318,6 +318,7 @@ class Session:
                     drive(self.served, [partial(search, *g) for g in given], keep, concurrency)
             finally:
                 seconds = before + (monotonic() - started if owed else 0.0)
+                flush(path)
                 write_seconds(path, len(done), seconds)
         records = [done[p.id] for p in problems]
         for trouble in troubles(records, path, self.sampler.max_length):

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from pav.core.errors import UserError
+from pav.core.manifest import PROMPTS
 from pav.core.statistics import bootstrap
 from pav.core.tables import print_table, result_row
 from pav.policy.opening import print_opening, settle_cap, task_for
 from pav.policy.policy import PolicyConfig, Sampler
-from pav.policy.prompts import PROMPTS
 from pav.tasks.base import Problem
 from pav.verifier.checkpoint import Verifier, load_verifier
 from pav.verifier.pick import Pick, StepScore, check_pick

@@ -33,11 +33,11 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from pav.core.errors import UserError
 from pav.core.heads import ORM
+from pav.core.manifest import Rendering
 from pav.engine.gpu_memory import Planned
 from pav.policy.cost import Cost, Shape, skeleton_shape
 from pav.policy.inference import Read
 from pav.policy.policy import Policy, model_path, weights_digest
-from pav.policy.prompts import Rendering
 from pav.policy.rendered import of_ids
 from pav.tasks.base import Problem
 from pav.verifier.score import Values

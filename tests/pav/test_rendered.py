@@ -20,11 +20,11 @@ from data_gen.merge import MergeConfig, merge
 from data_gen.rollouts import _manifest, _rounds, rollouts
 from data_gen.store import Store
 from pav.core.errors import UserError
+from pav.core.manifest import PROMPTS, other_prompt
 from pav.core.steps import StepRule
 from pav.engine.loading import EngineConfig
 from pav.labels.tables import Trace, read_labels
 from pav.policy.policy import Policy, PolicyConfig, Prompt, Sampler, load_policy
-from pav.policy.prompts import PROMPTS, other_prompt
 from pav.policy.rendered import reads_clock, refuse_clock, rendered, rendering
 from pav.tasks.tape import Tape
 from pav.train.checkpoints import resume_or_refuse

@@ -257,8 +257,8 @@ def test_unfinished_run_of_another_configuration_is_refused_by_name(
         train(other)
     assert "\n" not in str(refused.value)
     said = str(refused.value)
-    assert "holds an unfinished run with another accumulate, lr (accumulate: 1 there, 2" in said
-    assert "restore it, choose another output, or remove" in said
+    assert "was made with another accumulate, lr (accumulate: 1 there, 2" in said
+    assert "restore it, or choose another output, or remove that directory" in said
     # Labels that grew are other labels, also under the same name.
     write_labels(tmp_path / "more", trunk, train_problems=25, validation_problems=8)
     grown = replace(config, labels=[str(tmp_path / "more")])

@@ -311,7 +311,7 @@ def test_command_prints_a_table_and_the_same_command_searches_nothing_again(
                       engine=EngineConfig(kv_gib=0.02))  # fmt: skip
     beam(same)
     assert (tmp_path / "run" / "beam.jsonl").read_bytes() == records
-    with pytest.raises(UserError, match="holds a run with another n, problems"):
+    with pytest.raises(UserError, match="was made with another n, problems"):
         beam(replace(same, n=3, problems=3))
 
 

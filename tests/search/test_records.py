@@ -93,8 +93,8 @@ def test_run_directory_is_reopened_by_the_same_configuration_only(tmp_path: Path
     with pytest.raises(UserError) as error, open_run(tmp_path / "new" / "run", other):
         pass
     assert str(error.value) == (
-        f"output {str(tmp_path / 'new' / 'run')!r} holds a run with another n, verifier_digest "
-        "(n: 4 there, 8 now); choose another output"
+        f"output {str(tmp_path / 'new' / 'run')!r} was made with another n, verifier_digest "
+        "(n: 4 there, 8 now); restore it, or choose another output"
     )
     later = {**run, "alpha": 0.5}
     refused = pytest.raises(UserError, match=r"another alpha \(alpha: None there, 0.5 now\)")
@@ -147,8 +147,25 @@ def test_lines_are_json_also_where_a_candidate_was_cut_and_old_ones_are_still_re
     line = (tmp_path / "x.jsonl").read_text()
     assert json.loads(line, parse_constant=pytest.fail)["candidates"][0]["score"] is None
     assert read(tmp_path / "x.jsonl")[0].candidates == [cut]
-    (tmp_path / "x.jsonl").write_text(line.replace('"score":null', '"score":-Infinity'))
+    body, _, _ = line.rpartition(',"crc":')
+    old = body.replace('"score":null', '"score":-Infinity') + "}\n"
+    (tmp_path / "x.jsonl").write_text(old)
     assert read(tmp_path / "x.jsonl")[0].candidates == [cut]
+    assert (tmp_path / "x.jsonl").read_text() == old
+
+
+def test_a_bit_that_flipped_is_found_said_and_searched_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.jsonl"
+    for name in ("a", "b"):
+        append(path, record(name))
+    # A digit for a digit: still JSON, and another result.
+    path.write_bytes(path.read_bytes().replace(b'"score":0.3', b'"score":0.9', 1))
+    assert [r.problem_id for r in read(path)] == ["b"]
+    assert f"1 lines of {path} are damaged" in capsys.readouterr().err
+    assert [r.problem_id for r in read(path)] == ["b"]
+    assert capsys.readouterr().err == ""
 
 
 def test_damaged_line_costs_no_other(tmp_path: Path) -> None:
