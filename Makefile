@@ -4,6 +4,7 @@
 #   make test          the tests (two processes; TEST_JOBS=4 takes four)
 #   make quick         those that start no engine and train nothing: under two minutes
 #   make lint          ruff and mypy
+#   make docs          the documentation, without a warning, into build/docs
 #   make gpu-setup     .venv-gpu for a CUDA machine; make gpu-check tries there what needs a GPU
 #   make demo-gsm8k    the same pipeline on SmolLM2-135M and GSM8K
 #   make clean         removes environments and caches; runs/ stays
@@ -11,7 +12,7 @@
 #   PYTHON=...         a Python 3.11 or 3.12 (default: the first that runs)
 #   TORCH_INDEX=...    package index to take torch from, e.g. PyTorch's index of CPU builds
 
-.PHONY: demo demo-gsm8k test quick lint setup gpu-setup gpu-check clean
+.PHONY: demo demo-gsm8k test quick lint docs setup gpu-setup gpu-check clean
 .DELETE_ON_ERROR:
 
 # A name on the PATH may be a shim that fails, and a Python may lack venv: take one that runs.
@@ -65,7 +66,7 @@ demo: setup
 	sed "s/^/trained here: /" runs/demo/compare/headline.txt; \
 	sed "s/^/as shipped: /" runs/demo/compare_reference/headline.txt; \
 	echo "look at: runs/demo/compare_reference/report.html in a browser (every search, step by step), compare.png beside it, runs/demo/pav.png, runs/demo/labels/health.png"; \
-	echo "next: $(BIN)/search.beam --verifier pav:reference --baseline orm --n 8, or your own model and problems: README.md, 'Your own task'"
+	echo "next: $(BIN)/search.beam --verifier pav:reference --baseline orm --n 8, or your own model and problems: docs/tasks.md"
 
 # .jsonl or .jsonl.gz files, or a data set of the hub (owner/name:config) that has both splits.
 GSM8K_TRAIN ?= openai/gsm8k:main
@@ -97,6 +98,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What it adds is in no lock, but may not move what is.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: setup
+	$(PIP) install --quiet --no-build-isolation -c requirements-cpu.lock -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 gpu-setup: .venv-gpu/.installed
 

@@ -60,7 +60,7 @@ def test_lock_has_no_local_versions() -> None:
 
 def test_extras_never_pin_cpu_builds() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"gpu", "ray", "loggers", "smollm2", "dev"}
+    assert set(extras) == {"gpu", "ray", "loggers", "smollm2", "docs", "dev"}
     for requirement in [*PROJECT["dependencies"], *(r for rs in extras.values() for r in rs)]:
         assert "cpu" not in requirement
         assert not re.match(r"torch\b.*==", requirement)

@@ -47,7 +47,7 @@ class Grade:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A task; subclass it as a frozen dataclass (see ``README.md``, "Your own task").
+    """A task; subclass it as a frozen dataclass (see ``docs/tasks.md``).
 
     Its fields are its settings: they can be given on every command line (``--task.step_rule...``)
     and are stored with labels and verifiers.
