@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from data_gen.store import read_manifest
 from data_gen.strategies import next_rollouts, plan_of
-from pav.cli.run import Config, run
 from pav.core.errors import UserError
 from pav.core.printable import one_line
 from pav.core.steps import Stepper, StepRule
@@ -197,30 +191,3 @@ def print_train_command(run: Run) -> None:
         f"{shlex.quote(str(output))}{task_option(run.manifest['task_spec'])}"
         + (f" --dtype {dtype}" if dtype != "float32" else "")
     )
-
-
-def print_wide(table: Table) -> None:
-    """Print a table; where output is a file, lines are as long as they need to be."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 1000
-    console.print(table)
-
-
-def run_on_directories(
-    function: Callable[[Config], Any], config_type: type[Config], prog: str, *, many: bool = False
-) -> None:
-    """As :func:`pav.cli.run.run`, where ``DIR ...`` in front is short for ``--labels DIR``."""
-    args = sys.argv[1:]
-    cut = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
-    paths, rest = args[:cut], args[cut:]
-    if len(paths) > 1 and not many:
-        print(f"{prog}: error: give one directory, not {len(paths)}", file=sys.stderr)
-        raise SystemExit(2)
-    labels = [f"--labels+={path}" for path in paths] if many else [f"--labels={p}" for p in paths]
-    try:
-        run(function, config_type, prog, [*labels, *rest])
-    except BrokenPipeError:
-        # "data_gen.show DIR | head": what is left unsaid goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None

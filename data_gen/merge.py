@@ -12,9 +12,10 @@ from typing import Any
 
 from data_gen.inspect.card import write_data_card
 from data_gen.inspect.health import print_health, write_health
-from data_gen.label_run import Run, part_of, print_train_command, read_run, run_on_directories
+from data_gen.label_run import Run, part_of, print_train_command, read_run
 from data_gen.likelihood.command import write_part
 from data_gen.store import MANIFEST, Store
+from pav.cli.directories import run_on_directories
 from pav.core.errors import UserError
 from pav.core.files import json_text, replace_file
 from pav.core.manifest import PROMPTS

@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from data_gen.inspect.card import write_data_card
 from data_gen.inspect.health import print_health, write_health
-from data_gen.label_run import Run, base_policy, part_of, read_run, run_on_directories, task_of
+from data_gen.label_run import Run, base_policy, part_of, read_run, task_of
 from data_gen.store import MANIFEST, Store
+from pav.cli.directories import run_on_directories
 from pav.core.errors import UserError
 from pav.core.files import json_text, replace_file
 from pav.core.progress import Reporter

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from data_gen.label_run import Run, base_policy, print_wide, read_run, run_on_directories, task_of
+from data_gen.label_run import Run, base_policy, read_run, task_of
 from data_gen.likelihood.command import read_likelihood
+from pav.cli.directories import run_on_directories
 from pav.core.errors import UserError
 from pav.core.printable import cell, printable
+from pav.core.tables import wide_console
 from pav.labels.tables import Trace, count, own_endings, prefix_key
 from pav.policy.policy import Policy
 from pav.tasks.base import Task
@@ -50,7 +52,7 @@ def show(config: ShowConfig) -> None:
     for trace in traces:
         state = "truncated" if trace.truncated else "right" if trace.correct else "wrong"
         print(printable(f"\n{trace.policy} {trace.seed_index}: {state}, answer {trace.answer}"))
-        print_wide(_table(trace, policy, list(run.policies), counts, likelihoods))
+        wide_console().print(_table(trace, policy, list(run.policies), counts, likelihoods))
 
 
 def _traces(run: Run, wanted: str) -> list[Trace]:

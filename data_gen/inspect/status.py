@@ -9,12 +9,14 @@ from typing import Any
 
 from rich.table import Table
 
-from data_gen.label_run import Run, print_wide, read_run, run_on_directories, stepper_of
+from data_gen.label_run import Run, read_run, stepper_of
 from data_gen.strategies import next_rollouts, plan_of
 from data_gen.workers.pool import worker_lines
+from pav.cli.directories import run_on_directories
 from pav.core.errors import UserError
 from pav.core.journal import JOURNAL
 from pav.core.printable import cell, one_line
+from pav.core.tables import wide_console
 from pav.labels.unfinished import said
 
 RECENT = 600.0
@@ -52,7 +54,7 @@ def status(config: StatusConfig) -> None:
                 tally[0] += record.correct
                 tally[1] += 1
                 tally[2] += record.truncated
-    print_wide(table)
+    wide_console().print(table)
     for directory, partial in partly.items():
         print(f"{directory} is partial: {said(partial)}")
     for directory in config.labels:

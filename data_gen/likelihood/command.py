@@ -23,11 +23,11 @@ from data_gen.label_run import (
     policy_config,
     print_train_command,
     read_run,
-    run_on_directories,
     task_of,
     warn_unfinished,
 )
 from data_gen.store import Store
+from pav.cli.directories import run_on_directories
 from pav.core.errors import UserError
 from pav.core.files import replace_file
 from pav.core.printable import one_line

@@ -12,20 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from data_gen.label_run import (
-    Run,
-    base_policy,
-    print_wide,
-    read_run,
-    run_on_directories,
-    task_of,
-    warn_unfinished,
-)
+from data_gen.label_run import Run, base_policy, read_run, task_of, warn_unfinished
 from data_gen.provers.statistics import State, States, of_best_of_k, of_policy, states_of
+from pav.cli.directories import run_on_directories
 from pav.core.advantage import best_of_k_from_counts
 from pav.core.errors import UserError
 from pav.core.files import json_text, replace_file
 from pav.core.printable import cell, one_line
+from pav.core.statistics import resampled
+from pav.core.tables import wide_console
 from pav.tasks.base import Task
 
 MOST_K = 32
@@ -100,7 +95,7 @@ def select_prover(config: SelectProverConfig) -> None:
         f"{len(states.states)} states of {problems} problems with {states.n} rollouts per step, "
         f"{states.covered:.1%} of the base's visits"
     )
-    print_wide(_table(found, run.base, chosen))
+    wide_console().print(_table(found, run.base, chosen))
     if states.covered < COVERED:
         print(
             "WARNING: few states have two labelled next steps (step 0 has one per seed); label a "
@@ -159,8 +154,7 @@ def candidates(run: Run, states: States, ks: Sequence[int], seed: int) -> list[C
     visits_P = np.zeros(len(problems))
     for state in states.states:
         visits_P[problems[state.problem_id]] += state.visits
-    rng = np.random.default_rng(seed)
-    draws_BP = rng.multinomial(len(problems), np.full(len(problems), 1 / len(problems)), RESAMPLES)
+    draws_BP = resampled(len(problems), RESAMPLES, seed)
     n, base = states.n, run.base
 
     def candidate(

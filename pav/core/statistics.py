@@ -55,6 +55,12 @@ def bootstrap(values_PS: NDArray[np.float64], seed: int = 0) -> Interval:
     return Interval(float(per_problem.mean()), float(low), float(high))
 
 
+def resampled(problems: int, draws: int, seed: int = 0) -> NDArray[np.int64]:
+    """(draws, P) how often each problem is in each bootstrap sample of all problems."""
+    share = np.full(problems, 1 / problems)
+    return np.random.default_rng(seed).multinomial(problems, share, size=draws)
+
+
 def mcnemar(a_PS: NDArray[np.float64], b_PS: NDArray[np.float64]) -> float:
     """Two-sided exact McNemar p of two methods on the same problems and seeds.
 

@@ -78,10 +78,16 @@ def print_table(title: str, rows: Sequence[dict[str, str]]) -> None:
         table.add_column(cell(column))
     for row in rows:
         table.add_row(*map(cell, row.values()))
-    console = Console(highlight=False)
-    if not console.is_terminal:  # lines are as long as they need to be
-        console.width = 200
+    console = wide_console(200)
     console.print(table)
     for column, meaning in explained(rows[0]).items():
         console.print(cell(f"  {column}: {meaning}"))
     console.print()
+
+
+def wide_console(width: int = 1000) -> Console:
+    """A console; where output is a file its lines are as long as need be, up to ``width``."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = width
+    return console

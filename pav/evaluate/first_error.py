@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pav.core.heads import LIK, ORM
-from pav.evaluate.intervals import location_intervals
+from pav.evaluate.intervals import harmonic_mean, location_intervals
 from pav.evaluate.metrics import NAN, Array
 from pav.evaluate.scored_labels import MODES, Held, Rows, ScoredLabels, Values
 from pav.labels.examples import Example
@@ -113,8 +113,12 @@ def first_error_metrics(
     hit = located(q_TP, first_T, threshold)
     error = float(hit[faulty].mean()) if faulty.any() else NAN
     clean = float(hit[~faulty].mean()) if (~faulty).any() else NAN
-    f1 = 2 * error * clean / (error + clean) if error + clean > 0 else error * clean
-    return {"traces": len(q_TP), "error": error, "clean": clean, "f1": f1}
+    return {
+        "traces": len(q_TP),
+        "error": error,
+        "clean": clean,
+        "f1": float(harmonic_mean(error, clean)),
+    }
 
 
 def located(q_TP: Array, first_T: NDArray[np.intp], threshold: float) -> Rows:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pav.core.statistics import resampled
 from pav.evaluate.metrics import BINS, Array, Counts
 
 DRAWS = 500
@@ -41,8 +42,7 @@ class Draws:
         names, index_N = np.unique(self.problem_N, return_inverse=True)
         weight_RP = np.zeros((DRAWS, len(names)))
         if len(names):
-            share = np.full(len(names), 1 / len(names))
-            weight_RP += np.random.default_rng(0).multinomial(len(names), share, DRAWS)
+            weight_RP += resampled(len(names), DRAWS)
         object.__setattr__(self, "index_N", index_N.ravel())
         object.__setattr__(self, "weight_RP", weight_RP)
 
@@ -110,8 +110,14 @@ def location_intervals(hit_T: Rows, faulty_T: Rows, problem_T: NDArray[Any]) -> 
     found, wrong, none, clean = Draws(problem_T).sums(*(c.astype(float) for c in columns))
     with np.errstate(invalid="ignore", divide="ignore"):
         error, kept = found / wrong, none / clean
-        f1 = np.where(error + kept > 0, 2 * error * kept / (error + kept), error * kept)
-    return ends({"error": error, "clean": kept, "f1": f1})
+    return ends({"error": error, "clean": kept, "f1": harmonic_mean(error, kept)})
+
+
+def harmonic_mean(a: Array | float, b: Array | float) -> Array:
+    """2ab / (a + b), the F1 of two shares: 0 where both are 0, NaN where one is unknown."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(a + b > 0, 2 * a * b / (a + b), a * b)
 
 
 def ends(by_name: Mapping[str, Array]) -> Intervals:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from pav.cli.run import run
@@ -23,6 +22,7 @@ from pav.core.errors import UserError
 from pav.core.files import json_text
 from pav.core.printable import cell, one_line
 from pav.core.steps import scoring_position
+from pav.core.tables import wide_console
 from pav.evaluate.command import check_writable, load_on_device, trunk_policy
 from pav.evaluate.processbench_data import AnnotatedSolution, read_subsets
 from pav.evaluate.processbench_f1 import UNREADABLE, Scores, f1_row, first_wrong, pick_threshold
@@ -252,7 +252,7 @@ def _report(result: dict[str, Any]) -> None:
             _percent(row["f1"]),
         )
     table.add_row("average", "", "", "", "", _percent(result["average_f1"]))
-    Console(width=None if Console().is_terminal else 120).print(table)
+    wide_console(120).print(table)
     unreadable = sum(row["unreadable"] for row in result["subsets"])
     if unreadable:
         _warn(f"{unreadable} solutions are longer than the trunk can read; they count as wrong")

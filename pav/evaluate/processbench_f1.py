@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pav.core.errors import UserError
+from pav.evaluate.intervals import harmonic_mean
 from pav.evaluate.processbench_data import CORRECT
 
 # Predicted for a solution that the trunk cannot read: right for none.
@@ -47,21 +48,17 @@ def f1_row(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any]:
     correct = [r for r, label in zip(is_right, labels, strict=True) if label == CORRECT]
     error_accuracy = sum(wrong) / len(wrong) if wrong else None
     correct_accuracy = sum(correct) / len(correct) if correct else None
+    f1 = None
+    if error_accuracy is not None and correct_accuracy is not None:
+        f1 = float(harmonic_mean(error_accuracy, correct_accuracy))
     return {
         "n_error": len(wrong),
         "n_correct": len(correct),
         "error_accuracy": error_accuracy,
         "correct_accuracy": correct_accuracy,
-        "f1": harmonic_mean(error_accuracy, correct_accuracy),
+        "f1": f1,
         "unreadable": sum(p == UNREADABLE for p in predicted),
     }
-
-
-def harmonic_mean(a: float | None, b: float | None) -> float | None:
-    """2ab / (a + b); 0 where both are 0, None where one is unknown."""
-    if a is None or b is None:
-        return None
-    return 2 * a * b / (a + b) if a + b else 0.0
 
 
 def pick_threshold(labels: Sequence[int], scores: Sequence[Scores]) -> float:

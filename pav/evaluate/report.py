@@ -17,6 +17,7 @@ from rich.table import Table
 from pav.core.heads import ORM
 from pav.core.printable import cell, one_line
 from pav.core.statistics import bootstrap
+from pav.core.tables import wide_console
 from pav.evaluate.scored_labels import MODES, score_labels
 from pav.evaluate.suite import measure
 from pav.labels.examples import Example
@@ -26,9 +27,10 @@ from pav.tasks.base import Task
 from pav.verifier.calibrate import fit_calibrator
 from pav.verifier.checkpoint import VerifierMeta
 from pav.verifier.forward import Scored, score
+from pav.verifier.pick import Candidate, Pick, pick
 from pav.verifier.trunk import HeadedTrunk
 
-PICKS = ("last", "min", "vote", ORM)
+PICKS: tuple[Pick, ...] = ("last", "min", "vote", "orm")
 # Training solutions that calibrators read, drawn at random: more would cost a forward pass each,
 # and teach a hundred weights nothing.
 MOST_CALIBRATING = 1000
@@ -125,40 +127,31 @@ def _picks(
     """Accuracy of every pick rule among the seed traces of held-out validation problems."""
     outcome = {(t.problem_id, tuple(t.ids)): t for t in labels.traces if not t.truncated}
     q_base, q_orm = q[card.base_head, "surprise"], q[ORM, "surprise"]
-    groups: dict[str, list[tuple[float, float, float, str | None, bool]]] = defaultdict(list)
+    groups: dict[str, list[Candidate]] = defaultdict(list)
     rows: dict[int, list[int]] = defaultdict(list)
     for r in np.flatnonzero(held):
         rows[int(scored.example_N[r])].append(int(r))
     for i, own in rows.items():
         example = examples[i]
-        trace = outcome.get((example.problem_id, tuple(example.ids[example.prompt_length :])))
+        ids = example.ids[example.prompt_length :]
+        trace = outcome.get((example.problem_id, tuple(ids)))
         if trace is None:
             continue
         ordered = sorted(own, key=lambda r: int(scored.step_N[r]))
-        steps = q_base[ordered]
+        values = {card.base_head: q_base[ordered].tolist(), ORM: q_orm[ordered].tolist()}
         groups[example.problem_id].append(
-            (
-                float(steps[-1]),
-                float(steps[1:].min()),
-                float(q_orm[ordered[-1]]),
-                trace.answer,
-                trace.correct,
-            )
+            Candidate(ids, example.ends, values, 0.0, True, False, "", trace.answer, trace.correct)
         )
     right: dict[str, list[bool]] = defaultdict(list)
     for group in groups.values():
-        right["last"].append(max(group, key=lambda g: g[0])[4])
-        right["min"].append(max(group, key=lambda g: g[1])[4])
-        right[ORM].append(max(group, key=lambda g: g[2])[4])
-        votes: dict[str | None, float] = defaultdict(float)
-        for last, _, _, answer, _ in group:
-            if answer is not None:  # unparsable solutions do not vote together
-                votes[answer] += last
-        winner = max(votes, key=lambda a: votes[a]) if votes else None
-        right["vote"].append(any(g[4] for g in group if g[3] == winner))
-    accuracies = {pick: float(np.mean(right[pick])) if right[pick] else 0.0 for pick in PICKS}
+        for rule in PICKS:
+            chosen = pick(group, rule, card.base_head)
+            right[rule].append(chosen is not None and group[chosen].correct)
+    accuracies: dict[str, float] = {
+        rule: float(np.mean(right[rule])) if right[rule] else 0.0 for rule in PICKS
+    }
     told = {p: bootstrap(np.array([right[p]], dtype=float).T) for p in PICKS if right[p]}
-    ci95 = {pick: [interval.low, interval.high] for pick, interval in told.items()}
+    ci95 = {rule: [interval.low, interval.high] for rule, interval in told.items()}
     return {**accuracies, "problems": float(len(groups)), "ci95": ci95}
 
 
@@ -222,9 +215,7 @@ def print_metrics(metrics: dict[str, Any], title: str, verbose: bool) -> None:
             of rollouts allows; else each head as it is served.
     """
     columns = {k: v for k, v in _COLUMNS.items() if verbose or k in _SHORT}
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a log: lines are as long as they need to be
-        console.width = 170
+    console = wide_console(170)
     advantage = metrics.get("advantage", {})
     table = Table(title=cell(title))
     table.add_column("head / calibrator", no_wrap=True)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pav.core.files import json_text
+from pav.core.statistics import resampled
 from pav.core.tables import print_table
 from search.compare.results import MethodResult, baseline
 
@@ -123,14 +124,12 @@ def _ratio(axis: str, own: Sequence[MethodResult], other: Sequence[MethodResult]
         return float(other_x[best]), budget
 
     problems = len(own_PK)
-    draws_RP = np.random.default_rng(0).multinomial(
-        problems, np.full(problems, 1 / problems), size=RESAMPLES
-    )
-    resampled = [
+    draws_RP = resampled(problems, RESAMPLES)
+    ratios_R = [
         0.0 if math.isnan(budget) else spent / budget
         for spent, budget in map(at, draws_RP @ own_PK / problems, draws_RP @ other_PK / problems)
     ]
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low, high = np.quantile(ratios_R, [0.025, 0.975])
     own_K, other_K = own_PK.mean(axis=0), other_PK.mean(axis=0)
     spent, budget = at(own_K, other_K)
     nowhere = math.isnan(budget)

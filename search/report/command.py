@@ -8,14 +8,13 @@ forbids every other script and all of the network.
 from __future__ import annotations
 
 import json
-import sys
 from base64 import b64encode
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pav.cli.run import run
+from pav.cli.directories import run_on_directories
 from pav.core.errors import UserError
 from pav.core.files import replace_file
 from search.report.data import PROBLEMS, report_data
@@ -110,10 +109,7 @@ def _hash(text: str) -> str:
 
 def main() -> None:
     """Entry point of ``search.report``."""
-    args = sys.argv[1:]
-    if args and not args[0].startswith("-"):
-        args[0] = f"--run={args[0]}"
-    run(report, ReportConfig, "search.report", args)
+    run_on_directories(report, ReportConfig, "search.report", "run")
 
 
 if __name__ == "__main__":
