@@ -25,10 +25,10 @@ from search.run.setup import (
     OpenedSearch,
     Row,
     create_run_dir,
+    load_scorer,
     open_search,
     print_rows,
     scorer_of,
-    serve,
 )
 from search.run.solve import beam_record, beam_settings, pick_again, traces_record
 from search.run.worker import Search
@@ -79,7 +79,7 @@ def beam(config: BeamConfig) -> None:
         config.duplicates,
     )
     baseline = _baseline(config, opened)
-    scorer = serve(config, opened)
+    scorer = load_scorer(config, opened)
     orm = _baseline_scorer(config, opened, baseline)
     session, rule = opened.session, opened.rule
     problems = session.problems(config.split, config.problems)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pav.cli.run import run
 from search.run.config import SearchConfig
 from search.run.oracle import by_oracle, pass_at
-from search.run.setup import Row, create_run_dir, open_search, print_rows, serve
+from search.run.setup import Row, create_run_dir, load_scorer, open_search, print_rows
 from search.run.solve import pick_again, traces_record
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def best_of_n(config: BestOfNConfig) -> None:
     if opened.card is None:
         session.sampling_engine(None)
     else:
-        scorer = serve(config, opened)
+        scorer = load_scorer(config, opened)
     problems = session.problems(config.split, config.problems)
     with create_run_dir(config, opened, f"best-of-{config.n}") as directory:
         search = partial(

@@ -136,11 +136,11 @@ def beside_beam(directory: Path, last: int = 0) -> list[dict[str, Any]]:
     """
     found = read_json(directory / "picks.json")
     problems = found["problems"][-last:]
-    points = {(p["method"], p["n"]): _correct(directory, p, found["problems"])[-last:]
+    results = {(p["method"], p["n"]): _correct(directory, p, found["problems"])[-last:]
               for p in found["points"] if p["method"] != BEAM}  # fmt: skip
     beams = [p for p in found["points"] if p["method"] == BEAM]
     widths: dict[str, list[int]] = {}
-    for method, n in points:
+    for method, n in results:
         widths.setdefault(method, []).append(n)
     out = []
     for method, own in widths.items():
@@ -148,7 +148,7 @@ def beside_beam(directory: Path, last: int = 0) -> list[dict[str, Any]]:
             continue  # best-of-N, which is shown at more budgets
         for beam, n in zip(beams, own, strict=True):
             ours = _correct(directory, beam, found["problems"])[-last:]
-            d = bootstrap(points[method, n] - ours)
+            d = bootstrap(results[method, n] - ours)
             name = f"{method} N={n} minus {BEAM} N={beam['n']}"
             if last:
                 name += f", last {len(problems)} problems"

@@ -81,8 +81,8 @@ def fit_and_report(
             calibrator = fit_calibrator(logit, seen, k, n)
             (surprised if mode == "surprise" else calibrators)[head] = asdict(calibrator)
             q[head, mode] = calibrator(scored.logits_NH[:, h], scored.surprise_NF)
-    judged = score_labels(card.heads, examples, scored, labels, policy, task)
-    metrics = measure(judged, q, held, fitted)
+    scores = score_labels(card.heads, examples, scored, labels, policy, task)
+    metrics = measure(scores, q, held, fitted)
     metrics["data"] = label_facts(labels)
     card = replace(card, calibrators=calibrators, surprise_calibrators=surprised)
     if card.recipe == "pav" and ORM in card.heads:

@@ -45,7 +45,7 @@ def best_of_n_results(comparison: Comparison, beams: Sequence[MethodResult]) -> 
     config, session = comparison.config, comparison.session
     methods = [m for m in config.methods if m.kind == "best_of_n"]
     reference = [p for p in beams if p.method == beams[0].method]  # empty without beams
-    points: list[MethodResult] = []
+    results: list[MethodResult] = []
     for chosen in {_policy_key(m): m.policy for m in methods}.values():
         own = [m for m in methods if m.policy == chosen]
         other = other_policy(comparison, own[0])
@@ -102,7 +102,7 @@ def best_of_n_results(comparison: Comparison, beams: Sequence[MethodResult]) -> 
                 _rounded_up(b.flops / each): b.n
                 for b in reversed(reference) if not math.isnan(b.flops)
             }  # fmt: skip
-            points += [
+            results += [
                 replace(
                     at(n),
                     matched=matched.get(n),
@@ -112,7 +112,7 @@ def best_of_n_results(comparison: Comparison, beams: Sequence[MethodResult]) -> 
                 for n in sorted({*counts, *flops})
                 if n <= total
             ]
-    return points
+    return results
 
 
 def _rounded_up(traces: float) -> int:

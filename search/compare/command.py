@@ -79,14 +79,14 @@ def compare(config: CompareConfig) -> None:
     with open_run(output, manifest(config, digests) | {PROMPTS: prompts}):
         say_opening(session, problems, config.split)
         comparison = with_choices(comparison)
-        points: list[MethodResult] = []
+        results: list[MethodResult] = []
         for method in comparison.config.methods:
             if method.kind != "best_of_n":
-                points += search_results(comparison, method)
-        points += best_of_n_results(comparison, points)
+                results += search_results(comparison, method)
+        results += best_of_n_results(comparison, results)
         session.shutdown()
-        write_picks(points, [p.id for p in problems], config.seeds, output / PICKS)
-        _report(config, points, invested, _following(verifiers))
+        write_picks(results, [p.id for p in problems], config.seeds, output / PICKS)
+        _report(config, results, invested, _following(verifiers))
         session.check()
 
 
@@ -177,28 +177,28 @@ def _following(verifiers: dict[str, Verifier]) -> str:
 
 
 def _report(
-    config: CompareConfig, points: list[MethodResult], invested: dict[str, float], following: str
+    config: CompareConfig, results: list[MethodResult], invested: dict[str, float], following: str
 ) -> None:
     from search.compare.plot import plot_accuracy, plot_optimisation
 
     output = Path(config.output)
     order = {m.name: i for i, m in enumerate(config.methods)}
-    points.sort(key=lambda p: (order[p.method], p.n))
-    write_csv(points, output / "compare.csv")
-    differences = paired(points)
+    results.sort(key=lambda p: (order[p.method], p.n))
+    write_csv(results, output / "compare.csv")
+    differences = paired(results)
     (output / "compare.json").write_text(json_text(differences))
-    found = ratios(points, invested)
+    found = ratios(results, invested)
     write_ratios(found, output / "efficiency.json")
-    what = counted(points, config.split)
+    what = counted(results, config.split)
     title = f"{config.title}: {what}" if config.title else what
-    plot_accuracy(points, "policy_tokens", output / "compare.png", title)
-    plot_accuracy(points, "n", output / "compare_n.png", title)
-    plot_accuracy(points, "flops", output / "compare_flops.png", title)
-    plot_optimisation(points, output / "optimisation.png", title)
-    result = headline(csv_rows(points), differences)
+    plot_accuracy(results, "policy_tokens", output / "compare.png", title)
+    plot_accuracy(results, "n", output / "compare_n.png", title)
+    plot_accuracy(results, "flops", output / "compare_flops.png", title)
+    plot_optimisation(results, output / "optimisation.png", title)
+    result = headline(csv_rows(results), differences)
     (output / "headline.txt").write_text(result + "\n", encoding="utf-8")
     page = write_report(output)
-    print_results(points, differences, config.split, config.verbose)
+    print_results(results, differences, config.split, config.verbose)
     if config.verbose or invested:
         print_ratios(found)
     uncounted = _uncounted(config, found, invested)
@@ -207,8 +207,8 @@ def _report(
             f"what {', '.join(uncounted)} cost to label and to train is unknown (no checkpoint "
             "holds it), so no break-even is shown; name the label runs under investments"
         )
-    ns = sorted({p.n for p in points if not p.matching})
-    methods = len({p.method for p in points})
+    ns = sorted({p.n for p in results if not p.matching})
+    methods = len({p.method for p in results})
     print(
         one_line(f"compared: {methods} methods at N {', '.join(map(str, ns))}: {title}"),
         one_line(f"result: {result}"),

@@ -85,21 +85,23 @@ def budget_for(target: float, budgets_K: NDArray[np.float64], y_K: NDArray[np.fl
     return float(np.exp(logs[k - 1] + share * (logs[k] - logs[k - 1])))
 
 
-def ratios(points: Sequence[MethodResult], invested: dict[str, float] | None = None) -> list[Ratio]:
+def ratios(
+    results: Sequence[MethodResult], invested: dict[str, float] | None = None
+) -> list[Ratio]:
     """Ratios of every method on the base policy against the ORM baseline, on every axis.
 
     Args:
-        points: of a comparison; without an ORM baseline that is ever right there is no ratio.
+        results: of a comparison; without an ORM baseline that is ever right there is no ratio.
         invested: method -> FLOPs that went into its verifier; those it lacks are unknown.
     """
-    name = baseline(points)
-    if name is None or not any(p.correct_PS.any() for p in points if p.method == name):
+    name = baseline(results)
+    if name is None or not any(p.correct_PS.any() for p in results if p.method == name):
         return []
     out = []
-    for method in dict.fromkeys(p.method for p in points if p.base and p.method != name):
+    for method in dict.fromkeys(p.method for p in results if p.base and p.method != name):
         for axis, of in AXES.items():
             own, other = (
-                sorted((p for p in points if p.method == m), key=of) for m in (method, name)
+                sorted((p for p in results if p.method == m), key=of) for m in (method, name)
             )
             if any(math.isnan(of(p)) for p in own + other):
                 continue
@@ -112,9 +114,9 @@ def ratios(points: Sequence[MethodResult], invested: dict[str, float] | None = N
 
 def _ratio(axis: str, own: Sequence[MethodResult], other: Sequence[MethodResult]) -> Ratio:
     of = AXES[axis]
-    own_x, other_x = (np.array([of(p) for p in points]) for points in (own, other))
+    own_x, other_x = (np.array([of(p) for p in results]) for results in (own, other))
     own_PK, other_PK = (
-        np.stack([p.correct_PS.mean(axis=1) for p in points], axis=1) for points in (own, other)
+        np.stack([p.correct_PS.mean(axis=1) for p in results], axis=1) for results in (own, other)
     )
 
     def at(own_K: NDArray[np.float64], other_K: NDArray[np.float64]) -> tuple[float, float]:

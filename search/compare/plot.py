@@ -27,7 +27,7 @@ LABELS = {
 
 
 def plot_accuracy(
-    points: Sequence[MethodResult],
+    results: Sequence[MethodResult],
     axis: Literal["n", "policy_tokens", "flops"],
     path: Path,
     title: str,
@@ -38,7 +38,7 @@ def plot_accuracy(
     what is spent best-of-N is also shown at the costs of every beam, whatever N that takes.
 
     Args:
-        points: all methods at all N; those of unknown cost are left out.
+        results: all methods at all N; those of unknown cost are left out.
         axis: what the methods spend.
         path: file to write.
         title: above the plot.
@@ -46,12 +46,12 @@ def plot_accuracy(
     from matplotlib import pyplot as plt
 
     # A count that matches what a beam spent has no place over N.
-    kept = [p for p in points if axis != "n" or not p.matching]
+    kept = [p for p in results if axis != "n" or not p.matching]
     shown = [p for p in kept if not math.isnan(_spent(p, axis))]
     figure, axes = plt.subplots(figsize=(8.5, 6.2), layout="constrained")
     colours = plt.get_cmap("tab10").colors
-    methods = list(dict.fromkeys(p.method for p in points))
-    samplers = [m for m in methods if not any(p.is_beam for p in points if p.method == m)]
+    methods = list(dict.fromkeys(p.method for p in results))
+    samplers = [m for m in methods if not any(p.is_beam for p in results if p.method == m)]
     for i, method in enumerate(methods):
         own = sorted((p for p in shown if p.method == method), key=lambda p: _spent(p, axis))
         if not own:
@@ -91,7 +91,7 @@ def plot_accuracy(
     plt.close(figure)
 
 
-def plot_optimisation(points: Sequence[MethodResult], path: Path, title: str) -> None:
+def plot_optimisation(results: Sequence[MethodResult], path: Path, title: str) -> None:
     """Write a PNG with two panels per method, over N: shares of problems, and the verifier's score.
 
     Where the share with a right answer in the final set rises and accuracy does not, right answers
@@ -99,7 +99,7 @@ def plot_optimisation(points: Sequence[MethodResult], path: Path, title: str) ->
     """
     from matplotlib import pyplot as plt
 
-    asked = [p for p in points if not p.matching]
+    asked = [p for p in results if not p.matching]
     methods = list(dict.fromkeys(p.method for p in asked))
     columns = min(4, len(methods))
     rows = math.ceil(len(methods) / columns)

@@ -159,10 +159,10 @@ def verifier_score(record: Record, base_head: str) -> float:
     return values[-1] if values else math.nan
 
 
-def write_csv(points: Sequence[MethodResult], path: Path) -> None:
+def write_csv(results: Sequence[MethodResult], path: Path) -> None:
     """One tidy row per point; costs are means per problem, ``believed`` the mean verifier score."""
     with path.open("w", newline="") as stream:
-        rows = [{**row, "method": csv_text(row["method"])} for row in csv_rows(points)]
+        rows = [{**row, "method": csv_text(row["method"])} for row in csv_rows(results)]
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -197,7 +197,7 @@ def _row(p: MethodResult) -> dict[str, Any]:
 
 
 def write_picks(
-    points: Sequence[MethodResult], problem_ids: Sequence[str], seeds: Sequence[int], path: Path
+    results: Sequence[MethodResult], problem_ids: Sequence[str], seeds: Sequence[int], path: Path
 ) -> None:
     """What every point picked, for a reader of its records: they hold the pick of one rule alone.
 
@@ -213,14 +213,14 @@ def write_picks(
             "files": p.files,
             "picked": p.picked_PS.T.tolist(),
         }
-        for p in points
+        for p in results
         if p.picked_PS is not None
     ]
     plain = {"problems": list(problem_ids), "seeds": list(seeds), "points": picked}
     path.write_text(json_text(plain, None))
 
 
-def paired(points: Sequence[MethodResult]) -> list[dict[str, Any]]:
+def paired(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
     """Paired differences, each with its 95% interval and exact McNemar p.
 
     A beam against best-of-N at its policy tokens, at its total FLOPs and, as the paper's figures
@@ -243,10 +243,10 @@ def paired(points: Sequence[MethodResult]) -> list[dict[str, Any]]:
             }
         )
 
-    beams = [p for p in points if p.is_beam]
-    orm = baseline(points)
+    beams = [p for p in results if p.is_beam]
+    orm = baseline(results)
     for a in beams:
-        for b in points:
+        for b in results:
             if not b.is_beam and b.matched == a.n:
                 add("equal tokens", a, b)
             if not b.is_beam and b.matched_flops == a.n:
@@ -258,37 +258,37 @@ def paired(points: Sequence[MethodResult]) -> list[dict[str, Any]]:
     return out
 
 
-def baseline(points: Sequence[MethodResult]) -> str | None:
+def baseline(results: Sequence[MethodResult]) -> str | None:
     """The ORM baseline: the first best-of-N method whose pick is the ORM's argmax."""
-    found = (p.method for p in points if not p.is_beam and p.settings.get("pick") == "orm")
+    found = (p.method for p in results if not p.is_beam and p.settings.get("pick") == "orm")
     return next(found, None)
 
 
-def oracle_results(points: Sequence[MethodResult]) -> list[MethodResult]:
+def oracle_results(results: Sequence[MethodResult]) -> list[MethodResult]:
     """The points of one method that ranks the base policy's samples: they hold pass@N."""
-    sampled = [p for p in points if not p.is_beam and p.base]
+    sampled = [p for p in results if not p.is_beam and p.base]
     return [p for p in sampled if p.method == sampled[0].method]
 
 
-def counted(points: Sequence[MethodResult], split: Split) -> str:
+def counted(results: Sequence[MethodResult], split: Split) -> str:
     """How many problems and seeds."""
-    count, seeds = points[0].correct_PS.shape
+    count, seeds = results[0].correct_PS.shape
     return f"{count} {split} problems, {seeds} seed{'' if seeds == 1 else 's'}"
 
 
 def print_results(
-    points: list[MethodResult], differences: list[dict[str, Any]], split: Split, verbose: bool
+    results: list[MethodResult], differences: list[dict[str, Any]], split: Split, verbose: bool
 ) -> None:
     """Two tables: all points and the paired differences, or what matters of both.
 
     Args:
-        points: of the comparison.
+        results: of the comparison.
         differences: of :func:`paired`.
         split: whose problems.
         verbose: all rows and columns.
     """
-    title = counted(points, split)
-    rows = [shown_row(row) for row in csv_rows(points)] if verbose else short_rows(points)
+    title = counted(results, split)
+    rows = [shown_row(row) for row in csv_rows(results)] if verbose else short_rows(results)
     print_table(f"{title}; costs per problem" if verbose else f"accuracy, {title}", rows)
     if not verbose:
         widest = {d["a"]: d["a_n"] for d in sorted(differences, key=lambda d: d["a_n"])}
@@ -299,14 +299,14 @@ def print_results(
     print_table(what, difference_rows(differences))
 
 
-def csv_rows(points: Sequence[MethodResult]) -> list[dict[str, Any]]:
+def csv_rows(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
     """The rows of ``compare.csv``."""
-    return [_row(p) for p in points]
+    return [_row(p) for p in results]
 
 
-def short_rows(points: Sequence[MethodResult]) -> list[dict[str, str]]:
+def short_rows(results: Sequence[MethodResult]) -> list[dict[str, str]]:
     """A row per method: its accuracy at every N that was asked for."""
-    asked = [p for p in points if not p.matching]
+    asked = [p for p in results if not p.matching]
     ns = sorted({p.n for p in asked})
     rows = []
     for method in dict.fromkeys(p.method for p in asked):

@@ -67,7 +67,7 @@ def search_results(comparison: Comparison, method: Method) -> list[MethodResult]
     config, session = comparison.config, comparison.session
     verifier = comparison.verifiers[str(method.verifier)]
     scorer, rule = prepared(comparison, method)
-    points = []
+    results = []
     for n in method.n or config.n:
         settings = _beam_settings(comparison, method, n)
         # N of a greedy search is its share of children, not its places.
@@ -111,8 +111,8 @@ def search_results(comparison: Comparison, method: Method) -> list[MethodResult]
                 ]
             )
             seconds += took
-        points.append(make_result(method.name, n, by_seed, seconds, session.policy, scorer, files))
-    return points
+        results.append(make_result(method.name, n, by_seed, seconds, session.policy, scorer, files))
+    return results
 
 
 def _beam_settings(comparison: Comparison, method: Method, n: int) -> BeamSettings:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pav.verifier.scoring import StepScorer
 from search.run.config import SearchConfig
-from search.run.setup import OpenedSearch, Row, create_run_dir, print_rows, serve
+from search.run.setup import OpenedSearch, Row, create_run_dir, load_scorer, print_rows
 from search.run.solve import pick_again
 from search.run.worker import Search
 
@@ -23,7 +23,7 @@ def run_tree(
     job: Callable[[StepScorer], Search],
 ) -> None:
     """Run one search of its own directory and print its row."""
-    scorer = serve(config, opened)
+    scorer = load_scorer(config, opened)
     session = opened.session
     problems = session.problems(config.split, config.problems)
     with create_run_dir(config, opened, f"{name}-n{config.n}") as directory:

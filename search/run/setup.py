@@ -142,7 +142,7 @@ def create_run_dir(config: SearchConfig, opened: OpenedSearch, name: str) -> Ite
         yield directory
 
 
-def serve(config: SearchConfig, opened: OpenedSearch) -> StepScorer:
+def load_scorer(config: SearchConfig, opened: OpenedSearch) -> StepScorer:
     """The scorer and the engine that samples; they are loaded when something is searched."""
     scorer: StepScorer
     if config.orm is not None:
