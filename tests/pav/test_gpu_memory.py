@@ -113,11 +113,11 @@ def test_cpu_is_not_shared_out(tiny_model: Callable[..., Path]) -> None:
     assert share_gpu(EngineConfig(), models, 160) == [EngineConfig()] * 2
 
 
-def test_vllm_is_told_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_is_told_the_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("pav.engine.loading.on_cpu", lambda: False)
 
     def told(**settings: Any) -> tuple[float, int | None]:
-        arguments = engine_arguments("model", "float32", 160, EngineConfig(**settings))
+        arguments = engine_arguments(str(tmp_path), "float32", 160, EngineConfig(**settings))
         return arguments.gpu_memory_utilization, arguments.kv_cache_memory_bytes
 
     assert told() == (UTILIZATION, None)

@@ -92,16 +92,16 @@ def test_cause_is_the_first_one_and_the_first_line_that_says_something() -> None
 
 
 def test_emulated_dtype_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("pav.engine.loading.is_emulated", lambda dtype: dtype == "bfloat16")
     monkeypatch.setattr("vllm.LLMEngine.from_engine_args", lambda _: None)
     loading._note.cache_clear()
     for _ in range(2):
-        loading.load("model", "float32", 160, EngineConfig())
+        loading.load(str(tmp_path), "float32", 160, EngineConfig())
     assert capsys.readouterr().err == ""
     for _ in range(2):
-        loading.load("model", "bfloat16", 160, EngineConfig())
+        loading.load(str(tmp_path), "bfloat16", 160, EngineConfig())
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "no bfloat16 arithmetic" in said and "float32" in said
