@@ -1,8 +1,22 @@
-"""Command ``pav.sft``: see :mod:`pav.train.sft`."""
+"""Command ``pav.sft``; its ``--help`` waits for no model library."""
 
-from pav.train.sft import main
+from __future__ import annotations
 
-__all__ = ["main"]
+from pav.cli.run import run
+from pav.train.sft_config import SftConfig
+
+
+def sft(config: SftConfig) -> None:
+    """Train a policy (see :func:`pav.train.sft.sft`)."""
+    from pav.train import sft
+
+    sft.sft(config)
+
+
+def main() -> None:
+    """Entry point of ``pav.sft``."""
+    run(sft, SftConfig, "pav.sft")
+
 
 if __name__ == "__main__":
     main()

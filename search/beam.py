@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -34,6 +34,8 @@ from search.run.solve import beam_record, beam_settings, pick_again, traces_reco
 from search.run.worker import Search
 from search.scoring.text import RewardModelConfig
 
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from search.scoring.reward_model import RewardModel
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from pav.cli.run import run
 from search.run.config import SearchConfig
@@ -12,6 +11,8 @@ from search.run.oracle import by_oracle, pass_at
 from search.run.setup import Row, create_run_dir, load_scorer, open_search, print_rows
 from search.run.solve import pick_again, traces_record
 
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     pass
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from pav.cli.run import run
 from pav.verifier.score import Score
@@ -15,6 +14,8 @@ from search.run.setup import open_search, scorer_of
 from search.run.solve import beam_record, beam_settings
 from search.run.worker import Search
 
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     pass
 

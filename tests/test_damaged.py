@@ -25,7 +25,8 @@ from pav.core.errors import UserError
 from pav.policy.policy import PolicyConfig, asset, load_policy
 from pav.tasks.tape import Tape
 from pav.train.command import TrainConfig, train
-from pav.train.sft import SftConfig, sft
+from pav.train.sft import sft
+from pav.train.sft_config import SftConfig
 from pav.verifier.calibrate import SURPRISE
 from pav.verifier.checkpoint import Verifier, load_verifier
 from pav.verifier.scoring import Scorer

@@ -20,7 +20,8 @@ from pav.cli.run import run
 from pav.core.lock import LOCK, Lock, beside
 from pav.engine.vllm import VllmEngine
 from pav.train.command import TrainConfig, train
-from pav.train.sft import SftConfig, sft
+from pav.train.sft import sft
+from pav.train.sft_config import SftConfig
 from search.beam import BeamConfig, beam
 from search.best_of_n import BestOfNConfig, best_of_n
 from search.serve.command import ServeConfig, serve

@@ -23,7 +23,8 @@ from pav.policy.policy import load_tokenizer
 from pav.tasks.tape import Tape, tape_tokenizer
 from pav.train import sft as sft_module
 from pav.train.checkpoints import LastCheckpoint
-from pav.train.sft import IGNORE, PolicyShape, SftConfig, SftModule, Solutions, schedule, sft
+from pav.train.sft import IGNORE, SftModule, Solutions, schedule, sft
+from pav.train.sft_config import PolicyShape, SftConfig
 from tests.full_disk import full_disk
 
 TINY = SftConfig(

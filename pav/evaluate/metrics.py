@@ -9,10 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
-from torchmetrics.functional.classification import binary_auroc
 
 Array = NDArray[np.float64]
 BINS = 10
@@ -82,16 +79,14 @@ def value_metrics(q_N: Array, counts: Counts) -> dict[str, float]:
     brier = float((k * (q_N - 1) ** 2 + (n - k) * q_N**2).sum() / total)
     bins = reliability_bins(q_N, counts)
     reliability = float((bins["n"] * (bins["q"] - bins["right"]) ** 2).sum() / total)
-    share = torch.tensor(counts.share_N)
-    values = torch.tensor(q_N, dtype=share.dtype)
     varied = np.ptp(q_N) > 0 and np.ptp(counts.share_N) > 0
     return {
         "rows": len(q_N),
         "mean_q": float((n * q_N).sum() / total),
         "mean_right": mean,
         "auc": auc(q_N, counts.share_N >= 0.5),
-        "correlation": float(pearson_corrcoef(values, share)) if varied else NAN,
-        "spearman": float(spearman_corrcoef(values, share)) if varied else NAN,
+        "correlation": _pearson(q_N, counts.share_N) if varied else NAN,
+        "spearman": _spearman(q_N, counts.share_N) if varied else NAN,
         "brier": brier,
         "brier_constant": constant,
         "reliability": reliability,
@@ -104,6 +99,10 @@ def auc(values: Array, high: NDArray[np.bool_]) -> float:
     """Area under the ROC curve; NaN where one class is missing."""
     if not 0 < high.sum() < len(high):
         return NAN
+    # Here and below not at the top: they bring torch, and --help stays fast.
+    import torch
+    from torchmetrics.functional.classification import binary_auroc
+
     return float(binary_auroc(torch.tensor(values), torch.tensor(high.astype(int))))
 
 
@@ -131,9 +130,19 @@ def advantage_metrics(a_N: Array, before: Counts, after: Counts) -> dict[str, fl
     return {
         "rows": len(a_N),
         "sign": float(np.where(a_N[moved] == 0, 0.5, agree).mean()) if moved.any() else NAN,
-        "correlation": float(
-            pearson_corrcoef(torch.tensor(a_N, dtype=torch.float64), torch.tensor(change))
-        )
-        if varied
-        else NAN,
+        "correlation": _pearson(a_N, change) if varied else NAN,
     }
+
+
+def _pearson(a_N: Array, b_N: Array) -> float:
+    import torch
+    from torchmetrics.functional import pearson_corrcoef
+
+    return float(pearson_corrcoef(torch.tensor(a_N, dtype=torch.float64), torch.tensor(b_N)))
+
+
+def _spearman(a_N: Array, b_N: Array) -> float:
+    import torch
+    from torchmetrics.functional import spearman_corrcoef
+
+    return float(spearman_corrcoef(torch.tensor(a_N, dtype=torch.float64), torch.tensor(b_N)))

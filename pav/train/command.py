@@ -21,7 +21,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from pav.cli.run import run
 from pav.core.errors import FULL, UserError, unwritable
 from pav.core.files import json_text, replace_file
 from pav.core.heads import LIK, ORM, q_head
@@ -365,12 +364,3 @@ def save(
         "pytorch-lightning_version": L.__version__,
     }
     save_whole(checkpoint, output)
-
-
-def main() -> None:
-    """Entry point of ``pav.train``."""
-    run(train, TrainConfig, "pav.train")
-
-
-if __name__ == "__main__":
-    main()

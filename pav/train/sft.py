@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -32,7 +32,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.core.files import json_text, read_object, replace_file
 from pav.core.lock import LOCK, Lock
@@ -43,8 +42,8 @@ from pav.grading.sandbox import DEFAULT_TIMEOUT, GRADER_LOG, guarded
 from pav.policy.opening import task_option
 from pav.policy.policy import Prompt, encode_prompt, load_tokenizer, model_path
 from pav.policy.rendered import rendering
-from pav.tasks.base import Problem, Task, task_spec
-from pav.tasks.tape import Tape, tape_tokenizer
+from pav.tasks.base import Problem, task_spec
+from pav.tasks.tape import tape_tokenizer
 from pav.train.checkpoints import (
     BEFORE,
     LAST,
@@ -54,6 +53,7 @@ from pav.train.checkpoints import (
     whole_checkpoint,
 )
 from pav.train.progress import LightningProgress
+from pav.train.sft_config import SftConfig
 
 IGNORE = -100
 # Batches that are drawn together and sorted by length, so that padding stays under a few percent.
@@ -65,58 +65,6 @@ class HasSolutions(Protocol):
     """A task that can show its own correct solutions."""
 
     def solutions(self, seed: int) -> Iterator[tuple[str, str]]: ...
-
-
-@dataclass(frozen=True)
-class PolicyShape:
-    """Size of a Llama trained from scratch."""
-
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 4
-    mlp: int = 384
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    """Supervised fine-tuning of a policy on a task's own solutions.
-
-    Args:
-        output: directory to write the policy to (transformers layout, safetensors).
-        task: what to learn; needs a ``solutions`` method.
-        init: policy to start from; by default a new Llama of ``shape``.
-        shape: size of a new model.
-        prompt: how the policy will be asked.
-        steps: optimiser steps.
-        batch: solutions per step.
-        lr: peak learning rate of the matrices (Muon).
-        lr_rest: peak learning rate of embeddings, norms and output rows (AdamW).
-        warmup: steps of linear warm-up.
-        decay: last share of the steps over which the rate falls linearly to zero.
-        seed: weights and data.
-        precision: Lightning precision, e.g. ``bf16-mixed``.
-        compile: compile the forward and backward pass (needs a C++ compiler; on a CPU 1.3 times as
-            fast for a 1M model, after a minute of compiling).
-        eval_problems: validation problems for the accuracy printed at the end; 0 for none.
-        max_length: cap on prompt + solution in that evaluation.
-    """
-
-    output: str
-    task: Task = field(default_factory=Tape)
-    init: str | None = None
-    shape: PolicyShape = field(default_factory=PolicyShape)
-    prompt: Prompt = field(default_factory=Prompt)
-    steps: int = 1000
-    batch: int = 32
-    lr: float = 0.01
-    lr_rest: float = 0.002
-    warmup: int = 50
-    decay: float = 0.4
-    seed: int = 0
-    precision: str = "32-true"
-    compile: bool = False
-    eval_problems: int = 500
-    max_length: int = 160
 
 
 class Solutions(IterableDataset[tuple[Tensor, Tensor]]):
@@ -386,12 +334,3 @@ def accuracy(
     with guarded(config.task, Path(config.output) / GRADER_LOG, DEFAULT_TIMEOUT) as grader:
         right = [grader.grade(text, problem).correct for text, problem in graded]
     return bootstrap(np.array([right], dtype=float).T)
-
-
-def main() -> None:
-    """Entry point of ``pav.sft``."""
-    run(sft, SftConfig, "pav.sft")
-
-
-if __name__ == "__main__":
-    main()

@@ -37,7 +37,7 @@ from tests.pav.label_runs import write_labels
 KILLED = """
 import os, signal, sys
 from pav.train.fit import VerifierModule
-from pav.train.command import main
+from pav.train.__main__ import main
 
 start = VerifierModule.on_train_batch_start
 def die(self, batch, index):
@@ -157,7 +157,7 @@ def test_run_that_died_goes_on_to_the_weights_of_an_unbroken_one(
 # Waits before its first batch until it is told to go on.
 WAITING = """
 from pav.train.fit import VerifierModule
-from pav.train.command import main
+from pav.train.__main__ import main
 
 def wait(self):
     print("training", flush=True)

@@ -33,7 +33,8 @@ from pav.tasks.base import Grade, Problem, problem_id
 from pav.tasks.tape import Tape
 from search.run.records import Record
 from search.serve.chat import ApiError, parse_chat
-from search.serve.command import MAX_BODY, ServeConfig, listen, open_models, serve_until_told
+from search.serve.command import ServeConfig, listen, open_models
+from search.serve.http import MAX_BODY, serve_until_told
 from search.serve.served_models import ServedModel, ServedModels, parse_model
 from search.serve.service import Limits, Service
 
@@ -288,7 +289,7 @@ def test_clients_that_go_away_while_sending_leave_no_trace(
 def test_half_a_request_is_held_for_a_limited_time(
     served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search.serve.command.RECEIVE_SECONDS", 0.3)
+    monkeypatch.setattr("search.serve.http.RECEIVE_SECONDS", 0.3)
     with half_sent(served[0]) as raw:
         # All of the answer, and then the end of the connection.
         answer = b"".join(iter(lambda: raw.recv(4096), b"")).decode()
@@ -315,7 +316,7 @@ def test_searches_in_flight_when_the_server_is_told_to_stop_are_answered(
         return grade(self, text, problem)
 
     monkeypatch.setattr(Tape, "grade", graded)
-    monkeypatch.setattr("search.serve.command.GRACE_SECONDS", 1.0)
+    monkeypatch.setattr("search.serve.http.GRACE_SECONDS", 1.0)
     service = Service(LIMITS, served_models)
     with serving(service) as address, ThreadPoolExecutor(2) as pool:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
