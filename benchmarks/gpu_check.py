@@ -410,7 +410,7 @@ def check_commands(output: Path, report: Report) -> None:
     problems = ["--problems", str(PROMPTS)]
     commands = {
         "data_gen.rollouts": [
-            *("--prover", "pav:prover", "--validation_problems", "4", "--n_seeds", "2"),
+            *("--prover", "pav:prover", "--validation_problems", "4", "--n_traces", "2"),
             *("--output", str(labels)),
         ],
         "search.beam": ["--verifier", "pav:reference", "--n", "4", "--output", str(beam)],

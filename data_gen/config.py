@@ -34,13 +34,13 @@ class RolloutsConfig:
         problems: training problems.
         skip: training and validation problems to leave out at the start (to split a run by hand).
         validation_problems: problems of the validation split, for early stopping and calibration.
-        seeds_from: ``.jsonl`` file of solutions to label in place of sampled seeds; a line has
+        traces_from: ``.jsonl`` file of solutions to label in place of sampled ones; a line has
             ``problem_id`` or ``question``, and ``text`` or token ``ids``.
         shard: ``i/n``: label every n-th problem from the i-th on (i from 0), for job arrays.
-        n_seeds: seed solutions per problem (the paper's n_cov). A budget of rollouts buys seeds or
+        n_traces: solutions per problem (the paper's n_cov). A budget of rollouts buys solutions or
             ``n_mc``, their product stays about the same: coverage wins while it is small, sharp
             labels win when it is large (PAV paper, Fig. 13).
-        prover_share: share of the seeds that the provers write, in equal parts.
+        prover_share: share of the solutions that the provers write, in equal parts.
         n_mc: rollouts per prefix and rollout policy; ``adaptive`` spends that on average at most.
             With 0 there are solutions only: for data_gen.likelihood, or labelled by their own
             endings under ``adaptive``.
@@ -52,7 +52,7 @@ class RolloutsConfig:
             the problem and the last one always; by default all.
         branches: for data_gen.select_prover: in every state of the base's solutions, the next steps
             that so many of its rollouts took are labelled, too.
-        concurrency: seed solutions in flight per worker, each with the rollouts of its prefixes.
+        concurrency: solutions in flight per worker, each with the rollouts of its prefixes.
         seed: run seed; every request's seed is a hash of it and of the request's key.
         hours: stop after so many hours, sealed; the same command goes on.
         grade_timeout: seconds that a grader of your own may take for one answer, which then counts
@@ -76,9 +76,9 @@ class RolloutsConfig:
     problems: int = 1000
     skip: int = 0
     validation_problems: int = 200
-    seeds_from: str | None = None
+    traces_from: str | None = None
     shard: str | None = None
-    n_seeds: int = 8
+    n_traces: int = 8
     prover_share: float = 0.5
     n_mc: int = 1
     strategy: Strategy = "all_prefixes"
@@ -97,10 +97,10 @@ class RolloutsConfig:
     def __post_init__(self) -> None:
         models = [policy.model for policy in self.policies]
         object.__setattr__(self, "task", task_for(self.task, models))
-        if self.n_seeds < 1 or self.n_mc < 0:
+        if self.n_traces < 1 or self.n_mc < 0:
             raise UserError(
-                f"n_seeds is {self.n_seeds}, n_mc is {self.n_mc}; give at least one seed, and no "
-                "negative number of rollouts"
+                f"n_traces is {self.n_traces}, n_mc is {self.n_mc}; give at least one trace, and "
+                "no negative number of rollouts"
             )
         most = self.max_labelled_prefixes
         if most is not None and most < 2:

@@ -57,8 +57,8 @@ def print_plan(
     with loaded(config, policies) as rollers:
         pilot = _pilot(config, rollers, _first_of_each_writer(rounds))
     traces = sum(map(len, rounds))
-    problems = len({seed.problem.id for seeds in rounds for seed in seeds})
-    # Step 0 is shared by the seeds of a problem; what else they share is left out of account.
+    problems = len({t.problem.id for traces in rounds for t in traces})
+    # Step 0 is shared by the solutions of a problem; what else they share is left out of account.
     first = [c for c in pilot.completions if not c.prefix_ids]
     rest = [c for c in pilot.completions if c.prefix_ids]
     per_problem = problems / len({t.problem_id for t in pilot.traces})
@@ -66,7 +66,7 @@ def print_plan(
     labelled = per_problem * len({c.prefix_key for c in first})
     labelled += per_trace * len({c.prefix_key for c in rest})
     rollouts = (per_problem * len(first) + per_trace * len(rest)) * pilot.factor
-    tokens = traces * _mean([len(t.ids) for t in pilot.traces] if not config.seeds_from else [0])
+    tokens = traces * _mean([len(t.ids) for t in pilot.traces] if not config.traces_from else [0])
     tokens += per_problem * pilot.factor * sum(len(c.ids) for c in first)
     tokens += per_trace * pilot.factor * sum(len(c.ids) for c in rest)
     records = len(pilot.traces) + len(pilot.completions)
@@ -98,7 +98,7 @@ def print_plan(
 def _print_solutions(config: RolloutsConfig, policy: Policy, pilot: Pilot) -> None:
     """How the pilot's solutions and rollouts ended, and two of the solutions in full."""
     watch = watch_for(config.task, stops=False)
-    sampled = [t for t in pilot.traces if not config.seeds_from]
+    sampled = [t for t in pilot.traces if not config.traces_from]
     for what, records in (("solutions", sampled), ("rollouts", pilot.completions)):
         if not records:
             continue
@@ -121,13 +121,13 @@ def _print_solutions(config: RolloutsConfig, policy: Policy, pilot: Pilot) -> No
 
 
 def _first_of_each_writer(rounds: list[list[PlannedTrace]]) -> list[list[PlannedTrace]]:
-    """The first seed of every writer for the first problems, as one round a writer."""
+    """The first solution of every writer for the first problems, as one round a writer."""
     by_writer: dict[str, list[PlannedTrace]] = {}
-    for seeds in rounds:
-        for seed in seeds:
-            chosen = by_writer.setdefault(seed.writer, [])
-            if seed.index == 0 and len(chosen) < PROBLEMS:
-                chosen.append(seed)
+    for traces in rounds:
+        for trace in traces:
+            chosen = by_writer.setdefault(trace.writer, [])
+            if trace.index == 0 and len(chosen) < PROBLEMS:
+                chosen.append(trace)
     return list(by_writer.values())
 
 

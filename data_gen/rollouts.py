@@ -1,6 +1,6 @@
 """``data_gen.rollouts``: Monte-Carlo labels for every step of many solutions.
 
-Seed solutions come from the base policy and, by share, from the prover. From every prefix at a step
+Solutions come from the base policy and, by share, from the prover. From every prefix at a step
 boundary, step 0 (the problem itself) included, the rollout policies finish the solution ``n_mc``
 times; the share of right answers estimates Q (PAV paper, Eq. 1 and Section 4.2).
 """
@@ -27,6 +27,7 @@ from data_gen.store import MANIFEST, Store
 from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.core.manifest import PROMPTS
+from pav.core.renamed import on_disk
 from pav.core.signals import interruptible
 from pav.core.statistics import few
 from pav.engine.loading import check_model
@@ -89,7 +90,7 @@ def rollouts(config: RolloutsConfig) -> None:
                 doubtful = error
             except GraderFailed as error:
                 broken = error
-        left = [len(seeds) for seeds in missing(rounds, config.plan, store, stepper)]
+        left = [len(traces) for traces in missing(rounds, config.plan, store, stepper)]
         store.seal(fingerprints, owed=sum(left))
         records = Run(config.directory, manifest, store.traces, store.completions,
                       seconds=store.seconds)  # fmt: skip
@@ -151,8 +152,8 @@ def _problems(config: RolloutsConfig) -> list[tuple[Split, Problem]]:
 def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
     base = policies[0]
     # None where the run does not depend on it: runs of older versions have no such key.
-    given = config.seeds_from is not None
-    return {
+    given = config.traces_from is not None
+    manifest: dict[str, Any] = {
         "format": 1,
         "task": config.task.fingerprint,
         "task_spec": task_spec(config.task),
@@ -176,14 +177,15 @@ def _manifest(config: RolloutsConfig, policies: list[Policy]) -> dict[str, Any]:
         },
         "strategy": None if config.strategy == "all_prefixes" else config.strategy,
         "branches": config.branches or None,
-        "n_seeds": None if given else config.n_seeds,
+        "n_traces": None if given else config.n_traces,
         "prover_share": None if given else config.prover_share,
-        "seeds_from": digest(config.seeds_from) if config.seeds_from is not None else None,
+        "traces_from": digest(config.traces_from) if config.traces_from is not None else None,
     }
+    return on_disk(manifest)
 
 
 def _rounds(config: RolloutsConfig, policies: list[Policy]) -> list[list[PlannedTrace]]:
-    """The seed solutions of the run, one per problem in a round; the writers take turns."""
+    """The solutions of the run, one per problem in a round; the writers take turns."""
     problems = _problems(config)
     i, n = _shard(config.shard or "0/1")
     own = problems[i::n]
@@ -191,14 +193,14 @@ def _rounds(config: RolloutsConfig, policies: list[Policy]) -> list[list[Planned
         raise UserError(
             f"shard is {config.shard!r}, but there are {len(problems)} problems; use fewer shards"
         )
-    if config.seeds_from is not None:
-        given = given_rounds(config.seeds_from, problems, policies[0], config.sampler.max_length)
+    if config.traces_from is not None:
+        given = given_rounds(config.traces_from, problems, policies[0], config.sampler.max_length)
         ids = {problem.id for _, problem in own}
-        here = [[seed for seed in seeds if seed.problem.id in ids] for seeds in given]
-        return [seeds for seeds in here if seeds]
+        here = [[t for t in traces if t.problem.id in ids] for traces in given]
+        return [traces for traces in here if traces]
     provers = len(policies) - 1
-    from_provers = round(config.n_seeds * config.prover_share) if provers else 0
-    counts = [config.n_seeds - from_provers]
+    from_provers = round(config.n_traces * config.prover_share) if provers else 0
+    counts = [config.n_traces - from_provers]
     counts += [from_provers // provers + (i < from_provers % provers) for i in range(provers)]
     # A run that is stopped early has all writers by their share, too.
     turns = sorted(

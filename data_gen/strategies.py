@@ -1,4 +1,4 @@
-"""Which rollouts a seed solution gets: pure functions of the solution and of what is finished.
+"""Which rollouts a solution gets: pure functions of the solution and of what is finished.
 
 The rollouts of a prefix under a policy are numbered 0, 1, ...; a strategy hands out the next
 numbers in rounds, and a decision looks only at outcomes of numbers handed out before. So
@@ -20,7 +20,7 @@ share its prefixes, of the number of workers, or of the moment at which a run wa
     ``pav/labels/tables.py``), and the policies that did not write it add one each. More only where
     a token teaches more than it does in a new solution (see :func:`adaptive`); ``n_mc`` sampled
     rollouts per prefix on average at most, so that with 0 endings are all there is. What is saved
-    buys solutions: raise ``n_seeds``. Where the stop depends on outcomes, the mean of k/n over
+    buys solutions: raise ``n_traces``. Where the stop depends on outcomes, the mean of k/n over
     prefixes is biased, but the sum of (k - n Q) is not (optional stopping), and that is what
     training on counts fits.
 """

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_gen.config import RolloutsConfig
 from pav.cli.run import run
 from search.beam import BeamConfig
+from search.compare.plan import CompareConfig
+from search.scoring.text import RewardModelConfig
+from search.serve.command import ServeConfig
 
 TASK = """
 from dataclasses import dataclass
@@ -65,7 +72,7 @@ def said(
         (["--n"], "argument --n: expected one argument"),
         (["beam"], "unrecognized arguments: beam"),
         (["-problems", "4"], "unknown option -problems; did you mean --problems?"),
-        (["--orm", "{model: x, layot: y}"], "unknown setting layot; did you mean orm.layout?"),
+        (["--reward_model", "{model: x, layot: y}"], "layot; did you mean reward_model.layout?"),
     ],
 )  # fmt: skip
 def test_wrong_option_is_one_line_with_the_nearest_name(
@@ -114,23 +121,135 @@ def test_version_names_what_it_runs_on(capsys: pytest.CaptureFixture[str]) -> No
     assert line.startswith("search.beam: pav-engine 0.") and "torch 2." in line
 
 
-def test_help_and_looking_at_runs_wait_for_no_model_library() -> None:
-    light = ["beam", "best_of_n", "dvts", "smc", "alphallm", "compare", "select", "serve", "report"]
-    modules = [f"search.{name}" for name in light]
-    light = ["rollouts", "status", "show", "regrade", "merge", "select_prover", "likelihood"]
-    modules += [f"data_gen.{name}" for name in [*light, "import_labels"]]
-    modules += [f"pav.{name}" for name in ("evaluate", "processbench", "convert", "export_prm")]
+SCRIPTS: dict[str, str] = tomllib.loads(
+    Path(__file__).parents[1].joinpath("pyproject.toml").read_text()
+)["project"]["scripts"]
+HEAVY = (
+    "torch", "transformers", "lightning", "vllm", "scipy", "datasets", "matplotlib", "fastapi",
+    "ray", "peft", "torchmetrics", "sympy",
+)  # fmt: skip
+
+
+def test_help_of_no_command_waits_for_a_model_library() -> None:
     program = (
         "import importlib, sys\n"
-        f"for name in {modules}:\n"
+        f"for name, place in {list(SCRIPTS.items())}:\n"
         "    sys.argv = [name, '--help']\n"
-        "    try: importlib.import_module(name).main()\n"
+        "    module, _, main = place.partition(':')\n"
+        "    try: getattr(importlib.import_module(module), main)()\n"
         "    except SystemExit as stopped: assert stopped.code == 0\n"
-        "heavy = {'torch', 'transformers', 'lightning', 'vllm', 'scipy', 'datasets'}\n"
-        "print(heavy & set(sys.modules), file=sys.stderr)\n"
+        f"    found = {set(HEAVY)} & set(sys.modules)\n"
+        "    assert not found, f'{name} --help imports {found}'\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and done.stdout.count("usage: ") == len(modules), done.stderr
-    assert done.stderr.splitlines()[-1] == "set()"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == len(SCRIPTS)
+
+
+Command = tuple[Callable[..., Any], Any, str]
+
+
+def command_of(script: str, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """What a console script calls, its settings, and its name."""
+    place, _, main = SCRIPTS[script].partition(":")
+    module = importlib.import_module(place)
+    taken: list[Command] = []
+    name = "run" if hasattr(module, "run") else "run_on_directories"
+    monkeypatch.setattr(module, name, lambda *given, **_: taken.append(given[:3]))
+    getattr(module, main)()
+    return taken[0]
+
+
+# Settings without a default.
+NEEDED = {
+    "labels": "[runs/labels]",
+    "methods": "[{name: a, verifier: a.ckpt}]",
+    "threshold": "0.5",
+    "format": "prm800k",
+}
+# Others whose values are objects.
+NESTED = {
+    "task": ["--task", "Tape", "--task.n_ops", "3"],
+    "policy": ["--policy", "some/where", "--policy.prompt.system", "Add: it"],
+    "prover": ["--prover", "[{model: a}, {model: b, prompt: {chat: true}}]"],
+    "sampler": ["--sampler.temperature", "0.5"],
+    "reward_model": ["--reward_model", "some/where"],
+    "lora": ["--lora.targets", "[q_proj]"],
+}
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_command_takes_the_configuration_that_it_prints(
+    script: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, config_type, prog = command_of(script, monkeypatch)
+    needed = [
+        f"--{f.name}={NEEDED.get(f.name, 'some/where')}"
+        for f in fields(config_type)
+        if (f.default is MISSING and f.default_factory is MISSING) or f.name == "threshold"
+    ]
+    # A prover of searches is a head.
+    nested = [arg for f in fields(config_type) if f.name in NESTED and f.type != "str | None"
+              for arg in NESTED[f.name]]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for given in (needed, [*needed, *nested]):
+        taken: list[Any] = []
+        with pytest.raises(SystemExit) as stopped:
+            run(taken.append, config_type, prog, [*given, "--print_config"])
+        assert stopped.value.code == 0
+        file = tmp_path / "printed.yaml"
+        file.write_text(capsys.readouterr().out)
+        run(taken.append, config_type, prog, given)
+        run(taken.append, config_type, prog, ["--config", str(file)])
+        assert taken[0] == taken[1]
+        assert capsys.readouterr().err == ""
+
+
+def test_old_names_of_options_are_read_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[Any] = []
+    run(taken.append, RolloutsConfig, "data_gen.rollouts",
+        ["--output", "o", "--n_seeds", "3", "--seeds_from=t.jsonl"])  # fmt: skip
+    assert (taken[-1].n_traces, taken[-1].traces_from) == (3, "t.jsonl")
+    assert capsys.readouterr().err.splitlines() == [
+        "WARNING: --n_seeds is now --n_traces",
+        "WARNING: --seeds_from is now --traces_from",
+    ]
+    file = tmp_path / "old.yaml"
+    file.write_text("output: o\nn_seeds: 5\n")
+    run(taken.append, RolloutsConfig, "data_gen.rollouts", ["--config", str(file)])
+    assert taken[-1].n_traces == 5
+    assert capsys.readouterr().err == f"WARNING: n_seeds in {file} is now n_traces\n"
+    # What else is wrong with it is still said of the file.
+    file.write_text("output: o\nn_seeds: 5\nproblms: 3\n")
+    with pytest.raises(SystemExit):
+        run(taken.append, RolloutsConfig, "data_gen.rollouts", ["--config", str(file)])
+    assert f"unknown setting problms in {file}; did you mean pro" in capsys.readouterr().err
+
+
+def test_old_name_of_reward_models_is_read_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[Any] = []
+    run(taken.append, BeamConfig, "search.beam", ["--orm", "a/model", "--orm.layout", "token"])
+    assert taken[-1].reward_model == RewardModelConfig("a/model", layout="token")
+    assert capsys.readouterr().err.count("WARNING: --orm is now --reward_model\n") == 2
+    methods = "[{name: a, verifier: a}, {name: b, kind: best_of_n, orm: {model: m}}]"
+    run(taken.append, CompareConfig, "search.compare", ["--methods", methods, "--output", "o"])
+    file = tmp_path / "old.yaml"
+    file.write_text(f"output: o\nmethods: {methods}\n")
+    run(taken.append, CompareConfig, "search.compare", ["--config", str(file)])
+    assert taken[-1] == taken[-2] and taken[-1].methods[1].reward_model == RewardModelConfig("m")
+    assert capsys.readouterr().err.splitlines() == [
+        "WARNING: orm of a method is now reward_model",
+        f"WARNING: orm in {file} is now reward_model",
+    ]
+    # The ORM of a server is one.
+    run(taken.append, ServeConfig, "search.serve", ["--orm", "orm.ckpt"])
+    assert taken[-1].orm == "orm.ckpt" and capsys.readouterr().err == ""

@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[Any, type]] = {
     "search.serve": (serve, ServeConfig),
 }
 TAPE = ["--task", "Tape"]
-SMALL = [*TAPE, "--problems", "2", "--validation_problems", "2", "--n_seeds", "2",
+SMALL = [*TAPE, "--problems", "2", "--validation_problems", "2", "--n_traces", "2",
          "--sampler.max_length", "40", "--engine.kv_gib", "0.02"]  # fmt: skip
 
 

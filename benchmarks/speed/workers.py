@@ -81,7 +81,7 @@ def workers(config: WorkersConfig) -> None:
     one = RolloutsConfig(
         output="", policy=config.policy, sampler=SAMPLER, problems=config.problems,
         validation_problems=0,
-        n_seeds=2, n_mc=4, dry_run=True,
+        n_traces=2, n_mc=4, dry_run=True,
     )  # fmt: skip
     policies = [load_policy(config.policy, one.task.step_rule)]
     two = replace(one, workers=config.workers)

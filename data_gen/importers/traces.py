@@ -1,10 +1,11 @@
-"""Solutions that the user already has, as seeds: ``data_gen.rollouts --seeds_from traces.jsonl``.
+"""Solutions that the user already has: ``data_gen.rollouts --traces_from traces.jsonl``.
 
 A line is a JSON object with the problem (``problem_id`` or ``question``) and the solution (``text``
 or token ``ids``, prompt excluded); ``policy`` names its writer (default ``given``) and
 ``truncated: true`` marks a solution that did not end. A line may also be a record of a search
-(``beam.jsonl``): all solutions of its final set are seeds then, their writer named after the search
-(``beam-16``). So a verifier is judged, and trained, on the prefixes that searching with it visits.
+(``beam.jsonl``): all solutions of its final set are taken then, their writer named after the
+search (``beam-16``). So a verifier is judged, and trained, on the prefixes that searching with it
+visits.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def digest(path: str) -> str:
 def given_rounds(
     path: str, problems: list[tuple[Split, Problem]], policy: Policy, max_length: int
 ) -> list[list[PlannedTrace]]:
-    """Seeds of the file at ``path``, round by round: the first of every problem, the second, ...
+    """Solutions of the file at ``path``, by rounds: the first of every problem, the second, ...
 
     Raises:
         UserError: naming the line, if one cannot be used.
@@ -68,14 +69,14 @@ def given_rounds(
                 f"{max_length}; raise it or drop the line"
             )
         writer = _text(row, "policy", where) if "policy" in row else GIVEN
-        seed = PlannedTrace(split, problem, writer, counts[pid, writer], (ids, truncated))
+        planned = PlannedTrace(split, problem, writer, counts[pid, writer], (ids, truncated))
         counts[pid, writer] += 1
         if per_problem[pid] == len(rounds):
             rounds.append([])
-        rounds[per_problem[pid]].append(seed)
+        rounds[per_problem[pid]].append(planned)
         per_problem[pid] += 1
     if not rounds:
-        raise UserError(f"seeds_from {path!r} holds no solutions; write one JSON object a line")
+        raise UserError(f"traces_from {path!r} holds no solutions; write one JSON object a line")
     return rounds
 
 
@@ -84,7 +85,7 @@ def _read(path: str) -> bytes:
         return Path(path).expanduser().read_bytes()
     except OSError as error:
         raise UserError(
-            f"seeds_from {path!r} cannot be read ({error.strerror}); give a .jsonl file"
+            f"traces_from {path!r} cannot be read ({error.strerror}); give a .jsonl file"
         ) from error
 
 
@@ -93,7 +94,7 @@ def _solution_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():
             continue
-        where = f"seeds_from {path} line {number}"
+        where = f"traces_from {path} line {number}"
         row = _row(line, where)
         if "candidates" in row:
             yield from _searched(row, where)

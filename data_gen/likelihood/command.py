@@ -67,7 +67,7 @@ class LikelihoodConfig:
 
     Args:
         labels: directory of the run (``data_gen.likelihood DIR`` is short for ``--labels DIR``).
-            One made with ``data_gen.rollouts --n_mc 0`` (and ``--seeds_from``) holds solutions
+            One made with ``data_gen.rollouts --n_mc 0`` (and ``--traces_from``) holds solutions
             alone.
         policy: the model that is asked; by default the run's base policy. Its tokenizer must be the
             run's; it is asked as the base policy was, unless it has a prompt of its own.

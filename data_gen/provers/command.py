@@ -38,7 +38,7 @@ class SelectProverConfig:
 
     The pilot is a small label run under all candidates with ``branches`` of 1 or more (two draws in
     every state) and many rollouts per prefix, for example
-    ``data_gen.rollouts --config pilot.yaml --problems 200 --n_seeds 1 --branches 2 --n_mc 16``.
+    ``data_gen.rollouts --config pilot.yaml --problems 200 --n_traces 1 --branches 2 --n_mc 16``.
 
     Args:
         labels: directory of the pilot (``data_gen.select_prover DIR`` is short for
@@ -98,7 +98,7 @@ def select_prover(config: SelectProverConfig) -> None:
     wide_console().print(_table(found, run.base, chosen))
     if states.covered < COVERED:
         print(
-            "WARNING: few states have two labelled next steps (step 0 has one per seed); label a "
+            "WARNING: few states have two labelled next steps (step 0 has one per trace); label a "
             "pilot with branches of 1 or more for the others"
         )
     print(one_line(f"recommended: {chosen}: {reason}"))

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from pav.core.errors import UserError
+from pav.core.renamed import RENAMED
 from pav.tasks.base import BUILT_IN, Task
 
 
@@ -106,15 +107,21 @@ def _logged(module: str, error: Exception) -> str:
 def refusal(message: str, config_type: type, args: Sequence[str], prog: str) -> str:
     """One line for a parser's ``message``: an unknown option by its nearest name, else as it is."""
     known = set(_settings(config_type, args)) | {"config", "help", "version", "print_config"}
+    read = known | {
+        f"{old}{name.removeprefix(new)}"
+        for old, new in RENAMED.items()
+        for name in known
+        if name.split(".")[0] == new
+    }
     more = f"({prog} --help lists all)"
     for option, _ in given(args):
         name = option.removeprefix("--")
-        if name and not _is_known(name, known):
+        if name and not _is_known(name, read):
             meant = _meant(name, known, "--")
             return f"unknown option {option}{meant} {more}"
     for file, found in config_files(args):
         for name in _flat(found):
-            if not _is_known(name, known):
+            if not _is_known(name, read):
                 return f"unknown setting {name} in {file}{_meant(name, known)} {more}"
     if single := re.match(r"unrecognized arguments: -(\w\S*)", message):
         return f"unknown option -{single[1]}{_meant(single[1], known, '--')} {more}"

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 
 import pav.tasks
 from pav.cli.refusals import import_task, named_task, refusal
+from pav.cli.renamed import by_new_names
 from pav.core.errors import UserError
 from pav.core.printable import one_line
 
@@ -103,12 +104,12 @@ def run(
     if "-h" in args or "--help" in args:
         _print_help(parser, config_type)
         raise SystemExit(0)
+    written, args = args, by_new_names(args, config_type)
     # "--task.data x.jsonl" alone means the built-in task that reads such a file.
     if any(a.startswith("--task.data") for a in args) and not any(
         a == "--task" or a.startswith("--task=") for a in args
     ):
         args = ["--task", "pav.tasks.jsonl.Jsonl", *args]
-    asked = args
     task = named_task(args)
     fields = config_type.__dataclass_fields__  # type: ignore[attr-defined]
     if task is not None and "task" in fields:
@@ -127,7 +128,7 @@ def run(
     # In search a prover is a head or bo<K>, which is text.
     named_by_model = [
         f"--{name}"
-        for name in ("policy", "prover", "orm")
+        for name in ("policy", "prover", "reward_model")
         if name in fields and fields[name].type not in ("str", "str | None")
     ]
     for i, arg in enumerate(args):
@@ -156,7 +157,7 @@ def run(
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except ArgumentError as error:
-        said = refusal(str(error), config_type, asked, prog)
+        said = refusal(str(error), config_type, written, prog)
         print(f"{prog}: error: {one_line(said)}", file=sys.stderr)
         raise SystemExit(2) from None
     except ValueError as error:

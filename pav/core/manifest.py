@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from pav.core.errors import UserError
+from pav.core.renamed import RENAMED
 
 # Key of a manifest: name -> rendering. One of an older version has none, and tells nothing.
 PROMPTS = "prompts"
@@ -48,8 +49,9 @@ def other_configuration(
     keys = (there.keys() | now.keys()) - {*free, PROMPTS}
     if changed := sorted(k for k in keys if there.get(k) != now.get(k)):
         first = changed[0]
+        names = [RENAMED.get(k, k) for k in changed]
         return (
-            f"made with another {', '.join(changed)} ({first}: {there.get(first)!r} there, "
+            f"made with another {', '.join(names)} ({names[0]}: {there.get(first)!r} there, "
             f"{now.get(first)!r} now); restore it, or choose another output"
         )
     if said := other_prompt(there.get(PROMPTS, {}), now.get(PROMPTS, {})):

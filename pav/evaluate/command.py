@@ -1,7 +1,7 @@
 """``pav.evaluate --verifier V --labels DIR``: how good a verifier is on the labels of any run.
 
 Nothing is fitted but the threshold of the first error (on one half of the problems). With labels of
-prefixes that a *search* visited (``data_gen.rollouts --seeds_from records.jsonl``) it shows what
+prefixes that a *search* visited (``data_gen.rollouts --traces_from records.jsonl``) it shows what
 selection does to a verifier: search prefers prefixes whose Q is predicted too high.
 """
 

@@ -65,7 +65,7 @@ def best_of_n_results(comparison: Comparison, beams: Sequence[MethodResult]) -> 
             seconds += took
         for method in own:
             scored, extra, scorer, read_from = sets, 0.0, None, files
-            if method.verifier or method.orm:
+            if method.verifier or method.reward_model:
                 scored, extra, scorer, read_from = _scored_sets(comparison, method, label, sets)
             rule = rule_of(comparison, method)
 
@@ -171,9 +171,9 @@ def ranker(comparison: Comparison, method: Method) -> Ranker:
     """
     scorer: Ranker
     card: ScorerMeta
-    if method.orm is not None:
-        scorer = card = comparison.session.reward_model(method.orm)
-        name = method.orm.model
+    if method.reward_model is not None:
+        scorer = card = comparison.session.reward_model(method.reward_model)
+        name = method.reward_model.model
     else:
         verifier = comparison.verifiers[str(method.verifier)]
         # Sampled ids do not depend on what ranks them, so scoring is always a pass of its own.

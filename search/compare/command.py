@@ -13,6 +13,7 @@ from pav.core.errors import UserError
 from pav.core.files import json_text
 from pav.core.manifest import PROMPTS, Rendering
 from pav.core.printable import one_line
+from pav.core.renamed import on_disk
 from pav.policy.opening import task_option
 from pav.policy.policy import load_policy, settled
 from pav.policy.rendered import rendered
@@ -93,8 +94,8 @@ def compare(config: CompareConfig) -> None:
 def _expect(config: CompareConfig, session: Session, verifiers: dict[str, Verifier]) -> None:
     """Tell ``session`` which engines the methods will load."""
     for method in config.methods:
-        if method.orm:
-            session.reward_model(method.orm)
+        if method.reward_model:
+            session.reward_model(method.reward_model)
         scoring = method.scoring
         if method.kind == "best_of_n":
             own = method.policy and load_policy(method.policy, session.task.step_rule)
@@ -123,7 +124,7 @@ def _prepare(comparison: Comparison) -> None:
             prepared(comparison, method)
             continue
         comparison.session.sampling_engine(None, other_policy(comparison, method))
-        if method.verifier or method.orm:
+        if method.verifier or method.reward_model:
             ranker(comparison, method)
 
 
@@ -229,14 +230,18 @@ def _invested(config: CompareConfig, verifiers: dict[str, Verifier]) -> dict[str
         i.verifier: invested_flops(i, verifiers[i.verifier], config.task)
         for i in config.investments
     }
-    return {m.name: spent[m.verifier] for m in config.methods if m.verifier in spent and not m.orm}
+    return {
+        m.name: spent[m.verifier]
+        for m in config.methods
+        if m.verifier in spent and not m.reward_model
+    }
 
 
 def _uncounted(config: CompareConfig, found: list[Ratio], invested: dict[str, float]) -> list[str]:
     """What ranks in the ratios and cost an unknown amount to make."""
     compared = {name for r in found for name in (r.method, r.baseline)} - invested.keys()
     used = [m for m in config.methods if m.name in compared]
-    names = [m.orm.model if m.orm else m.verifier for m in used]
+    names = [m.reward_model.model if m.reward_model else m.verifier for m in used]
     return list(dict.fromkeys(name for name in names if name))
 
 
@@ -258,14 +263,14 @@ def manifest(config: CompareConfig, digests: dict[str, str]) -> dict[str, Any]:
 
 
 # Settings of a method that came later than its first runs.
-LATER = ("score", "duplicates", "weight", "resampling", "orm")
+LATER = ("score", "duplicates", "weight", "resampling", "reward_model")
 
 
 def _plain(method: Method) -> dict[str, Any]:
     if method.policy is not None:
         method = replace(method, policy=settled(method.policy))
     # Later settings are absent where they are not used: runs of a version without are resumed.
-    return {k: v for k, v in asdict(method).items() if k not in LATER or v is not None}
+    return on_disk({k: v for k, v in asdict(method).items() if k not in LATER or v is not None})
 
 
 def main() -> None:

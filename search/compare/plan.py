@@ -30,8 +30,8 @@ class Method:
         kind: ``beam``, ``dvts``, ``alphallm`` or ``smc``, as the commands of these names;
             ``greedy``, one place with the children of N; or ``best_of_n`` (independent solutions
             and a pick).
-        verifier: checkpoint; not needed with ``orm``, or where the pick is ``majority``.
-        orm: a third-party reward model in the verifier's place (best_of_n), e.g. ``{model: DIR}``.
+        verifier: checkpoint; not needed with ``reward_model``, or where the pick is ``majority``.
+        reward_model: a third-party one in the verifier's place (best_of_n), e.g. ``{model: DIR}``.
         pick: final pick; by default the verifier's.
         alpha: weight of the advantage (beam, dvts); by default the verifier's.
         prover: head or bo<K> (beam, dvts); by default the verifier's.
@@ -61,7 +61,7 @@ class Method:
     duplicates: Duplicates | None = None
     weight: Weight | None = None
     resampling: Resampling | None = None
-    orm: RewardModelConfig | None = None
+    reward_model: RewardModelConfig | None = None
 
     def __post_init__(self) -> None:
         if self.duplicates is not None and self.kind != "beam":
@@ -69,17 +69,17 @@ class Method:
                 f"method {self.name!r} has duplicates {self.duplicates!r}, which is for kind beam; "
                 f"leave it out for kind {self.kind}"
             )
-        if self.orm is not None:
+        if self.reward_model is not None:
             if self.kind != "best_of_n" or self.verifier is not None:
                 raise UserError(
-                    f"method {self.name!r} has an orm, which takes a verifier's place in kind "
-                    "best_of_n alone; give that kind and no verifier (a PRM can guide search.beam "
-                    "--orm)"
+                    f"method {self.name!r} has a reward_model, which takes a verifier's place "
+                    "in kind best_of_n alone; give that kind and no verifier (a PRM can guide "
+                    "search.beam --reward_model)"
                 )
         elif self.verifier is None and (self.kind != "best_of_n" or self.pick != "majority"):
             raise UserError(
                 f"method {self.name!r} has no verifier; give one, or kind best_of_n "
-                "with an orm or with pick majority"
+                "with a reward_model or with pick majority"
             )
 
 
@@ -187,12 +187,12 @@ class CompareConfig:
         known = {m.verifier for m in self.methods if m.verifier}
         if not known:
             raise UserError("no method has a verifier; one is needed to know task and policy")
-        models = {m.orm for m in self.methods if m.orm}
-        for orm in models:
-            if sum(other.model == orm.model for other in models) > 1:
+        models = {m.reward_model for m in self.methods if m.reward_model}
+        for one in models:
+            if sum(other.model == one.model for other in models) > 1:
                 raise UserError(
-                    f"methods have the orm {orm.model!r} with several settings; give it the same "
-                    "in all of them"
+                    f"methods have the reward_model {one.model!r} with several settings; give it "
+                    "the same in all of them"
                 )
         for investment in self.investments:
             if investment.verifier not in known:

@@ -153,6 +153,6 @@ def rule_of(comparison: Comparison, method: Method) -> Pick:
     """The final pick of a method."""
     if method.pick:
         return method.pick
-    if method.orm is not None:
-        return comparison.session.reward_model(method.orm).pick  # type: ignore[return-value]
+    if method.reward_model is not None:
+        return comparison.session.reward_model(method.reward_model).pick  # type: ignore[return-value]
     return comparison.verifiers[str(method.verifier)].card.pick  # type: ignore[return-value]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pav.core.errors import UserError
+from pav.core.renamed import on_disk
 from pav.engine.loading import EngineConfig
 from pav.grading.sandbox import DEFAULT_TIMEOUT, check_timeout
 from pav.policy.policy import PolicyConfig, Sampler, model_path, settled, weights_digest
@@ -37,7 +38,7 @@ class SearchConfig:
         policy: another policy than the verifier was made for (warns).
         sampler: another sampler than the verifier was made for (warns).
         trunk: new place of the trunk, if it moved.
-        orm: a third-party reward model that scores in the verifier's place: a sequence classifier,
+        reward_model: a third-party one that scores in the verifier's place: a sequence classifier,
             or a PRM (see search/scoring/text.py).
         concurrency: problems at a time, of each worker.
         workers: processes that search, each with engines of its own; they share the GPUs or cores.
@@ -59,7 +60,7 @@ class SearchConfig:
     policy: PolicyConfig | None = None
     sampler: Sampler | None = None
     trunk: str | None = None
-    orm: RewardModelConfig | None = None
+    reward_model: RewardModelConfig | None = None
     concurrency: int = 32
     workers: int = 1
     grade_timeout: float | None = DEFAULT_TIMEOUT
@@ -79,8 +80,8 @@ def run_directory(config: SearchConfig, name: str, verifier: Path | None) -> Pat
     shipped = verifier is None or "assets" in verifier.parts
     parent = Path("runs") if verifier is None or shipped else verifier.parent
     stem = "samples" if verifier is None else verifier.stem
-    if config.orm is not None:
-        stem = Path(config.orm.model).name
+    if config.reward_model is not None:
+        stem = Path(config.reward_model.model).name
     return parent / "search" / f"{stem}-{name}-s{config.seed}"
 
 
@@ -102,4 +103,4 @@ def manifest(config: SearchConfig, verifier: Verifier | None) -> dict[str, Any]:
         if is_dataclass(value) and not isinstance(value, type):
             value = {k.name: str(getattr(value, k.name)) for k in fields(value)}
         plain[f.name] = value
-    return plain
+    return on_disk(plain)

@@ -70,7 +70,7 @@ def open_search(config: SearchConfig, recipe: str | None) -> OpenedSearch:
     verifier = None
     if config.verifier is not None:
         # With a reward model the checkpoint is only asked for task, policy and sampler.
-        checked = recipe if config.orm is None else None
+        checked = recipe if config.reward_model is None else None
         verifier = load_checked(config.verifier, checked) if checked else load_verifier(
             config.verifier
         )  # fmt: skip
@@ -83,7 +83,7 @@ def open_search(config: SearchConfig, recipe: str | None) -> OpenedSearch:
             config.workers,
             config.grade_timeout,
         )
-    elif config.orm is not None or (recipe is None and config.pick == "majority"):
+    elif config.reward_model is not None or (recipe is None and config.pick == "majority"):
         policy = config.policy or PolicyConfig()
         session = plain_session(
             task_for(config.task, [policy.model]),
@@ -96,21 +96,21 @@ def open_search(config: SearchConfig, recipe: str | None) -> OpenedSearch:
     else:
         raise UserError(
             "no verifier is named; give --verifier with a checkpoint of pav.train (or "
-            "pav:reference), or --orm with a reward model"
+            "pav:reference), or --reward_model"
         )
     problems = session.problems(config.split, config.problems)
     warn_few(len(problems), config.split, config.problems)
     say_opening(session, problems, config.split)
     card: ScorerMeta | None = verifier.card if verifier else None
-    if config.orm is not None:
-        card = session.reward_model(config.orm)
-    if verifier is not None and config.orm is None:
+    if config.reward_model is not None:
+        card = session.reward_model(config.reward_model)
+    if verifier is not None and config.reward_model is None:
         session.expect_scorer(verifier, config.scoring, config.trunk)
     else:
         session.expect()
     rule: Pick = config.pick or ("majority" if card is None else card.pick)  # type: ignore[assignment]
     if card is not None:
-        named = config.verifier if config.orm is None else config.orm.model
+        named = config.verifier if config.reward_model is None else config.reward_model.model
         check_pick(rule, card.heads, card.base_head, str(named))
     return OpenedSearch(session, verifier, card, rule)
 
@@ -145,8 +145,8 @@ def create_run_dir(config: SearchConfig, opened: OpenedSearch, name: str) -> Ite
 def load_scorer(config: SearchConfig, opened: OpenedSearch) -> StepScorer:
     """The scorer and the engine that samples; they are loaded when something is searched."""
     scorer: StepScorer
-    if config.orm is not None:
-        scorer = opened.session.reward_model(config.orm)
+    if config.reward_model is not None:
+        scorer = opened.session.reward_model(config.reward_model)
     elif opened.verifier is not None:
         scorer = opened.session.scorer(
             opened.verifier, config.scoring, config.surprise, config.trunk

@@ -82,8 +82,8 @@ class RewardModel:
             signs = self._reader.encode("+ -")
             if len(signs) != 2:
                 raise UserError(
-                    f"orm.layout shepherd reads the tokens + and -, which {config.model!r} spells "
-                    f"in {len(signs)} tokens; choose another layout"
+                    f"reward_model.layout shepherd reads the tokens + and -, which "
+                    f"{config.model!r} spells in {len(signs)} tokens; choose another layout"
                 )
             self._signs = signs
         self._known: dict[tuple[str, tuple[str, ...]], tuple[float, int]] = {}
@@ -227,7 +227,7 @@ class RewardModel:
             if not all(map(math.isfinite, scores)):
                 raise UserError(
                     f"reward model {self.config.model!r} gives {scores} for a solution of "
-                    f"{len(text.steps)} steps: its weights are damaged, or orm.dtype "
+                    f"{len(text.steps)} steps: its weights are damaged, or reward_model.dtype "
                     f"({self.config.dtype}) is too narrow for them"
                 )
             first = len(text.steps) - len(scores) + 1
@@ -336,7 +336,7 @@ def _layout(config: RewardModelConfig) -> Layout:
     if name.endswith("ForCausalLM"):
         raise UserError(
             f"{config.model!r} is a language model ({name}), not a classifier; if it is a PRM in "
-            "Math-Shepherd's manner, add --orm.layout shepherd"
+            "Math-Shepherd's manner, add --reward_model.layout shepherd"
         )
     raise UserError(
         f"{config.model!r} has the architecture {name}, which is not known here (code that comes "
@@ -364,6 +364,6 @@ def _load(config: RewardModelConfig, layout: Layout) -> Any:
     if told["missing_keys"]:
         raise UserError(
             f"{config.model!r} lacks the weights {', '.join(sorted(told['missing_keys'])[:3])} of "
-            f"layout {layout}; choose another orm.layout or another model"
+            f"layout {layout}; choose another reward_model.layout or another model"
         )
     return model

@@ -44,7 +44,7 @@ def test_replay_on_the_pool_is_what_a_run_of_its_own_asks_for(
     config, run = pool
     own = RolloutsConfig(
         str(tmp_path / "own"), config.task, config.policy, sampler=config.sampler,
-        problems=config.problems, validation_problems=0, n_seeds=2, n_mc=arm.n_mc,
+        problems=config.problems, validation_problems=0, n_traces=2, n_mc=arm.n_mc,
         strategy=arm.strategy,
     )  # fmt: skip
     rollouts(own)

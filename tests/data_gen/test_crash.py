@@ -85,7 +85,7 @@ def drive(tiny_model: Callable[..., Path], tmp_path: Path) -> Driver:
         "--policy.model", str(tiny_model("llama")), "--policy.name", "base",
         "--task", "Tape", "--ignore_warnings", "true", "--sampler.max_length", "48",
         "--problems", "12", "--validation_problems", "4",
-        "--n_seeds", "3", "--n_mc", "4", "--concurrency", "4",
+        "--n_traces", "3", "--n_mc", "4", "--concurrency", "4",
         "--engine.kv_gib", "0.02", "--engine.max_num_seqs", "32",
     ]  # fmt: skip
     return Driver(tmp_path / "run", arguments)

@@ -96,7 +96,7 @@ def test_forced_answer_is_right_by_the_tasks_own_grader(task: Tape, gold: str, t
 
 @pytest.fixture
 def run(tiny_model: Callable[..., Path], tmp_path: Path) -> RolloutsConfig:
-    """Solutions alone, as ``--n_mc 0 --seeds_from`` leaves them, with two that share prefixes."""
+    """Solutions alone, as ``--n_mc 0 --traces_from`` leaves them, with two that share prefixes."""
     problems = list(islice(Tape().problems("train"), 3))
     rows = [
         {"problem_id": p.id, "text": f"1+1=2\n2+{i}=9\nA{p.gold if i else 5}"}
@@ -109,7 +109,7 @@ def run(tiny_model: Callable[..., Path], tmp_path: Path) -> RolloutsConfig:
     return RolloutsConfig(
         str(tmp_path / "run"), Tape(), PolicyConfig(str(tiny_model("llama")), name="base"),
         sampler=Sampler(max_length=64), problems=3, validation_problems=0, n_mc=0,
-        seeds_from=str(file),
+        traces_from=str(file),
     )  # fmt: skip
 
 
@@ -269,7 +269,7 @@ def test_likelihoods_that_would_mislead_are_refused(
 def test_rollouts_without_rollouts_are_solutions_alone(
     run: RolloutsConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rollouts(replace(run, seeds_from=None, n_seeds=2, problems=2))
+    rollouts(replace(run, traces_from=None, n_traces=2, problems=2))
     labels = read_labels([run.output])
     assert (len(labels.traces), labels.counts) == (4, {})
     said = capsys.readouterr().out

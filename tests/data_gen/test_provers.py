@@ -80,7 +80,7 @@ def pilot(siblings: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         sampler=Sampler(max_length=48),
         problems=3,
         validation_problems=1,
-        n_seeds=4,
+        n_traces=4,
         prover_share=0.75,
         n_mc=4,
         branches=1,

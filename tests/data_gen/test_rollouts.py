@@ -64,7 +64,7 @@ def config(
         sampler=Sampler(max_length=48),
         problems=5,
         validation_problems=2,
-        n_seeds=5,
+        n_traces=5,
         prover_share=0.4,
         n_mc=2,
         concurrency=3,
@@ -146,8 +146,8 @@ def test_truncated_rollout_counts_as_truncated_and_as_a_failure(
     cut = [c for c in labels.completions if c.truncated]
     assert sum(r["truncated"] for r in rows) == len(cut) > 0
 
-    generous = replace(config, task=AllRight(), output=str(tmp_path / "run"), n_seeds=2, problems=2,
-                       grade_timeout=None)  # fmt: skip
+    generous = replace(config, task=AllRight(), output=str(tmp_path / "run"), n_traces=2,
+                       problems=2, grade_timeout=None)  # fmt: skip
     rollouts(generous)
     right = read_labels([generous.output])
     assert {c.correct == (not c.truncated) for c in right.completions} == {True}
@@ -389,7 +389,7 @@ def test_solutions_that_the_user_has_are_labelled_as_they_are(
     ]  # fmt: skip
     file = tmp_path / "traces.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    given = replace(config, output=str(tmp_path / "run"), seeds_from=str(file), problems=2,
+    given = replace(config, output=str(tmp_path / "run"), traces_from=str(file), problems=2,
                     validation_problems=0)  # fmt: skip
     rollouts(given)
     found = read_labels([given.output])
@@ -399,9 +399,9 @@ def test_solutions_that_the_user_has_are_labelled_as_they_are(
     assert [len(t.step_ends) for t in found.traces] == [3, 1, 2]
     assert {(c.prefix_key, c.policy, c.index) for c in found.completions} == wanted(found, 2)
     # How many seeds would have been sampled does not matter; what is in the file does.
-    rollouts(replace(given, n_seeds=3))
+    rollouts(replace(given, n_traces=3))
     file.write_text(json.dumps(rows[0]))
-    with pytest.raises(UserError, match="was made with another seeds_from"):
+    with pytest.raises(UserError, match="was made with another traces_from"):
         rollouts(given)
 
 
@@ -430,7 +430,7 @@ def test_given_solutions_that_cannot_be_used_are_named_by_line(
     question = next(config.task.problems("train")).question
     file = tmp_path / "traces.jsonl"
     file.write_text(row.replace('"Q"', json.dumps(question)))
-    given = replace(config, output=str(tmp_path / "run"), seeds_from=str(file), problems=1,
+    given = replace(config, output=str(tmp_path / "run"), traces_from=str(file), problems=1,
                     validation_problems=0)  # fmt: skip
     with pytest.raises(UserError, match=said):
         rollouts(given)
@@ -444,7 +444,7 @@ def test_given_solutions_that_cannot_be_used_are_named_by_line(
         ({"shard": "x"}, "shard is 'x'; give i/n"),
         ({"shard": "8/9"}, "shard is '8/9', but there are 7 problems; use fewer shards"),
         ({"hours": 0.0}, "hours is 0.0; give a time above 0"),
-        ({"seeds_from": "nowhere.jsonl"}, "seeds_from 'nowhere.jsonl' cannot be read"),
+        ({"traces_from": "nowhere.jsonl"}, "traces_from 'nowhere.jsonl' cannot be read"),
     ],
 )
 def test_settings_that_make_no_run_are_refused(

@@ -311,7 +311,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RolloutsConfig:
         sampler=Sampler(max_length=128),
         problems=4,
         validation_problems=1,
-        n_seeds=2,
+        n_traces=2,
         n_mc=4,
         concurrency=8,
         engine=EngineConfig(kv_gib=0.05, max_num_seqs=64),
@@ -364,7 +364,7 @@ def test_strategies_on_the_tapes_base_policy_ask_for_what_their_plan_says(
 def test_endings_alone_label_solutions_and_all_tools_count_them(
     config: RolloutsConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = replace(config, strategy="adaptive", n_mc=0, n_seeds=3, output=str(tmp_path / "run"))
+    run = replace(config, strategy="adaptive", n_mc=0, n_traces=3, output=str(tmp_path / "run"))
     rollouts(run)
     said = capsys.readouterr().out
     labels = read_labels([run.output])
@@ -384,7 +384,7 @@ def test_endings_alone_label_solutions_and_all_tools_count_them(
     show(ShowConfig(run.output, problem=first))
     assert re.search(rf"\(the problem\) +{right}/3 ", capsys.readouterr().out)
     # Read beside a run of another strategy they still count, and only they.
-    other = replace(config, strategy="all_prefixes", n_mc=1, n_seeds=1, output=str(tmp_path / "o"))
+    other = replace(config, strategy="all_prefixes", n_mc=1, n_traces=1, output=str(tmp_path / "o"))
     rollouts(other)
     both = read_labels([run.output, other.output])
     assert sum(n for _, n in both.counts.values()) == sum(through.values()) + len(both.completions)
@@ -396,7 +396,7 @@ def test_adaptive_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(
     arguments = [
         "--policy.model", "pav:base", "--policy.name", "base", "--sampler.max_length", "128",
         "--prover.model", "pav:prover", "--prover.name", "prover",
-        "--problems", "12", "--validation_problems", "4", "--n_seeds", "2", "--n_mc", "4",
+        "--problems", "12", "--validation_problems", "4", "--n_traces", "2", "--n_mc", "4",
         "--strategy", "adaptive", "--concurrency", "4",
         "--engine.kv_gib", "0.05", "--engine.max_num_seqs", "32",
     ]  # fmt: skip

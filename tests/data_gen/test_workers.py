@@ -63,7 +63,7 @@ def config(
         sampler=Sampler(max_length=48),
         problems=40,
         validation_problems=4,
-        n_seeds=2,
+        n_traces=2,
         n_mc=4,
         concurrency=16,
         engine=EngineConfig(kv_gib=0.02, max_num_seqs=32),

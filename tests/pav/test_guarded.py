@@ -213,7 +213,7 @@ def test_label_run_with_a_broken_grader_stops_sealed_and_goes_on_once_it_is_mend
         sampler=Sampler(max_length=48),
         problems=6,
         validation_problems=0,
-        n_seeds=2,
+        n_traces=2,
         engine=EngineConfig(kv_gib=0.05),
     )
     with pytest.raises(UserError, match=r"'my own bug'; mend it .*data_gen.regrade run") as raised:

@@ -66,7 +66,7 @@ def label_run(output: Path, model: Path, problems: int = 3, skip: int = 0) -> Ro
     file.write_text("\n".join(map(json.dumps, rows)))
     config = RolloutsConfig(
         str(output), TASK, asked(model), sampler=Sampler(max_length=120), problems=problems,
-        validation_problems=problems, skip=skip, n_mc=0, seeds_from=str(file),
+        validation_problems=problems, skip=skip, n_mc=0, traces_from=str(file),
     )  # fmt: skip
     policy = loaded(config.policy)
     with Store(output, _manifest(config, [policy])) as store:

@@ -169,7 +169,7 @@ def test_verifiers_whose_cost_is_unknown_are_named() -> None:
     points = curve("beam", (0.5, 0.6), beam=True) + curve("orm", (0.1, 0.2), beam=False)
     methods = [
         Method("beam", verifier="pav:reference"),
-        Method("orm", "best_of_n", orm=RewardModelConfig("some/model")),
+        Method("orm", "best_of_n", reward_model=RewardModelConfig("some/model")),
         Method("vote", "best_of_n", pick="majority"),
     ]
     config = CompareConfig(methods, "unused")

@@ -171,7 +171,7 @@ def test_shepherd_prm_weighs_plus_against_minus_at_its_tags(
     policy: Policy, chat_tokenizer: Any, tmp_path: Path
 ) -> None:
     path = built(tmp_path, "shepherd", chat_tokenizer)
-    with pytest.raises(UserError, match=r"add --orm\.layout shepherd"):
+    with pytest.raises(UserError, match=r"add --reward_model\.layout shepherd"):
         RewardModel(RewardModelConfig(path), policy)
     model = RewardModel(RewardModelConfig(path, layout="shepherd"), policy)
     (found,), _ = values(model, policy, [SOLUTION])
@@ -319,9 +319,9 @@ def test_comparison_ranks_its_one_sample_set_by_reward_models_too(
     make_verifier(tiny_model("llama"), Path(own), heads=("q/base", "orm"), sampler=SAMPLER)
     methods = [
         Method("ours", "best_of_n", own, pick="orm"),
-        Method("orm", "best_of_n", orm=orm),
-        Method("vote", "best_of_n", orm=orm, pick="orm_vote"),
-        Method("prm", "best_of_n", orm=prm, pick="min"),
+        Method("orm", "best_of_n", reward_model=orm),
+        Method("vote", "best_of_n", reward_model=orm, pick="orm_vote"),
+        Method("prm", "best_of_n", reward_model=prm, pick="min"),
     ]
     config = CompareConfig(
         methods, str(tmp_path / "run"), n=[1, 4], problems=4, engine=EngineConfig(kv_gib=0.02)
@@ -357,19 +357,22 @@ def test_comparison_ranks_its_one_sample_set_by_reward_models_too(
 def test_reward_model_of_a_comparison_takes_the_place_of_a_verifier_in_best_of_n_alone() -> None:
     orm = RewardModelConfig("some/model")
     for method in ({"kind": "beam"}, {"kind": "best_of_n", "verifier": "v"}):
-        with pytest.raises(UserError, match="'x' has an orm, which takes a verifier's place in"):
-            Method("x", orm=orm, **method)  # type: ignore[arg-type]
-    both = [Method("a", "best_of_n", orm=orm), Method("b", "best_of_n", orm=replace(orm, batch=2))]
-    with pytest.raises(UserError, match="have the orm 'some/model' with several settings"):
+        with pytest.raises(
+            UserError, match="'x' has a reward_model, which takes a verifier's place in"
+        ):
+            Method("x", reward_model=orm, **method)  # type: ignore[arg-type]
+    a = Method("a", "best_of_n", reward_model=orm)
+    both = [a, replace(a, name="b", reward_model=replace(orm, batch=2))]
+    with pytest.raises(UserError, match="have the reward_model 'some/model' with several settings"):
         CompareConfig([Method("v", verifier="v"), *both], "unused")
     taken: list[CompareConfig] = []
     text = (
         '[{"name": "v", "verifier": "v"}, '
-        '{"name": "a", "kind": "best_of_n", "orm": {"model": "some/model"}}]'
+        '{"name": "a", "kind": "best_of_n", "reward_model": {"model": "some/model"}}]'
     )
     argv = ["--methods", text, "--output", "o"]
     run(taken.append, CompareConfig, "search.compare", argv)
-    assert taken[0].methods[1].orm == orm
+    assert taken[0].methods[1].reward_model == orm
 
 
 def test_commands_take_reward_models_in_the_verifiers_place(
@@ -383,8 +386,8 @@ def test_commands_take_reward_models_in_the_verifiers_place(
              "--engine.kv_gib", "0.02"]  # fmt: skip
     # Without a checkpoint of ours: task, policy and sampler are given or built in.
     run(best_of_n, BestOfNConfig, "search.best_of_n",
-        ["--orm", orm, "--policy", base, "--task", "Tape", "--output", str(tmp_path / "bon"),
-         *small])  # fmt: skip
+        ["--reward_model", orm, "--policy", base, "--task", "Tape",
+         "--output", str(tmp_path / "bon"), *small])  # fmt: skip
     for one in read(tmp_path / "bon" / "best_of_n.jsonl"):
         assert one.error is None
         assert (one.settings["pick"], one.settings["layout"]) == ("orm", "sequence")
@@ -398,8 +401,9 @@ def test_commands_take_reward_models_in_the_verifiers_place(
     # A PRM guides beam search; a reward model is the baseline of it.
     make_verifier(Path(base), tmp_path / "pav.ckpt", heads=("q/base", "orm"), sampler=SAMPLER)
     config = BeamConfig(
-        str(tmp_path / "pav.ckpt"), n=2, problems=3, orm=RewardModelConfig(prm), baseline="orm",
-        baseline_verifier=orm, output=str(tmp_path / "beam"), engine=EngineConfig(kv_gib=0.02),
+        str(tmp_path / "pav.ckpt"), n=2, problems=3, reward_model=RewardModelConfig(prm),
+        baseline="orm", baseline_verifier=orm, output=str(tmp_path / "beam"),
+        engine=EngineConfig(kv_gib=0.02),
     )  # fmt: skip
     beam(config)
     records = read(tmp_path / "beam" / "beam.jsonl")
