@@ -36,11 +36,11 @@ class Run:
     Attributes:
         directory: where it lies.
         manifest: what it is.
-        traces: seed solutions by trace id.
+        traces: solutions by trace id.
         completions: rollouts by (prefix key, policy, index).
         pace: (seconds worked on the run, tokens) of every rollout that is not sealed yet.
         seconds: seconds that the run has been worked on; 0 if it was not written down.
-        solutions: seed solutions that it is to have; None if it was not written down.
+        solutions: solutions that it is to have; None if it was not written down.
         sealed: whether all of it is in the tables.
         owed: solutions that were not finished when it was sealed; None if it was not written down.
     """

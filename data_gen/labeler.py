@@ -1,9 +1,9 @@
-"""Label solutions, breadth-first: a seed, then rollouts from its prefixes, round by round.
+"""Label solutions, breadth-first: a solution, then rollouts from its prefixes, round by round.
 
-A round is one seed solution per problem and the rollouts of its prefixes. The rollouts of a round
-start when every problem has those of the round before, so that a run stopped at any time has
-labelled all problems to within one round of each other. The engine stays busy meanwhile: the seeds
-of the next round are sampled while a round is rolled out.
+A round is one solution per problem and the rollouts of its prefixes. The rollouts of a round start
+when every problem has those of the round before, so that a run stopped at any time has labelled all
+problems to within one round of each other. The engine stays busy meanwhile: the solutions of the
+next round are sampled while a round is rolled out.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class PlannedTrace:
-    """A seed solution that a run labels.
+    """A solution that a run labels.
 
     Attributes:
         split: of the problem.
         problem: the problem.
         writer: name of the policy that samples it, or of whoever wrote it.
-        index: among the seeds of this writer and problem.
+        index: among the traces of this writer and problem.
         given: (ids, truncated) of a solution that is there already.
     """
 
@@ -122,31 +122,31 @@ class Labeler:
     deadline: float = inf
     watch: Watch = field(default_factory=Watch)
 
-    async def trace(self, seed: PlannedTrace) -> Trace:
-        """The seed solution: the store's, the given one, or a new sample."""
-        if seed.trace_id in self.store.traces:
-            return self.store.traces[seed.trace_id]
-        problem = seed.problem
-        if seed.given is not None:
-            ids, truncated = seed.given
+    async def trace(self, planned: PlannedTrace) -> Trace:
+        """The solution: the store's, the given one, or a new sample."""
+        if planned.trace_id in self.store.traces:
+            return self.store.traces[planned.trace_id]
+        problem = planned.problem
+        if planned.given is not None:
+            ids, truncated = planned.given
         else:
-            roller = next(r for r in self.rollers if r.name == seed.writer)
+            roller = next(r for r in self.rollers if r.name == planned.writer)
             key = prefix_key(problem.id, [])
             ids, truncated = await roller.finish(
                 roller.policy.encode(problem),
                 [],
-                seed_of(self.seed, "seed", seed.writer, key, seed.index),
+                seed_of(self.seed, "seed", planned.writer, key, planned.index),
             )
         policy = self.rollers[0].policy
         grade = self.grader.grade(policy.text(ids), problem)
         trace = Trace(
-            trace_id=seed.trace_id,
+            trace_id=planned.trace_id,
             problem_id=problem.id,
             question=problem.question,
             gold=problem.gold,
-            split=seed.split,
-            policy=seed.writer,
-            seed_index=seed.index,
+            split=planned.split,
+            policy=planned.writer,
+            seed_index=planned.index,
             ids=ids,
             step_ends=policy.stepper.step_ends(ids),
             answer=grade.answer,
@@ -154,7 +154,7 @@ class Labeler:
             truncated=truncated,
         )
         self.store.add(trace)
-        if seed.given is None:
+        if planned.given is None:
             self.watch.see(trace)
         return trace
 
@@ -210,11 +210,11 @@ def missing(
 ) -> list[list[PlannedTrace]]:
     """What the store lacks of ``rounds``."""
 
-    def is_missing(seed: PlannedTrace) -> bool:
-        trace = store.traces.get(seed.trace_id)
+    def is_missing(planned: PlannedTrace) -> bool:
+        trace = store.traces.get(planned.trace_id)
         return trace is None or bool(next_rollouts(plan, trace, store.completions, stepper))
 
-    return [[seed for seed in seeds if is_missing(seed)] for seeds in rounds]
+    return [[t for t in traces if is_missing(t)] for traces in rounds]
 
 
 class _Turns:
@@ -251,16 +251,16 @@ def label(labeler: Labeler, rounds: list[list[PlannedTrace]], concurrency: int) 
     """
     store = labeler.store
     todo = missing(rounds, labeler.plan, store, labeler.rollers[0].policy.stepper)
-    turns = _Turns([len(seeds) for seeds in todo])
+    turns = _Turns([len(traces) for traces in todo])
 
-    async def job(number: int, seed: PlannedTrace) -> Exception | None:
+    async def job(number: int, planned: PlannedTrace) -> Exception | None:
         try:
-            # No seed is more than a round ahead.
+            # No solution is more than a round ahead.
             await turns.start_of(number - 1)
-            trace = await labeler.trace(seed)
+            trace = await labeler.trace(planned)
             await turns.start_of(number)
             # The prefixes that it shares with earlier solutions of the problem are there by now.
-            await labeler.rollouts(trace, seed.problem)
+            await labeler.rollouts(trace, planned.problem)
         except UserError as error:
             # Several jobs may meet the same full disk; the first one ends the run.
             return error
@@ -268,7 +268,7 @@ def label(labeler: Labeler, rounds: list[list[PlannedTrace]], concurrency: int) 
         return None
 
     jobs: list[Callable[[], Coroutine[Any, Any, Exception | None]]] = [
-        partial(job, number, seed) for number, seeds in enumerate(todo) for seed in seeds
+        partial(job, number, t) for number, traces in enumerate(todo) for t in traces
     ]
     total = sum(map(len, rounds))
     done = before = total - len(jobs)

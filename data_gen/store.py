@@ -49,7 +49,7 @@ class Store:
         manifest: what the run is; a directory with another is refused, naming the keys.
 
     Attributes:
-        traces: seed solutions by trace id.
+        traces: solutions by trace id.
         completions: rollouts by (prefix key, policy, index).
 
     Raises:
@@ -143,7 +143,7 @@ class Store:
         return self._seconds_before + now - (now if self._start is None else self._start)
 
     def announce(self, solutions: int) -> None:
-        """Start the clock; write down how many seed solutions the run is to have.
+        """Start the clock; write down how many solutions the run is to have.
 
         ``data_gen.status`` reads both.
         """
@@ -188,7 +188,7 @@ class Store:
         Args:
             fingerprints: rollout policy name -> fingerprint.
             changed: whether records were replaced in memory, so that the tables are out of date.
-            owed: seed solutions that are missing or not finished; None if nobody knows.
+            owed: solutions that are missing or not finished; None if nobody knows.
         """
         if not (self._unsealed or changed):
             return

@@ -14,7 +14,7 @@ share its prefixes, of the number of workers, or of the moment at which a run wa
     Appendix D). What comes after a pit can only be a pit and is not paid for. No right rollout in
     ``n_mc`` must mean that there is hardly a chance: with few rollouts and weak policies the walk
     ends at the problem. Differs from the paper in one thing: its wrong solutions also start from
-    states of high value found on the way; all of ours are seeds, which start at the problem.
+    states of high value found on the way; all of ours start at the problem.
 ``adaptive``
     The solution's own ending is the first rollout of each of its prefixes (:func:`own_endings` in
     ``pav/labels/tables.py``), and the policies that did not write it add one each. More only where

@@ -6,7 +6,7 @@ strategies, budgets and replicates: each is *replayed* on it and gets what a run
 have got.
 
 A replicate is a set of training problems of its own; a share of the budget has the first problems
-of it. There an arm labels one seed solution per problem, then a second one, and so on, until it has
+of it. There an arm labels one solution per problem, then a second one, and so on, until it has
 spent the tokens that the reference (``all_prefixes``, ``n_mc`` 4, ``n_traces`` 4) takes on the same
 problems, or has 20 of each: what is spent less on a solution buys more solutions. Tokens are those
 of seeds and rollouts, each sampled once.

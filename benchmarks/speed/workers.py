@@ -69,7 +69,7 @@ class Made:
 
     @property
     def answers(self) -> dict[tuple[str, str, int], list[int]]:
-        """Sampled ids by request; seed solutions stand at index -1 - seed index."""
+        """Sampled ids by request; solutions stand at index -1 - seed index."""
         found = {(c.prefix_key, c.policy, c.index): c.ids for c in self.completions}
         for t in self.traces:
             found[prefix_key(t.problem_id, []), t.policy, -1 - t.seed_index] = t.ids
@@ -133,7 +133,7 @@ def _metrics(config: WorkersConfig, turns: list[tuple[Made, Made]]) -> list[dict
     speed, ci95 = mean_and_interval([b / a for a, b in rates])
     one, two = turns[0]
     answers = one.answers, two.answers
-    # A seed solution that differs has other prefixes: what only one run asked for is left out.
+    # A solution that differs has other prefixes: what only one run asked for is left out.
     both = answers[0].keys() & answers[1].keys()
     n, different = len(both), sum(answers[0][key] != answers[1][key] for key in both)
     low = float(beta.ppf(0.025, different, n - different + 1)) if different else 0.0

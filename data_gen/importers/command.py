@@ -152,7 +152,7 @@ def encode(
     left_out: Counter[str] = Counter()
     seen: set[str] = set()
     index: Counter[str] = Counter()
-    seeds: Counter[str] = Counter()
+    counts_by_problem: Counter[str] = Counter()
     delimiter = policy.stepper.rule.delimiter
     for solution in solutions:
         pid = problem_id(solution.question)
@@ -179,20 +179,20 @@ def encode(
         last = solution.steps[-1]
         boundaries = policy.stepper.step_ends(ids)
         trace = Trace(
-            trace_id=f"{pid}/{name}/{seeds[pid]}",
+            trace_id=f"{pid}/{name}/{counts_by_problem[pid]}",
             problem_id=pid,
             question=solution.question,
             gold=solution.gold,
             split=split,
             policy=name,
-            seed_index=seeds[pid],
+            seed_index=counts_by_problem[pid],
             ids=ids,
             step_ends=boundaries,
             answer=solution.gold if solution.complete and last.label else None,
             correct=solution.complete and bool(last.label),
             truncated=not solution.complete,
         )
-        seeds[pid] += 1
+        counts_by_problem[pid] += 1
         traces[trace.trace_id] = trace
         for step, end in zip(solution.steps, encoded.ends, strict=True):
             if step.label is None or (solution.complete and end == len(ids)):

@@ -35,7 +35,7 @@ def draw(health: dict[str, Any], path: Path) -> None:
 
 
 def _rates(axis: Any, health: dict[str, Any]) -> None:
-    groups = [(f"seeds: {n}", s) for n, s in health["seeds"].items()]
+    groups = [(f"traces: {n}", s) for n, s in health["seeds"].items()]
     groups += [(f"rollouts: {n}", p) for n, p in health["policies"].items()]
     kinds = ("truncated", "unparsed", "duplicates")
     height = 0.8 / len(groups)
@@ -88,13 +88,13 @@ def _first_errors(axis: Any, policies: dict[str, Any]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for i, (name, p) in enumerate(policies.items()):
         steps = np.array([int(s) for s in p["first_error"]], dtype=float)
-        label = f"{name} ({p['wrong_without_error_step']:.0%} of wrong seeds have none)"
+        label = f"{name} ({p['wrong_without_error_step']:.0%} of wrong traces have none)"
         offset = (i - (len(policies) - 1) / 2) * width
         axis.bar(steps + offset, list(p["first_error"].values()), width, label=label)
     axis.set(
         title="first error: first prefix without a right rollout",
         xlabel="step",
-        ylabel="wrong seeds",
+        ylabel="wrong traces",
     )
     axis.legend(fontsize=8)
 

@@ -38,8 +38,8 @@ def health_of(run: Run) -> dict[str, Any]:
     the histogram of k/n in five equal bins (k and n as in training: with own endings, where they
     count). ``label_noise`` is the expected standard deviation of
     k/n around Q: unbiased over prefixes with two rollouts and more, where all have one an upper
-    limit (``label_noise_is_limit``). ``first_error`` counts, over wrong seeds, the first step whose
-    prefix had no right rollout.
+    limit (``label_noise_is_limit``). ``first_error`` counts, over wrong traces, the first step
+    whose prefix had no right rollout.
     """
     traces = list(run.traces.values())
     by_policy: dict[str, list[Completion]] = {name: [] for name in run.policies}
@@ -146,7 +146,7 @@ def _steps(traces: list[Trace], counts: dict[str, tuple[int, int]]) -> list[dict
 def _first_errors(
     traces: list[Trace], counts: dict[str, tuple[int, int]]
 ) -> tuple[dict[str, int], float]:
-    """(step -> wrong seeds whose first prefix with Q = 0 it is, share of wrong seeds without)."""
+    """(step -> wrong traces whose first prefix with Q = 0 it is, share of wrong seeds without)."""
     found: Counter[int] = Counter()
     wrong = 0
     for trace in traces:
@@ -209,7 +209,7 @@ def print_health(health: dict[str, Any], directory: Path) -> None:
     """The figures that decide whether labels are fit for use; warnings on stderr."""
     for name, s in _named(health["seeds"]):
         print(
-            f"  seeds of {name}: {s['right']:.3f} of {s['solutions']} right, "
+            f"  traces of {name}: {s['right']:.3f} of {s['solutions']} right, "
             f"{s['truncated']:.1%} truncated, {s['unparsed']:.1%} without answer, "
             f"{s['duplicates']:.1%} duplicates"
         )

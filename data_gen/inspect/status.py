@@ -48,7 +48,7 @@ def status(config: StatusConfig) -> None:
         if partial := run.manifest.get("partial"):
             partly[directory] = partial
         table.add_row(*map(cell, _row(run)))
-        for kind, records in (("seeds", run.traces), ("rollouts", run.completions)):
+        for kind, records in (("traces", run.traces), ("rollouts", run.completions)):
             for record in records.values():
                 tally = right.setdefault(f"{kind} of {record.policy}", [0, 0, 0])
                 tally[0] += record.correct

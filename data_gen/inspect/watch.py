@@ -113,7 +113,7 @@ def watch_for(task: Task, stops: bool) -> Watch:
 
 
 def tokens_per_solution(watch: Watch, plan: Plan, tokens: int, room: int) -> float:
-    """Expected tokens of a seed solution and its rollouts, before many solutions are labelled.
+    """Expected tokens of a solution and its rollouts, before many solutions are labelled.
 
     Args:
         watch: what is finished.

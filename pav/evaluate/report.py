@@ -124,7 +124,7 @@ def _picks(
     held: np.ndarray,
     labels: LabelSet,
 ) -> dict[str, Any]:
-    """Accuracy of every pick rule among the seed traces of held-out validation problems."""
+    """Accuracy of every pick rule among the traces of held-out validation problems."""
     outcome = {(t.problem_id, tuple(t.ids)): t for t in labels.traces if not t.truncated}
     q_base, q_orm = q[card.base_head, "surprise"], q[ORM, "surprise"]
     groups: dict[str, list[Candidate]] = defaultdict(list)
@@ -173,7 +173,7 @@ def print_report(card: VerifierMeta, verbose: bool) -> None:
     print_metrics(card.validation, "validation, the half that calibration did not see", verbose)
     if "picks" in card.validation:
         picks = ", ".join(f"{k} {shown(card.validation['picks'], k)}" for k in PICKS)
-        print(f"right by final pick among seed traces: {picks}; default: {one_line(card.pick)}")
+        print(f"right by final pick among traces: {picks}; default: {one_line(card.pick)}")
 
 
 _COLUMNS = {

@@ -47,7 +47,7 @@ class Example:
 def pav_examples(
     labels: LabelSet, split: str, heads: Sequence[str], policy: Policy, max_length: int
 ) -> list[Example]:
-    """One example per distinct seed trace of ``split``; every labelled prefix counts once.
+    """One example per distinct trace of ``split``; every labelled prefix counts once.
 
     The last step of a complete trace has a known outcome, which all heads learn. The label of a
     ``lik/`` head is the probability of the forced answer, as one "rollout" of which that share was

@@ -3,7 +3,7 @@
 A run directory holds ``manifest.json`` and three folders of Parquet files:
 
 ``traces``
-    one row per seed solution: ids, step ends, grade, policy, seed.
+    one row per solution: ids, step ends, grade, policy, seed.
 ``labels``
     one row per (prefix, rollout policy): k right of n rollouts. ``(trace, step) -> prefix`` is
     derivable by :func:`prefix_key`, so identical prefixes are paid for once. Endings of solutions
@@ -98,7 +98,7 @@ def prefix_key(problem_id: str, ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Trace:
-    """A graded seed solution (see :data:`TRACES`). ``ids`` excludes the prompt."""
+    """A graded solution (see :data:`TRACES`). ``ids`` excludes the prompt."""
 
     trace_id: str
     problem_id: str
@@ -177,11 +177,11 @@ class Rows:
     """What a label run holds by now.
 
     Attributes:
-        traces: seed solutions by trace id.
+        traces: solutions by trace id.
         completions: rollouts by (prefix key, policy, index).
         journal: what is not in the tables yet, and when it was written (:mod:`pav.core.journal`).
         sealed: whether all of it is in the tables.
-        solutions: seed solutions that it is to have; None if it was not written down.
+        solutions: solutions that it is to have; None if it was not written down.
         owed: those that were not finished when it was sealed; None if it was not written down.
     """
 
@@ -249,7 +249,7 @@ class LabelSet:
 
     Attributes:
         manifest: the manifest of the first run; the others agree with it where it matters.
-        traces: seed solutions.
+        traces: solutions.
         counts: see :func:`count`.
         completions: rollouts.
         likelihoods: (prefix key, policy name) -> log-probability of the task's forced answer.

@@ -27,7 +27,7 @@ class TrainConfig:
         labels: label runs that data_gen.rollouts wrote.
         output: checkpoint to write, ending in .ckpt; the export for vLLM goes beside it. The same
             command resumes from ``<output>.training/`` until it is written.
-        recipe: ``pav`` (heads q/<policy> and orm, on seed traces; lik/<policy> where the labels
+        recipe: ``pav`` (heads q/<policy> and orm, on traces; lik/<policy> where the labels
             have a table of data_gen.likelihood), ``pqv`` (Q of the base policy and orm, searched
             with alpha 0) or ``orm`` (one head, on every graded completion).
         trunk: model under the heads; by default the labels' policy itself, which serves fused (no

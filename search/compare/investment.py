@@ -13,7 +13,7 @@ from search.compare.plan import Investment
 def invested_flops(investment: Investment, verifier: Verifier, task: Task | None) -> float:
     """FLOPs of the label runs and of training, from the tokens in the label tables.
 
-    Every seed solution and rollout is counted as if its prompt and prefix were computed anew: an
+    Every solution and rollout is counted as if its prompt and prefix were computed anew: an
     upper limit where the prefix cache served them. A frozen trunk reads every training solution
     once; each epoch of a trained one costs three forward passes (one, and two for the gradient).
 
@@ -36,7 +36,7 @@ def invested_flops(investment: Investment, verifier: Verifier, task: Task | None
     reading = sum(
         _generated(trunk, prompts[problem] + prefix, tokens)
         for problem, _, prefix, tokens in _rollouts(
-            # A PAV learns from the seed solutions, an ORM from every graded one.
+            # A PAV learns from the solutions, an ORM from every graded one.
             labels,
             investment.rollouts and card.recipe == "orm",
         )
@@ -45,7 +45,7 @@ def invested_flops(investment: Investment, verifier: Verifier, task: Task | None
 
 
 def _rollouts(labels: LabelSet, from_prefixes: bool) -> list[tuple[str, str, int, int]]:
-    """(problem, policy, prefix tokens, sampled tokens) of seed solutions and rollouts."""
+    """(problem, policy, prefix tokens, sampled tokens) of solutions and rollouts."""
     found = [(t.problem_id, t.policy, 0, len(t.ids)) for t in labels.traces]
     if from_prefixes:
         found += [

@@ -90,7 +90,7 @@ class Investment:
     Args:
         verifier: its checkpoint, spelled as in ``methods``.
         labels: the label runs that it was trained on.
-        rollouts: count the runs' rollouts from prefixes; an ORM can do with the seed solutions.
+        rollouts: count the runs' rollouts from prefixes; an ORM can do with the solutions.
         epochs: passes over the training solutions, where the trunk was trained too.
         models: rollout policies of another size than the base policy, as ``name: model``.
     """
