@@ -87,7 +87,7 @@ def searched(
 
     async def spy(*args: Any) -> SampledStep:
         step = await sample_step(*args)
-        _, problem, _, number, *prefix, index = args[4]
+        _, problem, _, number, *prefix, index = args[2]
         draws.append(Draw(problem, number, tuple(prefix), index, step))
         return step
 
