@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tomllib
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+
+PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+SCRIPTS: dict[str, str] = tomllib.loads(PROJECT.read_text())["project"]["scripts"]
 
 
 def printed(said: str) -> list[list[str]]:
@@ -19,4 +24,5 @@ def follow(command: list[str], *more: str) -> None:
     """Run a printed command in this process; ``more`` keeps it small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*command, *more])
-        import_module(command[0]).main()
+        module, _, main = SCRIPTS[command[0]].partition(":")
+        getattr(import_module(module), main)()

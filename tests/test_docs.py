@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
@@ -24,12 +27,12 @@ import data_gen
 import pav
 import search
 from pav.cli.run import run
-from pav.tasks.base import Task
+from pav.tasks.base import Split, Task
+from tests.following import SCRIPTS, follow
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 # "# NAME.yaml, read by COMMAND" begins a whole config of a command.
 CONFIG = re.compile(r"# (\S+\.yaml), read by (\S+)\n")
@@ -291,3 +294,72 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     assert (tmp_path / "python_api.html").read_text().count("doc-heading") > 10
+
+
+# What keeps a shown command small; later options win.
+SMALL = {
+    "data_gen.rollouts": ["--problems", "12", "--validation_problems", "8", "--n_traces", "3",
+                          "--ignore_warnings", "true", "--engine.kv_gib", "0.05"],
+    "pav.train": ["--max_epochs", "2"],
+    "search.beam": ["--problems", "3", "--n", "2", "--engine.kv_gib", "0.05"],
+    "search.compare": ["--problems", "3", "--n", "[1, 2]", "--seeds", "[0]",
+                       "--engine.kv_gib", "0.05"],
+    "search.report": ["--problems", "2"],
+}  # fmt: skip
+# Where a page leaves a model open; two that know what the problems of ``workplace`` are about.
+OPEN = {"MODEL": "./small", "STRONGER_MODEL": "./stronger"}
+SHELL = {"source", "export"}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's directory: problems in a file, and two chat models of one tokenizer."""
+    from pav.policy.policy import asset
+    from pav.tasks.tape import Tape
+
+    place = tmp_path_factory.mktemp("user")
+    for asked, name in (("base", "small"), ("prover", "stronger")):
+        shutil.copytree(asset(asked), place / name)
+        (place / name / "chat_template.jinja").write_text(
+            "{{ bos_token }}{{ messages[-1]['content'] }}"
+        )
+    splits: list[tuple[Split, int]] = [("train", 300), ("validation", 20), ("test", 20)]
+    problems = [p for split, count in splits for p in islice(Tape(n_ops=3).problems(split), count)]
+    rows = [json.dumps({"question": p.question, "answer": p.gold}) for p in problems]
+    (place / "problems.jsonl").write_text("\n".join(rows))
+    return place
+
+
+def perform(words: list[str]) -> str:
+    """Run one command as a page shows it; how it was run."""
+    if words[0] == "make":
+        subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        return "make --dry-run"
+    if words[0] in SHELL:
+        return "left to the shell"
+    follow([OPEN.get(word, word) for word in words], *SMALL.get(words[0], []))
+    return "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_every_command_block_works_in_order(
+    page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    done: list[str] = []
+    for language, text in blocks(ROOT / page):
+        if language == "yaml":
+            (found,) = re.findall(CONFIG, text)
+            Path(found[0]).write_text(text)
+            done.append(f"written: {found[0]}")
+        elif language == "python":
+            Path("shown.py").write_text(text)
+            runpy.run_path("shown.py")
+            done.append(f"run: {len(text.splitlines())} lines of Python")
+        elif language == "bash":
+            done += [f"{perform(words)}: {shlex.join(words)}" for words in commands(text)]
+        else:
+            assert language in {"bibtex", "text"}
+    print(f"\n{page}, in order:", *done, sep="\n  ")
+    assert sum(line.startswith("run: ") for line in done) >= 6
