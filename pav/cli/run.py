@@ -29,6 +29,8 @@ Config = TypeVar("Config")
 def quiet() -> None:
     """Keep other libraries' start-up chatter out of the way of one-line errors and progress."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Torch reads it once, where it is imported: vLLM on a CPU tells about memory nodes else.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
     for text in (
         ".*treespec.*",

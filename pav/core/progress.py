@@ -16,15 +16,23 @@ PLAIN_SECONDS = 60.0
 
 
 class Reporter:
-    """Reports ``done`` of ``total`` units with rate and time left. Use as a context manager."""
+    """Reports ``done`` of ``total`` units with rate and time left. Use as a context manager.
 
-    def __init__(self, what: str, total: int, unit: str) -> None:
+    Args:
+        what: the work.
+        total: units of it.
+        unit: what is counted.
+        quiet: report nothing.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, quiet: bool = False) -> None:
         self.what, self.total, self.unit = one_line(what), total, unit
         self.start = self.last = time.monotonic()
         self.first: int | None = None
         self.bar: Progress | None = None
         self.lines: Sequence[str] = ()
-        if Console().is_terminal:
+        self.quiet = quiet
+        if not quiet and Console().is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -56,6 +64,8 @@ class Reporter:
             lines: stand below the bar; on a terminal only.
             left: expected minutes; by default from the rate so far.
         """
+        if self.quiet:
+            return
         if self.first is None:
             self.first = done
         note, self.lines = one_line(note), lines

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
 import textwrap
 import traceback
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-
-# Set before vLLM is imported: one process, so that a repeat of a run is bit-identical.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from pav.core.errors import UserError
 from pav.engine.processor import check_processor, is_emulated
@@ -29,14 +26,32 @@ if TYPE_CHECKING:
 UTILIZATION = 0.85
 
 
-@cache
 def on_cpu() -> bool:
-    """Whether engines compute on the CPU; settles what torch and vLLM have to know of it."""
+    """Whether engines compute on the CPU."""
     # Not at the top: who only asks for --help need not wait for torch.
     import torch
 
-    if torch.cuda.is_available():
-        return False
+    return not torch.cuda.is_available()
+
+
+@cache
+def prepare_process() -> None:
+    """Settle what vLLM and torch have to know in a process that starts an engine.
+
+    Called before vLLM is imported. What the user has set stays.
+    """
+    # One process, so that a repeat of a run is bit-identical.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Read where torch is imported: without it vLLM on a CPU tells about memory nodes.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not on_cpu():
+        return
+    import torch
+
+    # It tells that Triton, which compiles for GPUs, is not there.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     # The only compiled function left on the CPU path counts ranks, which we do not read; eager
     # spares the user a C++ compiler and half a minute.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -44,7 +59,6 @@ def on_cpu() -> bool:
     torch._dynamo.config.disable = os.environ["TORCH_COMPILE_DISABLE"] == "1"
     # vLLM would bind its threads to cores of its own choice; the user's OMP_NUM_THREADS rules.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    return True
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,10 @@ class EngineConfig:
 
 def engine_arguments(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> EngineArgs:
     """What vLLM is told of an engine; see :class:`~pav.engine.vllm.Engine`."""
-    cpu = on_cpu()  # before vLLM is imported
+    prepare_process()
     from vllm import EngineArgs
+
+    cpu = on_cpu()
 
     kv_gib = config.kv_gib or (1.0 if cpu else None)
     arguments: dict[str, Any] = {}
@@ -122,6 +138,7 @@ def check_model(model: str, dtype: Dtype, max_length: int, config: EngineConfig)
     Raises:
         UserError: with vLLM's reason.
     """
+    prepare_process()
     if on_cpu():
         check_processor()
     # vLLM writes settings for its own process there, which workers would inherit.
@@ -163,6 +180,7 @@ def load(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> LLM
     Raises:
         UserError: with vLLM's reason where it does not start; its traceback is in a file.
     """
+    prepare_process()
     if on_cpu():
         check_processor()
         if is_emulated(dtype):
@@ -171,11 +189,15 @@ def load(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> LLM
                 "than float32; if memory allows use dtype float32"
             )
     import torch
-    from vllm import LLMEngine
 
     threads = torch.get_num_threads()
     try:
-        return LLMEngine.from_engine_args(engine_arguments(model, dtype, max_length, config))
+        with warnings.catch_warnings():
+            # Of vLLM to torch; nobody who starts an engine can do anything about them.
+            warnings.simplefilter("ignore", FutureWarning)
+            from vllm import LLMEngine
+
+            return LLMEngine.from_engine_args(engine_arguments(model, dtype, max_length, config))
     except Exception as error:  # vLLM, torch and the model's own code raise what they like
         memory = "lower" if on_cpu() else "set engine.gpu_memory_utilization or"
         hint = (
@@ -189,6 +211,7 @@ def load(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> LLM
 
 def gpu_bytes() -> int:
     """Memory of the first GPU."""
+    prepare_process()
     from vllm.platforms import current_platform
 
     # It asks the driver: a process that only leads workers takes no memory of the GPU.
@@ -230,7 +253,7 @@ def main() -> None:
         check_processor()
     except UserError as error:
         sys.exit(f"error: {error}")
-    on_cpu()
+    prepare_process()
     import torch
     import vllm
     from vllm.platforms import current_platform

@@ -21,7 +21,6 @@ from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.core.files import json_text
 from pav.core.printable import cell, one_line
-from pav.core.steps import scoring_position
 from pav.core.tables import wide_console
 from pav.evaluate.command import check_writable, load_on_device, trunk_policy
 from pav.evaluate.processbench_data import AnnotatedSolution, read_subsets
@@ -170,19 +169,12 @@ def encode(
     Raises:
         UserError: if the tokenizer does not tell which characters a token holds.
     """
-    from pav.labels.examples import Example
+    from pav.labels.examples import given_example
 
-    prompt = policy.encode(Problem(solution.id, solution.problem))
     steps = [step.strip() for step in solution.steps]
     encoded = encode_steps(policy, steps, separator)
-    ids = encoded.ids
-    ends = sorted({*policy.stepper.step_ends(ids), *encoded.ends})
-    positions = np.array([scoring_position(len(prompt), end) for end in (0, *ends)])
-    none = np.zeros((len(positions), 1), dtype=np.float32)
-    example = Example(
-        solution.id, [*prompt, *ids], len(prompt), ends, positions, none, none, none + 1
-    )
-    return example, [ends.index(end) for end in encoded.ends], encoded.is_changed
+    example, own = given_example(policy, Problem(solution.id, solution.problem), encoded)
+    return example, own, encoded.is_changed
 
 
 def score_steps(

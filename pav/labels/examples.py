@@ -15,6 +15,7 @@ import numpy as np
 from pav.core.heads import LIK, ORM
 from pav.core.steps import scoring_position
 from pav.labels.tables import LabelSet, prefix_key
+from pav.policy.encoding import Encoded
 from pav.policy.policy import Policy
 from pav.tasks.base import Problem
 
@@ -115,6 +116,22 @@ def orm_examples(labels: LabelSet, split: str, policy: Policy, max_length: int) 
         shares = [1.0] * len(k_PH)
         examples.append(_example(problem_id, prompt, list(ids), ends, k_PH, n_PH, shares))
     return examples
+
+
+def given_example(policy: Policy, problem: Problem, encoded: Encoded) -> tuple[Example, list[int]]:
+    """A solution that was given as text, without labels.
+
+    Steps end where the step rule says, and where those who gave it say.
+
+    Returns:
+        (the example, index among its ends of every given step's end).
+    """
+    prompt = policy.encode(problem)
+    ends = sorted({*policy.stepper.step_ends(encoded.ids), *encoded.ends})
+    none_P1 = np.zeros((len(ends) + 1, 1), dtype=np.float32)
+    shares = [1.0] * len(none_P1)
+    example = _example(problem.id, prompt, encoded.ids, ends, none_P1, none_P1, shares)
+    return example, [ends.index(end) for end in encoded.ends]
 
 
 def _prompt(

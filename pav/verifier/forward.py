@@ -105,6 +105,7 @@ def score(
     what: str,
     labelled_only: bool = False,
     with_surprise: bool = True,
+    quiet: bool = False,
 ) -> Scored:
     """One forward pass over each example scores all its prefixes.
 
@@ -115,6 +116,7 @@ def score(
         what: named in the progress line.
         labelled_only: keep only positions that carry a label.
         with_surprise: also compute the surprise features (else zeros).
+        quiet: show no progress.
 
     Raises:
         UserError: if a score is not finite.
@@ -122,7 +124,7 @@ def score(
     import torch
 
     with torch.inference_mode():
-        return _score(model, examples, policy, what, labelled_only, with_surprise)
+        return _score(model, examples, policy, what, labelled_only, with_surprise, quiet)
 
 
 def _score(
@@ -132,6 +134,7 @@ def _score(
     what: str,
     labelled_only: bool,
     with_surprise: bool,
+    quiet: bool,
 ) -> Scored:
     import torch
 
@@ -140,7 +143,7 @@ def _score(
     number = {id(e): i for i, e in enumerate(examples)}
     parts: list[tuple[Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     done = 0
-    with Reporter(what, len(examples), "traces") as reporter:
+    with Reporter(what, len(examples), "traces", quiet) as reporter:
         for batch in batches(examples, None):
             ids = pad(batch).to(device)
             hidden = model.hidden(ids)

@@ -21,13 +21,12 @@ from fastapi import Request
 
 from pav.core.errors import UserError
 from pav.core.printable import one_line
+from pav.engine.loop import Turns
 from pav.tasks.base import Problem, problem_id
 from search.run.records import Record
 from search.serve.chat import ApiError, Chat
 from search.serve.served_models import ServedModel, ServedModels, parse_model
 
-# A resolved future wakes its search through gather: a few turns of the event loop.
-TURNS = 4
 IDLE_SECONDS = 0.001
 
 
@@ -93,18 +92,13 @@ class Service:
 
     async def pump(self) -> None:
         """Turn the engines for as long as there is work; ends only with an error."""
-        engines = list(self.served_models.session.engines.values())
+        turns = Turns(list(self.served_models.session.engines.values()))
         try:
             while True:
                 if not self.searches:
                     self.work.clear()
                     await self.work.wait()
-                for _ in range(TURNS):
-                    await asyncio.sleep(0)
-                busy = [engine for engine in engines if engine.busy]
-                for engine in busy:
-                    engine.step()
-                if not busy:
+                if not await turns.turn():
                     await asyncio.sleep(IDLE_SECONDS)  # all wait for their graders
         except Exception as error:
             traceback.print_exc()
