@@ -418,8 +418,8 @@ class Search:
             raise UserError("this Search is closed; make another one")
         if n < 1:
             raise UserError(f"n is {n}; give a positive number")
-        single = isinstance(question, (str, Problem))
-        problems = [self._problem(q) for q in ([question] if single else question)]
+        asked = [question] if isinstance(question, (str, Problem)) else question
+        problems = [self._problem(q) for q in asked]
         session = self._session
         session.start()
         for engine in session.served:
@@ -447,7 +447,7 @@ class Search:
                 stacklevel=3,
             )
         results = [_found(found[i]) for i in range(len(problems))]
-        return results[0] if single else results
+        return results[0] if isinstance(question, (str, Problem)) else results
 
     def _problem(self, question: object) -> Problem:
         """A question as a problem that fits into what the engines read."""

@@ -157,8 +157,7 @@ def read_labels(directory: str | Path | Sequence[str | Path]) -> Labels:
         UserError: if there are no labels, they are damaged, runs disagree on task, tokenizer,
             sampler or policy, or the policy whose tokenizer they are in is gone or another one.
     """
-    single = isinstance(directory, (str, Path))
-    named = [directory] if single else list(directory)
+    named = [directory] if isinstance(directory, (str, Path)) else directory
     found = tables.read_labels([str(d) for d in named])
     model = found.manifest["policy"]["model"]
     tokenizer = load_tokenizer(model_path(model))
