@@ -22,10 +22,10 @@ from typing import Any
 # Where each public name is.
 _HOMES = {
     "Candidate": "pav.verifier.pick",
-    "Child": "search.library",
+    "Child": "search.found",
     "Cost": "pav.policy.cost",
     "EngineConfig": "pav.engine.loading",
-    "Found": "search.library",
+    "Found": "search.found",
     "Labels": "pav.labels.library",
     "LoadedVerifier": "pav.verifier.library",
     "PolicyConfig": "pav.policy.policy",
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from pav.tasks.base import Problem, Task
     from pav.verifier.library import LoadedVerifier, StepScores, load_verifier
     from pav.verifier.pick import Candidate
-    from search.library import Child, Found, Search
+    from search.found import Child, Found
+    from search.library import Search
 
 __all__ = [
     "Candidate",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypedDict, Unpack, overload
 
 from pav.core.errors import UserError
@@ -15,13 +13,13 @@ from pav.core.progress import Reporter
 from pav.engine.loading import EngineConfig, prepare_process
 from pav.engine.loop import drive
 from pav.grading.sandbox import DEFAULT_TIMEOUT
-from pav.policy.cost import Cost
 from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.base import Problem, problem_id
 from pav.verifier.checkpoint import VerifierMeta
 from pav.verifier.library import LoadedVerifier, load_verifier
-from pav.verifier.pick import Candidate, Pick, check_pick
+from pav.verifier.pick import Pick, check_pick
 from pav.verifier.score import Score
+from search.found import Found, found_in
 from search.methods.beam import Duplicates
 from search.methods.smc import Resampling, SmcSettings, Weight
 from search.run.records import Record
@@ -34,62 +32,6 @@ Questions = list[str] | list[Problem] | list[Question] | tuple[Question, ...]
 # until none is open.
 _open: list[Search] = []
 _closed: list[Session] = []
-
-
-@dataclass(frozen=True)
-class Child:
-    """A step that a search drew and scored.
-
-    Attributes:
-        parent: the place, among those of the round before, whose solution it goes on from; 0 in
-            the first round.
-        kept: whether it stood in the next round.
-        score: what it was ranked by.
-        text: its text, without the line end.
-        places: where it stood in the next round; empty if it was pruned. Its own children name
-            one of these as their parent.
-        finished: whether it ends a solution.
-        q: Q of every head after it.
-    """
-
-    parent: int
-    kept: bool
-    score: float
-    text: str
-    places: list[int]
-    finished: bool
-    q: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found for one question.
-
-    Attributes:
-        question: the question.
-        answer: the answer of the picked solution, as the task's grader reads it; None where nothing
-            finished or nothing could be read.
-        text: the picked solution; empty where nothing finished.
-        tree: rounds of scored children, in the order of their rank; best-of-N has none.
-        cost: tokens spent, by kind.
-        candidates: the final set of solutions.
-        picked: index of the picked one among them; None where nothing finished.
-        error: why the search failed; None where it did not.
-    """
-
-    question: str
-    answer: str | None
-    text: str
-    tree: list[list[Child]]
-    cost: Cost
-    candidates: list[Candidate]
-    picked: int | None
-    error: str | None
-
-    @property
-    def correct(self) -> bool:
-        """Whether the picked solution is right; False where the question came without answer."""
-        return self.picked is not None and self.candidates[self.picked].correct
 
 
 class DvtsOptions(TypedDict, total=False):
@@ -123,8 +65,7 @@ class Search:
     """Searches with a verifier; engines load at the first search, and once.
 
     Use it as a context manager, or call :meth:`close` in the end, which frees the device. It works
-    in scripts and in notebooks, whose event loop stands still meanwhile. A question gets one
-    :class:`Found`, a list of questions a list of them, searched at a time. Results are those of the
+    in scripts and in notebooks, whose event loop stands still meanwhile. Results are those of the
     commands ``search.beam`` and so on: the same seed finds the same solutions.
 
     Several may be open at a time. On a GPU tell each how much memory it may take (``engine``); all
@@ -190,12 +131,7 @@ class Search:
     def __enter__(self) -> Search:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -429,8 +365,7 @@ class Search:
         async def numbered(number: int) -> tuple[int, Record]:
             return number, await search(problems[number])
 
-        # One question takes seconds.
-        quiet = self._quiet or len(problems) < 2
+        quiet = self._quiet or len(problems) < 2  # one question takes seconds
         with Reporter(f"{what} N={n}", len(problems), "questions", quiet) as reporter:
 
             def keep(result: tuple[int, Record]) -> None:
@@ -446,7 +381,7 @@ class Search:
                 f"{failed[0].question[:60]!r}: {failed[0].error}",
                 stacklevel=3,
             )
-        results = [_found(found[i]) for i in range(len(problems))]
+        results = [found_in(found[i]) for i in range(len(problems))]
         return results[0] if isinstance(question, (str, Problem)) else results
 
     def _problem(self, question: object) -> Problem:
@@ -462,24 +397,3 @@ class Search:
                 f"sampler.max_length is {cap}; ask a shorter one, or give a sampler of a larger cap"
             )
         return question
-
-
-def _found(record: Record) -> Found:
-    picked = None if record.picked is None else record.candidates[record.picked]
-    tree = [
-        [
-            Child(parent, kept, score, text, node.places, node.finished, node.q)
-            for (parent, kept, score, text), node in zip(children, nodes, strict=True)
-        ]
-        for children, nodes in zip(record.steps, record.nodes, strict=True)
-    ]
-    return Found(
-        record.question,
-        record.answer,
-        picked.text if picked else "",
-        tree,
-        Cost(**{f.name: getattr(record, f.name) for f in fields(Cost)}),
-        record.candidates,
-        record.picked,
-        record.error,
-    )

@@ -103,6 +103,7 @@ SLOW = [
     "test_serve",
     "test_stops",
     "test_errors",
+    "test_library",
     "test_first_run",
     "test_next_commands",
     "test_packaging",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _TEXT = pa.field("text", pa.string())
-_TRACES = pa.schema([*TRACES, _TEXT, ("steps", pa.list_(pa.string()))])
+_STEPS = pa.field("steps", pa.list_(pa.string()))
+_TRACES = pa.schema([*TRACES, _TEXT, _STEPS])
 _PREFIXES = pa.schema(
     [
         ("prefix_key", pa.string()),
@@ -28,6 +30,7 @@ _PREFIXES = pa.schema(
         ("split", pa.string()),
         ("step", pa.int32()),
         _TEXT,
+        _STEPS,
         ("policy", pa.string()),
         ("k", pa.int32()),
         ("n", pa.int32()),
@@ -46,10 +49,12 @@ class Labels:
     Attributes:
         labels: everything that the runs hold, as training reads it.
         text: tokens of a solution -> their text.
+        delimiter: what ends a step.
     """
 
     labels: LabelSet
     text: Callable[[Sequence[int]], str]
+    delimiter: str
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -70,14 +75,10 @@ class Labels:
         step in ``ids``), ``answer``, ``correct``, ``truncated``, ``text``, and ``steps``: the text
         of every step, as :meth:`pav.LoadedVerifier.score` takes it.
         """
-        rows = []
-        for trace in self.labels.traces:
-            ends = [0, *trace.step_ends]
-            steps = [
-                self.text(trace.ids[a:b]).rstrip("\n")
-                for a, b in zip(ends, trace.step_ends, strict=False)
-            ]
-            rows.append(asdict(trace) | {"text": self.text(trace.ids), "steps": steps})
+        rows = [
+            asdict(t) | {"text": self.text(t.ids), "steps": self._steps(t, len(t.step_ends))}
+            for t in self.labels.traces
+        ]
         return _dataset(rows, _TRACES)
 
     @cached_property
@@ -85,10 +86,10 @@ class Labels:
         """One row per labelled prefix of a solution and rollout policy: the labels.
 
         Columns: ``prefix_key``, ``problem_id``, ``question``, ``split``, ``step`` (steps that the
-        prefix holds; 0 is the problem alone), ``text``, ``policy``, ``k`` right of ``n`` rollouts,
-        and ``q``, their share: the Monte-Carlo estimate of Q. Equal prefixes of several solutions
-        are one row. Where a run counts the endings of its solutions as rollouts, so do ``k`` and
-        ``n``, as in training.
+        prefix holds; 0 is the problem alone), ``text``, ``steps`` (the text of each), ``policy``,
+        ``k`` right of ``n`` rollouts, and ``q``, their share: the Monte-Carlo estimate of Q. Equal
+        prefixes of several solutions are one row. Where a run counts the endings of its solutions
+        as rollouts, so do ``k`` and ``n``, as in training.
         """
         known: dict[str, tuple[Trace, int]] = {}
         for trace in self.labels.traces:
@@ -105,6 +106,7 @@ class Labels:
                     "split": trace.split,
                     "step": step,
                     "text": self.text(trace.ids[: trace.step_ends[step - 1]]) if step else "",
+                    "steps": self._steps(trace, step),
                     "policy": policy,
                     "k": k,
                     "n": n,
@@ -130,6 +132,11 @@ class Labels:
             f"<labels: {len(found.traces)} traces, {len(found.counts)} labelled prefixes, "
             f"{len(found.completions)} completions; policies {', '.join(found.policies)}>"
         )
+
+    def _steps(self, trace: Trace, count: int) -> list[str]:
+        """Texts of the first ``count`` steps of a solution, without what ends them."""
+        ends = [0, *trace.step_ends[:count]]
+        return [self.text(trace.ids[a:b]).removesuffix(self.delimiter) for a, b in pairwise(ends)]
 
 
 def _dataset(rows: list[dict[str, Any]], schema: pa.Schema) -> Dataset:
@@ -166,4 +173,9 @@ def read_labels(directory: str | Path | Sequence[str | Path]) -> Labels:
             f"labels {str(named[0])!r} were made with another tokenizer than {model!r} has now; "
             "put the old one back"
         )
-    return Labels(found, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+    rule = found.manifest["task_spec"]["init_args"]["step_rule"]
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    return Labels(found, text, str(rule["delimiter"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -195,7 +195,7 @@ class LoadedVerifier:
 
     def _texts(self, steps: object, number: int) -> list[str]:
         """Steps of a solution without their delimiters."""
-        if isinstance(steps, str) or not isinstance(steps, Sequence):
+        if isinstance(steps, str) or not isinstance(steps, Iterable):
             raise UserError(
                 f"steps of solution {number} is {steps!r}; give a list of texts, one for each step"
             )
