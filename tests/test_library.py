@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -22,8 +25,9 @@ from pav.labels.tables import prefix_key
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
 from search.beam import BeamConfig, beam
+from search.best_of_n import BestOfNConfig, best_of_n
 from search.compare.command import compare
-from search.compare.plan import CompareConfig, Method
+from search.compare.plan import CompareConfig, Kind, Method
 from search.run.records import Record, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,12 +79,14 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]
     """Records of every kind of search of the first test problems, by the commands."""
     out = tmp_path_factory.mktemp("commands")
     beam(BeamConfig("pav:reference", n=N, problems=COUNT, output=str(out / "beam")))
-    kinds = ("dvts", "smc", "best_of_n")
-    methods = [Method(name=kind, kind=kind, verifier="pav:reference") for kind in kinds]
+    best_of_n(BestOfNConfig("pav:reference", n=N, problems=COUNT, output=str(out / "best_of_n")))
+    trees: list[Kind] = ["dvts", "smc"]
+    methods = [Method(name=kind, kind=kind, verifier="pav:reference") for kind in trees]
     compare(CompareConfig(methods, str(out / "compare"), n=[N], problems=COUNT))
-    found = {"beam": read(out / "beam" / "beam.jsonl")}
-    for file in sorted((out / "compare").glob("**/*.jsonl")):
-        found[next(kind for kind in kinds if kind in file.name)] = read(file)
+    found = {name: read(out / name / f"{name}.jsonl") for name in ("beam", "best_of_n")}
+    for kind in trees:
+        (file,) = (out / "compare").glob(f"{kind}*.jsonl")
+        found[kind] = read(file)
     return found
 
 
@@ -100,12 +106,14 @@ import pav
 assert pav.__dir__() and set(pav.__all__) <= set(dir(pav))
 assert dict(os.environ) == before and list(warnings.filters) == filters
 from pav import Search, load_verifier, read_labels
-assert dict(os.environ) == before and list(warnings.filters) == filters
+assert dict(os.environ) == before
 assert not {"torch", "vllm", "transformers"} & set(sys.modules)
 v = load_verifier("pav:reference_fused")
 v.score("2+3+4", ["2+3=5"])
 import torch
-assert dict(os.environ) == before and not torch._dynamo.config.disable
+# Torch sets one itself.
+assert {k for k in os.environ if k not in before} <= {"TORCHINDUCTOR_CACHE_DIR"}
+assert not torch._dynamo.config.disable
 try:
     pav.serch
 except AttributeError as error:
@@ -220,6 +228,17 @@ def test_a_search_works_inside_a_running_loop_which_goes_on(search: pav.Search) 
     assert beside == "beside"
     alone = search.beam(QUESTIONS[0], n=2)
     assert (found.text, found.tree) == (alone.text, alone.tree)
+
+
+def test_ctrl_c_ends_a_search_and_the_next_one_finds_the_same(search: pav.Search) -> None:
+    before = search.beam(QUESTIONS[0], n=2)
+    many = [problem.question for problem in islice(Tape().problems("test"), 400)]
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        search.beam(many, n=16)
+    after = search.beam(QUESTIONS[0], n=2)
+    assert (after.text, after.tree, after.cost) == (before.text, before.tree, before.cost)
 
 
 def test_a_problem_brings_its_answer_along(search: pav.Search) -> None:
