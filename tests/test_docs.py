@@ -298,11 +298,11 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 # What keeps a shown command small; later options win.
 SMALL = {
-    "data_gen.rollouts": ["--problems", "12", "--validation_problems", "8", "--n_traces", "3",
+    "data_gen.rollouts": ["--problems", "6", "--validation_problems", "6", "--n_traces", "2",
                           "--ignore_warnings", "true", "--engine.kv_gib", "0.05"],
     "pav.train": ["--max_epochs", "2"],
-    "search.beam": ["--problems", "3", "--n", "2", "--engine.kv_gib", "0.05"],
-    "search.compare": ["--problems", "3", "--n", "[1, 2]", "--seeds", "[0]",
+    "search.beam": ["--problems", "2", "--n", "2", "--engine.kv_gib", "0.05"],
+    "search.compare": ["--problems", "2", "--n", "[1, 2]", "--seeds", "[0]",
                        "--engine.kv_gib", "0.05"],
     "search.report": ["--problems", "2"],
 }  # fmt: skip
