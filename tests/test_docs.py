@@ -245,6 +245,17 @@ def test_readme_is_short_and_names_what_must_pass() -> None:
     assert "make test" in text and "make quick" in text
 
 
+def test_task_that_a_page_writes_has_problems_and_grades_them(tmp_path: Path) -> None:
+    (text,) = [t for language, t in blocks(DOCS / "tasks.md") if language == "python"]
+    (tmp_path / "my_mod.py").write_text(text)
+    task = runpy.run_path(str(tmp_path / "my_mod.py"))["MyTask"](limit=100)
+    problems = [p for split in ("train", "validation", "test") for p in task.problems(split)]
+    assert len(problems) == 100
+    for problem in problems:
+        assert task.grade(f"Let me see.\n{problem.gold}\n", problem).correct
+        assert not task.grade("", problem).correct
+
+
 def said_by_the_code() -> str:
     """Every text of the code; what is filled in is ``{}``."""
     found = []
