@@ -116,6 +116,10 @@ VERIFIERS = {
     "narrow": (narrow, "its head rows hold 64 numbers, and the trunk at 'pav:base' has hidden "),
     "headless": (headless, "is not a verifier checkpoint (3 heads in 2 rows);"),
     "deep card": (deep, "is not a verifier checkpoint (maximum recursion depth exceeded"),
+    "mlp": (
+        card(lambda c: c.update(head="mlp")),
+        "has head 'mlp', this version reads linear heads;",
+    ),
     "no card": (lambda c: c.pop("verifier"), "is not a verifier checkpoint ("),
 }
 

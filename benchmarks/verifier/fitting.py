@@ -16,11 +16,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import TensorDataset
 from transformers import PreTrainedModel
 
 from benchmarks.verifier.consistency import ConsistentModule, sampled_steps
+from benchmarks.verifier.heads import MLP_RATE, BetaBinomialModule, Loss, widen
 from benchmarks.verifier.pool import subset, truncated
 from benchmarks.verifier.rows import DEFAULT, Row
 from benchmarks.verifier.setting import HEADS, Study
@@ -65,20 +66,22 @@ def fit_frozen(study: Study, row: Row, seed: int) -> Fitted:
     train, early = study.training(row), study.early(row)
     with tempfile.TemporaryDirectory() as directory:
         config = TrainConfig(
-            [], f"{directory}/pav.ckpt", trunk=row.trunk, head=row.head, loss=row.loss, seed=seed,
+            [], f"{directory}/pav.ckpt", trunk=row.trunk, seed=seed,
+            loss="bce" if row.loss == "beta_binomial" else row.loss,
+            lr=MLP_RATE if row.head == "mlp" else None,
             accelerator="cpu", checkpoint_minutes=1e6,
         )  # fmt: skip
         # States before the seed: the first row to read them loads a trunk, which draws numbers.
         states = study.states(row, train)
         L.seed_everything(seed, verbose=False)
         model = truncated(row.trunk, None, len(HEADS), row.head)
-        _widen(model, states.shape[1])
+        widen(model, states.shape[1])
         data = label_data(config, model, train, early, study.policy)
         data.cached = {
-            "train": dataset(states, train),
-            "validation": dataset(study.states(row, early), early),
+            "train": dataset(states, train, row.loss),
+            "validation": dataset(study.states(row, early), early, row.loss),
         }
-        module: Any = VerifierModule
+        module: Any = BetaBinomialModule if row.loss == "beta_binomial" else VerifierModule
         if row.consistency:
             steps = sampled_steps(subset(study.pool, row.part)[0], train, HEADS)
             module = partial(
@@ -118,27 +121,15 @@ def trained_heads(
     return model
 
 
-def _widen(model: torch.nn.Module, width: int) -> None:
-    """Let heads read ``width`` numbers."""
-    first = model.head if isinstance(model.head, nn.Linear) else model.head[0]
-    if first.in_features == width:
-        return
-    wider = nn.Linear(width, first.out_features)
-    if isinstance(model.head, nn.Linear):
-        nn.init.zeros_(wider.weight)
-        nn.init.zeros_(wider.bias)
-        model.head = wider
-    else:
-        model.head[0] = wider
-
-
-def dataset(states_ND: Tensor, examples: Sequence[Example]) -> TensorDataset:
+def dataset(states_ND: Tensor, examples: Sequence[Example], loss: Loss) -> TensorDataset:
     """Labelled rows of ``examples`` for :func:`pav.train.fit.fit`, states computed already."""
     k, n = (np.concatenate([getattr(e, name) for e in examples]) for name in ("k_PH", "n_PH"))
-    share = np.concatenate([e.share_P1 for e in examples])
+    if loss == "beta_binomial":
+        share_N1 = np.concatenate([e.share_P1 for e in examples])
+        states_ND = torch.cat([states_ND, torch.tensor(share_N1)], dim=1)
     keep = n.sum(1) > 0
     rows = torch.as_tensor(keep)
-    return TensorDataset(states_ND[rows], *(torch.tensor(a[keep]) for a in (k, n, share)))
+    return TensorDataset(states_ND[rows], *(torch.tensor(a[keep]) for a in (k, n)))
 
 
 def fit_trunk(study: Study, row: Row) -> Fitted:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.verifier.heads import HeadKind, MlpTrunk
 from pav.labels.examples import Example
 from pav.labels.tables import LabelSet, prefix_key
 from pav.policy.policy import Policy, model_path
@@ -52,9 +53,10 @@ def shifted(examples: Sequence[Example], tokens: int) -> list[Example]:
     ]
 
 
-def truncated(trunk: str, layers: int | None, heads: int, kind: str = "linear") -> HeadedTrunk:
+def truncated(trunk: str, layers: int | None, heads: int, kind: HeadKind = "linear") -> HeadedTrunk:
     """A trunk that ends after its first ``layers`` layers (its last norm stays), with new heads."""
-    model = HeadedTrunk(load_trunk(model_path(trunk)), heads, kind)  # type: ignore[arg-type]
+    make = MlpTrunk if kind == "mlp" else HeadedTrunk
+    model = make(load_trunk(model_path(trunk)), heads)
     decoder = model.trunk.get_decoder()
     if layers is not None:
         decoder.layers = decoder.layers[:layers]

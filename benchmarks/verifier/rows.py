@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from benchmarks.verifier.heads import HeadKind, Loss
 from benchmarks.verifier.pool import Part
-from pav.core.heads import HeadKind
-from pav.train.losses import Loss
 from pav.verifier.calibrate import SURPRISE
 
 STRONG, BASE, PROVER = "pav:strong", "pav:base", "pav:prover"

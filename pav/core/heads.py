@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-HeadKind = Literal["linear", "mlp"]
 ORM = "orm"
 LIK = "lik/"
 

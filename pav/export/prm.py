@@ -62,9 +62,8 @@ def export_prm(config: ExportPrmConfig) -> None:
     # Not at the top: they bring torch, and --help stays fast.
     from safetensors import SafetensorError
 
-    from pav.export.vllm import STAMP, refuse_mlp
+    from pav.export.vllm import STAMP
 
-    refuse_mlp(verifier)
     output = Path(config.output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {config.output!r} is not empty; choose another directory")

@@ -56,7 +56,6 @@ def ensure_export(verifier: Verifier, trunk: str) -> tuple[Path, list[int]]:
     Raises:
         UserError: if vLLM cannot serve the verifier, or the export cannot be written.
     """
-    refuse_mlp(verifier)
     directory = export_directory(verifier)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Two searches that start side by side must not build the same directory at once.
@@ -76,18 +75,8 @@ def ensure_export(verifier: Verifier, trunk: str) -> tuple[Path, list[int]]:
             ) from error
 
 
-def refuse_mlp(verifier: Verifier) -> None:
-    """Raise where the head is no row of the output embedding."""
-    if verifier.card.head != "linear":
-        raise UserError(
-            f"verifier {str(verifier.path)!r} has head: {verifier.card.head}; vLLM serves linear "
-            "rows only, fused and separate alike, so it cannot search: train with --head linear"
-        )
-
-
 def export_verifier(verifier: Verifier, trunk: str, directory: Path) -> list[int]:
     """Write trunk and score rows to ``directory``; returns the score ids."""
-    refuse_mlp(verifier)
     source = Path(trunk)
     if not source.is_dir():
         from huggingface_hub import snapshot_download

@@ -31,7 +31,6 @@ class PositionRows(NamedTuple):
     hidden_ND: Tensor
     k_NH: Tensor
     n_NH: Tensor
-    share_N1: Tensor
 
 
 class Traces(NamedTuple):
@@ -40,7 +39,7 @@ class Traces(NamedTuple):
     Attributes:
         ids_BT: right-padded ids.
         row_N, column_N: where the labelled positions lie in ``ids_BT``.
-        k_NH, n_NH, share_N1: labels.
+        k_NH, n_NH: labels.
         total: weight of all labels of the optimiser step that this batch is a part of, over all its
             batches and processes; a loss divided by it needs no word between processes.
     """
@@ -50,7 +49,6 @@ class Traces(NamedTuple):
     column_N: Tensor
     k_NH: Tensor
     n_NH: Tensor
-    share_N1: Tensor
     total: Tensor
 
 
@@ -65,12 +63,11 @@ def collate(batch: Sequence[Example], heads: int = 1, total: float = 1.0) -> Tra
         none = torch.zeros(0, dtype=torch.long)
         labels = torch.zeros(0, heads)
         ids = torch.zeros(1, 1, dtype=torch.long)
-        return Traces(ids, none, none, labels, labels, torch.ones(0, 1), torch.tensor(total))
+        return Traces(ids, none, none, labels, labels, torch.tensor(total))
     rows = np.concatenate([np.full(len(e.positions_P), i) for i, e in enumerate(batch)])
     columns = np.concatenate([e.positions_P for e in batch])
     k = np.concatenate([e.k_PH for e in batch])
     n = np.concatenate([e.n_PH for e in batch])
-    share = np.concatenate([e.share_P1 for e in batch])
     keep = n.sum(-1) > 0
     return Traces(
         pad(batch),
@@ -78,7 +75,6 @@ def collate(batch: Sequence[Example], heads: int = 1, total: float = 1.0) -> Tra
         torch.tensor(columns[keep]),
         torch.tensor(k[keep]),
         torch.tensor(n[keep]),
-        torch.tensor(share[keep]),
         torch.tensor(total, dtype=torch.float32),
     )
 
@@ -212,15 +208,10 @@ class LabelData(L.LightningDataModule):
                 labelled_only=True,
                 with_surprise=False,
             )
-            share = [
-                examples[e].share_P1[s]
-                for e, s in zip(scored.example_N, scored.step_N, strict=True)
-            ]
             self.cached[split] = TensorDataset(
                 scored.hidden_ND.clone(),
                 torch.tensor(scored.k_NH),
                 torch.tensor(scored.n_NH),
-                torch.tensor(np.array(share)),
             )
 
     def train_dataloader(self) -> RowLoader | TraceLoader:

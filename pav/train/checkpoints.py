@@ -203,6 +203,7 @@ def resume_or_refuse(
             digest.update(array.tobytes())
     plain = asdict(config) | {
         "task": card.task,
+        "head": card.head,
         "trunk_digest": card.trunk_digest,
         "label_contents": digest.hexdigest()[:16],
         PROMPTS: {f"trunk {card.trunk!r}": card.trunk_prompt},

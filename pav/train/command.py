@@ -168,7 +168,7 @@ def _train(config: TrainConfig) -> VerifierMeta | None:
     served = getattr(torch, config.dtype) if gpu else torch.float32
     loaded = {"lora": torch.bfloat16 if half else torch.float32, "frozen": served}
     trunk = load_trunk(path, loaded.get(config.trunk_mode, torch.float32))
-    model = HeadedTrunk(trunk, len(card.heads), config.head)
+    model = HeadedTrunk(trunk, len(card.heads))
     del trunk
     data = label_data(config, model, train_set, validation, policy)
     state = fit(config, model, data, working, resume=resume)
@@ -209,12 +209,6 @@ def _train(config: TrainConfig) -> VerifierMeta | None:
         f"verifier: {output} ({output.stat().st_size / 1e3:.0f} kB); all metrics: "
         f"{output.with_suffix('.json')}, {output.with_suffix('.png')}"
     )
-    if config.head == "mlp":
-        print(
-            f"an mlp head is not served by vLLM: what it buys is in {output.with_suffix('.json')}"
-            "\nthe same command with --head linear and another --output trains one that is"
-        )
-        return card
     directory, _ = ensure_export(load_verifier(str(output)), path)
     print(f"export for vLLM: {directory}")
     following = f"search.beam --verifier {shlex.quote(str(output))}{task_option(card.task)}"
@@ -242,7 +236,7 @@ def trained_model(
     card: VerifierMeta, path: str, state: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[HeadedTrunk, dict[str, Tensor] | None]:
     """The trained model as it will be served, adapters merged, and the adapters alone."""
-    model = HeadedTrunk(load_trunk(path, dtype), len(card.heads), card.head)
+    model = HeadedTrunk(load_trunk(path, dtype), len(card.heads))
     if not card.lora:
         model.load_state_dict(state)
         return model, None
@@ -309,7 +303,6 @@ def new_card(config: TrainConfig, labels: LabelSet, task: Task) -> VerifierMeta:
         lora={"rank": config.lora.rank, "alpha": config.lora.alpha}
         if config.trunk_mode == "lora"
         else {},
-        head=config.head,
         loss=config.loss,
         policy_prompt=manifest.get(PROMPTS, {}).get(base.label, {}),
     )
@@ -334,7 +327,7 @@ def heads_of(config: TrainConfig, labels: LabelSet, base: str) -> list[str]:
             f"labels {config.labels} have no rollouts under the base policy {base!r}, and no "
             "likelihoods; Q_base cannot be learned from them"
         )
-    if config.loss in ("hard", "beta_binomial") and any(h.startswith(LIK) for h in heads):
+    if config.loss == "hard" and any(h.startswith(LIK) for h in heads):
         raise UserError(
             f"loss is {config.loss!r}, which is about counts, but labels {config.labels} hold "
             "likelihoods as well; use --loss bce or mse"

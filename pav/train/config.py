@@ -6,15 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pav.core.errors import UserError
-from pav.core.heads import HeadKind
 from pav.policy.policy import Prompt
 from pav.tasks.base import Task
 from pav.train.losses import Loss
 from pav.verifier.lora import Lora
 
 LEARNING_RATES = {"frozen": 0.01, "lora": 2e-4, "full": 2e-5}
-# A bigger head at the rate of a linear one overshoots.
-MLP_RATE = 1e-3
 # Heads start at zero on a trunk that hardly moves: at the trunk's rate they would never arrive.
 HEAD_RATE = 1e-3
 
@@ -34,9 +31,8 @@ class TrainConfig:
             second model).
         trunk_mode: ``frozen`` trains heads only, ``lora`` low-rank adapters, ``full`` everything.
         lora: adapters of ``trunk_mode: lora``.
-        head: ``linear``, or ``mlp`` (one hidden layer, frozen trunks only) that vLLM cannot serve.
         loss: ``bce`` on counts k of n; ``hard``: on 1 where any rollout was right (Math-Shepherd);
-            ``mse`` of Q against k/n; ``beta_binomial`` likelihood of k of n.
+            ``mse`` of Q against k/n.
         calibrate_on: labels that calibrators are fitted on: of one half of the ``validation``
             problems (the default of a trained trunk), or ``all``, of up to 1000 training
             solutions as well (that of a frozen one).
@@ -45,7 +41,7 @@ class TrainConfig:
         dtype: dtype the verifier is served in (bfloat16 is slow on a CPU without avx512_bf16 or
             amx_bf16).
         alpha: default weight of the advantage in search, stored with the verifier (0 for a pqv).
-        lr: peak learning rate; by default 0.01 frozen (0.001 for an mlp), 2e-4 lora, 2e-5 full.
+        lr: peak learning rate; by default 0.01 frozen, 2e-4 lora, 2e-5 full.
         head_lr: that of the heads under lora and full; by default 0.001.
         warmup: optimiser steps of linear warm-up; then the rate falls to zero as a cosine.
         max_epochs: upper limit; training stops early on validation.
@@ -75,7 +71,6 @@ class TrainConfig:
     trunk: str | None = None
     trunk_mode: Literal["frozen", "lora", "full"] = "frozen"
     lora: Lora = field(default_factory=Lora)
-    head: HeadKind = "linear"
     loss: Loss = "bce"
     calibrate_on: Literal["validation", "all"] | None = None
     task: Task | None = None
@@ -119,11 +114,6 @@ class TrainConfig:
                 f"max_steps is {self.max_steps}; give more than warmup ({self.warmup}), or leave "
                 "it out"
             )
-        if self.head == "mlp" and self.trunk_mode != "frozen":
-            raise UserError(
-                f"head mlp is for a frozen trunk, but trunk_mode is {self.trunk_mode}: a "
-                "trunk that is trained needs no more than --head linear"
-            )
         if self.calibrate_on == "all" and not self.frozen:
             raise UserError(
                 f"calibrate_on is all, but trunk_mode is {self.trunk_mode}: a trunk that was "
@@ -153,6 +143,4 @@ class TrainConfig:
     @property
     def rate(self) -> float:
         """Peak learning rate: of the trunk, or of the heads where it is frozen."""
-        if self.lr is not None:
-            return self.lr
-        return MLP_RATE if self.head == "mlp" else LEARNING_RATES[self.trunk_mode]
+        return LEARNING_RATES[self.trunk_mode] if self.lr is None else self.lr

@@ -54,9 +54,6 @@ class VerifierModule(L.LightningModule):
         self.aucs = torch.nn.ModuleList(
             BinaryAUROC(sync_on_compute=False) for _ in range(model.heads)
         )
-        self.log_spread: torch.nn.Parameter | None = None
-        if config.loss == "beta_binomial":
-            self.log_spread = torch.nn.Parameter(torch.full((model.heads,), 2.0))
         # A checkpoint without the untouched trunk is whole.
         self.strict_loading = config.trunk_mode == "full"
         self.sharded = False
@@ -74,7 +71,6 @@ class VerifierModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         heads = list(self.model.head.parameters())
-        heads += [] if self.log_spread is None else [self.log_spread]
         groups: list[dict[str, Any]] = [{"params": heads, "lr": self.config.rate}]
         if not self.config.frozen:
             trunk = [p for p in self.model.trunk.parameters() if p.requires_grad]
@@ -104,10 +100,7 @@ class VerifierModule(L.LightningModule):
 
     def summed(self, logits_NH: Tensor, batch: PositionRows | Traces, weight_NH: Tensor) -> Tensor:
         """The loss summed over the labels of a batch."""
-        return summed_loss(
-            self.config.loss, logits_NH, batch.k_NH, batch.n_NH, batch.share_N1, weight_NH,
-            self.log_spread,
-        )  # fmt: skip
+        return summed_loss(self.config.loss, logits_NH, batch.k_NH, batch.n_NH, weight_NH)
 
     def on_train_batch_start(self, batch: PositionRows | Traces, index: int) -> None:
         # Dropout must not depend on where a run was resumed. (Heads alone draw nothing.)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from pav.core.errors import UserError
 from pav.core.files import damage, finite
-from pav.core.heads import HeadKind
 from pav.policy.policy import (
     ASSET_PREFIX,
     PolicyConfig,
@@ -67,7 +66,7 @@ class VerifierMeta:
         surprise_calibrators: head -> calibrator with surprise.
         validation: metrics on the half of validation that the calibrators did not see.
         lora: ``rank`` and ``alpha`` of the adapters, empty where there are none.
-        head: ``linear`` rows, or an ``mlp`` that vLLM cannot serve.
+        head: ``linear``; older versions had another kind, which is refused.
         loss: what the heads were fitted with.
         policy_prompt: how the policy was asked for the labels (:mod:`pav.policy.rendered`); empty
             in checkpoints of older versions.
@@ -95,7 +94,7 @@ class VerifierMeta:
     surprise_calibrators: dict[str, dict[str, Any]] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
-    head: HeadKind = "linear"
+    head: str = "linear"
     loss: str = "bce"
     policy_prompt: dict[str, str] = field(default_factory=dict)
     trunk_prompt: dict[str, str] = field(default_factory=dict)
@@ -134,12 +133,11 @@ class Verifier:
         path: the checkpoint file.
         digest: digest of the file, stamped on exports.
         card: what it remembers.
-        weight: (H, D) head rows; empty for an MLP.
-        bias: (H,) head biases, added on our side; zero for an MLP.
+        weight: (H, D) head rows.
+        bias: (H,) head biases, added on our side.
         trunk_state: the trunk's weights where all were trained, else None.
         adapters: ``<module>.lora_A.weight`` (rank, in) and ``<module>.lora_B.weight`` (out, rank)
             where adapters were trained, else None.
-        mlp: weights of an MLP head, else None.
     """
 
     path: Path
@@ -149,7 +147,6 @@ class Verifier:
     bias: Tensor
     trunk_state: dict[str, Tensor] | None
     adapters: dict[str, Tensor] | None = None
-    mlp: dict[str, Tensor] | None = None
 
 
 def checkpoint_path(name: str) -> Path:
@@ -191,15 +188,16 @@ def load_verifier(name: str) -> Verifier:
         card = VerifierMeta(**json.loads(checkpoint["verifier"]))
         state = checkpoint["state_dict"]
         heads = _under("model.head.", state)
-        mlp = heads if card.head == "mlp" else None
+        if card.head != "linear":
+            raise UserError(
+                f"verifier {name!r} has head {card.head!r}, this version reads linear heads; train "
+                "it again with pav.train, or use the version that wrote it"
+            )
         if card.base_head and card.base_head not in card.heads:
             raise ValueError(f"it has no head {card.base_head!r}")
-        if mlp is not None:
-            weight, bias = torch.zeros(len(card.heads), 0), torch.zeros(len(card.heads))
-        else:
-            weight, bias = heads["weight"].float(), heads["bias"].float()
-            if len(weight) != len(card.heads) or len(bias) != len(card.heads):
-                raise ValueError(f"{len(card.heads)} heads in {len(weight)} rows")
+        weight, bias = heads["weight"].float(), heads["bias"].float()
+        if len(weight) != len(card.heads) or len(bias) != len(card.heads):
+            raise ValueError(f"{len(card.heads)} heads in {len(weight)} rows")
         card = replace(card, validation=_undefined(card.validation))
         flaw = _calibration_flaw(card) or not_finite(card.heads, state)
     except UserError:
@@ -216,7 +214,7 @@ def load_verifier(name: str) -> Verifier:
         )
     trunk, adapters = _under("model.trunk.", state), _under("model.adapters.", state)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Verifier(path, digest, card, weight, bias, trunk or None, adapters or None, mlp)
+    return Verifier(path, digest, card, weight, bias, trunk or None, adapters or None)
 
 
 def not_finite(heads: Sequence[str], state: Mapping[str, Tensor]) -> str:
@@ -273,7 +271,7 @@ def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_model(verifier: Verifier, trunk: str) -> HeadedTrunk:
-    """The verifier in transformers, in float32, adapters merged: any head, any trunk mode.
+    """The verifier in transformers, in float32, adapters merged: any trunk mode.
 
     Args:
         verifier: the checkpoint.
@@ -285,14 +283,13 @@ def load_model(verifier: Verifier, trunk: str) -> HeadedTrunk:
     from pav.verifier.lora import merge_into
     from pav.verifier.trunk import HeadedTrunk, load_trunk
 
-    model = HeadedTrunk(load_trunk(trunk), len(verifier.card.heads), verifier.card.head)
+    model = HeadedTrunk(load_trunk(trunk), len(verifier.card.heads))
     try:
         if verifier.trunk_state is not None:
             model.trunk.load_state_dict(verifier.trunk_state)
         if verifier.adapters is not None:
             merge_into(model.trunk, verifier.adapters, verifier.card.lora)
-        heads = verifier.mlp or {"weight": verifier.weight, "bias": verifier.bias}
-        model.head.load_state_dict(heads)
+        model.head.load_state_dict({"weight": verifier.weight, "bias": verifier.bias})
     except (RuntimeError, KeyError) as error:
         raise UserError(
             f"verifier {str(verifier.path)!r} does not fit the trunk at {trunk!r} "
@@ -335,11 +332,11 @@ def trunk_path(verifier: Verifier, override: str | None = None) -> str:
         )
     from transformers import AutoConfig
 
-    rows = verifier.weight if verifier.mlp is None else verifier.mlp["0.weight"]
     hidden = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config().hidden_size
-    if rows.shape[1] != hidden:
+    if verifier.weight.shape[1] != hidden:
         raise UserError(
-            f"verifier {str(verifier.path)!r} is damaged: its head rows hold {rows.shape[1]} "
+            f"verifier {str(verifier.path)!r} is damaged: its head rows hold "
+            f"{verifier.weight.shape[1]} "
             f"numbers, and the trunk at {name!r} has hidden states of {hidden}; restore the file, "
             "or train it again with pav.train"
         )

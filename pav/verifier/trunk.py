@@ -1,7 +1,6 @@
-"""Trunk and heads: a causal LM whose last hidden states are read by linear rows or a small MLP.
+"""Trunk and heads: a causal LM whose last hidden states are read by linear rows.
 
-A linear head is a row that stock vLLM can serve as a score token (``pav/export/vllm.py``); an MLP
-is read by transformers only.
+A head is a row that stock vLLM can serve as a score token (``pav/export/vllm.py``).
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pav.core.errors import UserError
-from pav.core.heads import HeadKind
 from pav.policy.inference import SCORE_SCALE
 
-MLP_WIDTH = 256
 # Logits over a real vocabulary are made this many bytes at a time.
 _LOGIT_BYTES = 1 << 29
 
@@ -25,21 +22,16 @@ _LOGIT_BYTES = 1 << 29
 class HeadedTrunk(nn.Module):
     """Trunk and heads. Shapes: B sequences, T tokens, D hidden size, H heads."""
 
-    def __init__(self, trunk: PreTrainedModel, heads: int, kind: HeadKind = "linear") -> None:
+    def __init__(self, trunk: PreTrainedModel, heads: int) -> None:
         super().__init__()
         self.trunk = trunk
         config = trunk.config
         refuse_unservable(config)
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.heads, self.kind = heads, kind
-        self.head: nn.Linear | nn.Sequential
-        last = nn.Linear(config.hidden_size if kind == "linear" else MLP_WIDTH, heads)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        if kind == "linear":
-            self.head = last
-        else:
-            self.head = nn.Sequential(nn.Linear(config.hidden_size, MLP_WIDTH), nn.SiLU(), last)
+        self.heads = heads
+        self.head = nn.Linear(config.hidden_size, heads)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, ids: Tensor, row_N: Tensor, column_N: Tensor) -> Tensor:
         """Head logits (N, H) at the positions (row, column) of right-padded ids (B, T)."""
@@ -52,20 +44,11 @@ class HeadedTrunk(nn.Module):
         return states
 
     def head_logits(self, hidden: Tensor) -> Tensor:
-        """Head logits (..., H) of hidden states (..., D), exactly as served where linear."""
-        if isinstance(self.head, nn.Sequential):
-            dtype = next(self.head.parameters()).dtype
-            logits: Tensor = self.head(hidden.to(dtype))
-            return logits.float()
+        """Head logits (..., H) of hidden states (..., D), exactly as served."""
         return self.row_logits(hidden) * SCORE_SCALE + self.head.bias
 
     def row_logits(self, hidden: Tensor) -> Tensor:
-        """What the appended rows of the output embedding say, soft-capped as the model's logits.
-
-        An MLP has none: zeros.
-        """
-        if isinstance(self.head, nn.Sequential):
-            return hidden.new_zeros(*hidden.shape[:-1], self.heads).float()
+        """What the appended rows of the output embedding say, soft-capped as the model's logits."""
         rows = nn.functional.linear(hidden, self.head.weight.to(hidden.dtype) / SCORE_SCALE)
         return self._capped(rows).float()
 

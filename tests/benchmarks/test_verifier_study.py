@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import betabinom
 
 from benchmarks.verifier.figures import figures_of, resampled, weights
 from benchmarks.verifier.fitting import values_of
+from benchmarks.verifier.heads import beta_binomial
 from benchmarks.verifier.pool import Part, encode, shifted, subset
 from benchmarks.verifier.rows import DEFAULT, rows
 from benchmarks.verifier.setting import HEADS, Study
@@ -63,7 +68,27 @@ def test_a_row_of_the_study_learns_from_its_part_of_the_pool(tmp_path: Path) -> 
         copies = np.repeat(auc.rows, w.astype(int))
         high = counts.share_N[copies] >= 0.5
         assert auc.of(q, w) == pytest.approx(plain_auc(q[copies], high), abs=1e-5)
+    # A head and a loss of the study's own learn as well.
+    for other in (replace(row, head="mlp"), replace(row, loss="beta_binomial")):
+        q = values_of(study, other, [0])["validation"][0, HEADS.index(auc.head), 0]
+        assert auc.of(q, np.ones(len(auc.rows))) > 0.8
     assert len({row.key for row in rows()}) == len(rows())
     assert all(
         row.like is None or row.like in {(r.group, r.name) for r in rows()} for row in rows()
     )
+
+
+counts = st.integers(1, 20).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@given(st.floats(-5, 5), counts, st.floats(-1, 5), st.integers(1, 9))
+def test_beta_binomial_is_scipys_however_many_traces_share_a_prefix(
+    logit: float, counts: tuple[int, int], spread: float, traces: int
+) -> None:
+    k, n = counts
+    mean, size = 1 / (1 + math.exp(-logit)), math.exp(spread)
+    expected = -betabinom.logpmf(k, n, mean * size, (1 - mean) * size) + math.log(math.comb(n, k))
+    share = 1 / traces
+    cells = [torch.full((1, 1), v) for v in (logit, k * share, n * share, share, n * share)]
+    loss = traces * beta_binomial(*cells, torch.tensor([spread])).item()
+    assert loss == pytest.approx(expected, rel=1e-3, abs=2e-3)

@@ -1,8 +1,7 @@
-"""The paper's worked beam example, Best-of-K values and prover statistics without bias."""
+"""The paper's worked beam example, Best-of-K values and prover statistics."""
 
 from __future__ import annotations
 
-from itertools import product
 from math import comb
 
 import numpy as np
@@ -13,11 +12,9 @@ from scipy.stats import binom
 
 from pav.core.advantage import (
     alignment,
-    alignment_from_counts,
     best_of_k,
     best_of_k_from_counts,
     distinguishability,
-    distinguishability_from_counts,
     effective_score,
 )
 from pav.core.errors import UserError
@@ -130,49 +127,3 @@ def test_prover_statistics_are_variance_and_covariance_over_the_policys_steps() 
     assert alignment(Q_PROVER_SA, a_policy_SA, POLICY_SA, VISITS_S) == pytest.approx(
         VISITS_S @ covariance
     )
-
-
-def test_prover_statistics_from_counts_have_no_bias() -> None:
-    # Every outcome of two sampled steps with n rollouts each, weighted by its exact chance.
-    n, right = 3, np.arange(4)
-    for q_mu, q_pi, p in zip(Q_PROVER_SA, Q_POLICY_SA, POLICY_SA, strict=True):
-        chance_mu = p[:, None] * binom.pmf(right, n, q_mu[:, None])  # step, count
-        pairs = list(product(right, repeat=2))
-        weight = [chance_mu[:, i].sum() * chance_mu[:, j].sum() for i, j in pairs]
-        expected = weight @ distinguishability_from_counts(pairs, n)
-        assert expected == pytest.approx(np.cov(q_mu, aweights=p, ddof=0))
-        naive = weight @ (np.array(pairs) / n).var(axis=1, ddof=1)
-        assert naive > 1.4 * expected
-
-        both = np.einsum("ak,aj->kj", chance_mu, binom.pmf(right, n, q_pi[:, None]))
-        cells = list(product(right, repeat=4))
-        joint = [both[i, j] * both[k, m] for i, j, k, m in cells]
-        prover = [(i, k) for i, _, k, _ in cells]
-        policy = [(j, m) for _, j, _, m in cells]
-        assert joint @ alignment_from_counts(prover, n, policy, n) == pytest.approx(
-            np.cov(q_mu, q_pi, aweights=p, ddof=0)[0, 1]
-        )
-
-
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4))
-def test_distinguishability_from_counts_is_the_mean_over_all_halvings(
-    counts: list[tuple[int, int]],
-) -> None:
-    n, halvings = 4, [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-    for pair in counts:
-        rollouts = np.array([[i < k for i in range(n)] for k in pair], dtype=float)
-        covariances = []
-        for one, two in product(halvings, repeat=2):  # each step is halved on its own
-            first = np.array([rollouts[0, list(one)].mean(), rollouts[1, list(two)].mean()])
-            second = 2 * rollouts.mean(axis=1) - first
-            covariances.append(np.cov(first, second)[0, 1])
-        assert distinguishability_from_counts([pair], n)[0] == pytest.approx(np.mean(covariances))
-
-
-def test_counts_that_allow_no_estimate_are_refused() -> None:
-    with pytest.raises(UserError, match=r"shape \(2, 1\); .* at least 2 steps"):
-        distinguishability_from_counts([[1], [2]], 4)
-    with pytest.raises(UserError, match="at least 2 rollouts per step, got 1"):
-        distinguishability_from_counts([[1, 0]], 1)
-    with pytest.raises(UserError, match="roll both out after the same steps"):
-        alignment_from_counts([[1, 0]], 4, [[1, 0, 1]], 4)
