@@ -86,6 +86,7 @@ SLOW = [
     "test_workers",
     "test_final_step",
     "test_guarded",
+    "test_internals",
     "test_launch",
     "test_loading",
     "test_parity",

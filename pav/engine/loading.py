@@ -15,6 +15,7 @@ from typing import Any
 
 from pav.core.errors import UserError
 from pav.engine.processor import check_processor, is_emulated
+from pav.engine.vllm_internals import device_memory, load_kernels, unsupported_head_size
 from pav.policy.policy import Dtype
 
 # Not typing's: jsonargparse would run that block, and --help would wait for its imports.
@@ -155,22 +156,12 @@ def check_model(model: str, dtype: Dtype, max_length: int, config: EngineConfig)
 
 
 def _ask(arguments: EngineArgs) -> None:
-    from vllm.config import set_current_vllm_config
-    from vllm.v1.attention.selector import get_attn_backend
-
     planned = arguments.create_engine_config()
-    model = planned.model_config
-    if model.is_attention_free or model.use_mla:
-        return  # no attention, or one whose heads have several sizes
-    size = model.get_head_size()
-    with set_current_vllm_config(planned):
-        # On a GPU this raises where no backend fits; that of CPUs takes whatever it is given.
-        backend = get_attn_backend(size, model.dtype, planned.cache_config.cache_dtype)
-    if not backend.supports_head_size(size):
-        sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
+    if sizes := unsupported_head_size(planned):
         raise UserError(
-            f"vLLM cannot serve {arguments.model!r} on this device: its head_dim is {size}, and "
-            f"attention here takes {sizes}; use a model with one of these"
+            f"vLLM cannot serve {arguments.model!r} on this device: its head_dim is "
+            f"{planned.model_config.get_head_size()}, and attention here takes {sizes}; use a "
+            "model with one of these"
         )
 
 
@@ -212,10 +203,7 @@ def load(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> LLM
 def gpu_bytes() -> int:
     """Memory of the first GPU."""
     prepare_process()
-    from vllm.platforms import current_platform
-
-    # It asks the driver: a process that only leads workers takes no memory of the GPU.
-    return int(current_platform.get_device_total_memory())
+    return device_memory()
 
 
 @cache
@@ -256,11 +244,8 @@ def main() -> None:
     prepare_process()
     import torch
     import vllm
-    from vllm.platforms import current_platform
 
-    # It knows which of its builds this machine can run; importing another one is fatal.
-    current_platform.import_kernels()
-    if not hasattr(torch.ops._C, "rms_norm"):
+    if not load_kernels():
         sys.exit(
             "error: vLLM's kernels do not load; what it says above is the reason. Run 'make clean' "
             "and repeat"

@@ -19,11 +19,42 @@ from pav.core.errors import UserError
 from pav.core.steps import Stepper
 from pav.engine.loading import EngineConfig, load, on_cpu
 from pav.engine.read_check import check_reads
+from pav.engine.vllm_internals import shutdown, tokens_in_flight
 from pav.policy.inference import SCORE_SCALE, Read, Sampled, Usage
 from pav.policy.policy import Dtype, Sampler
 
 T = TypeVar("T")
 SCORE_BIAS = -100.0
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What vLLM has of a request.
+
+    Attributes:
+        prompt: its ids.
+        cached: how many of them came from the prefix cache.
+        ids: sampled ones.
+        stopped: whether a stop token or a final step ended them, not the length.
+        logprobs: flat ones of every sampled token.
+        prompt_logprobs: flat ones of the prompt's, if they were asked for.
+    """
+
+    prompt: Sequence[int]
+    cached: int
+    ids: Sequence[int]
+    stopped: bool
+    logprobs: Any
+    prompt_logprobs: Any
+
+    @property
+    def prefilled(self) -> int:
+        """Tokens of the prompt that were computed."""
+        return len(self.prompt) - self.cached
+
+
+# The future, what makes its result, and the rule by which a sample may stop before its end.
+_Waiting = tuple[asyncio.Future[Any], Callable[[_Answer], Any], Stepper | None]
 
 
 @dataclass
@@ -45,9 +76,7 @@ class VllmEngine:
     config: EngineConfig = field(default_factory=EngineConfig)
     usage: Usage = field(default_factory=Usage)
     _engine: Any = field(default=None, init=False, repr=False)
-    _futures: dict[str, tuple[asyncio.Future[Any], Callable[[Any], Any], Stepper | None]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _futures: dict[str, _Waiting] = field(default_factory=dict, init=False, repr=False)
     _next: int = field(default=0, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -77,11 +106,7 @@ class VllmEngine:
     @property
     def in_flight(self) -> int:
         """Tokens that the requests in work have so far; for a progress line alone."""
-        try:
-            states = self._engine.output_processor.request_states.values()
-            return sum(s.detokenizer.num_output_tokens() for s in states if s.detokenizer)
-        except AttributeError:  # another version of vLLM may call them something else
-            return 0
+        return tokens_in_flight(self._engine)
 
     async def sample(
         self,
@@ -121,7 +146,7 @@ class VllmEngine:
             until = None
         if until is not None:
             parameters.output_kind = RequestOutputKind.CUMULATIVE
-        return await self._submit(ids, parameters, self._sampled if scores else _plain, until)
+        return await self._submit(ids, parameters, _scored if scores else _plain, until)
 
     async def read(self, ids: Sequence[int], *, logprobs_from: int | None = None) -> Read:
         """Heads at the last position of ``ids``, and the log-probability of the tokens from index
@@ -177,14 +202,14 @@ class VllmEngine:
         return self._submit(
             ids,
             parameters,
-            lambda output: _reading(output, heads_of(output.outputs[0].logprobs)),
+            lambda answer: _reading(answer, heads_of(answer.logprobs)),
         )
 
     def _submit(
         self,
         ids: Sequence[int],
         parameters: Any,
-        convert: Callable[[Any], T],
+        convert: Callable[[_Answer], T],
         until: Stepper | None = None,
     ) -> asyncio.Future[T]:
         self.start()
@@ -204,26 +229,20 @@ class VllmEngine:
     def step(self) -> None:
         """One vLLM step; resolves what it finished."""
         for output in self._engine.step():
-            completion = output.outputs[0]
             future, convert, until = self._futures[output.request_id]
-            if until is not None and until.is_solution(completion.token_ids):
+            answer = _answer(output)
+            if until is not None and until.is_solution(answer.ids):
                 if not output.finished:
                     self._engine.abort_request([output.request_id])
-                completion.finish_reason = "stop"
+                answer = replace(answer, stopped=True)
             elif not output.finished:
                 continue
             del self._futures[output.request_id]
-            cached = output.num_cached_tokens or 0
-            self.usage.generated += len(completion.token_ids)
-            self.usage.cached += cached
-            self.usage.prefilled += len(output.prompt_token_ids) - cached
+            self.usage.generated += len(answer.ids)
+            self.usage.cached += answer.cached
+            self.usage.prefilled += answer.prefilled
             if not future.done():
-                future.set_result(convert(output))
-
-    def _sampled(self, output: Any) -> Sampled:
-        completion = output.outputs[0]
-        logprobs, heads = _split(completion.logprobs)
-        return replace(_plain(output), logprobs=logprobs, heads=heads)
+                future.set_result(convert(answer))
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes, so that what a method costs does not depend on the one before."""
@@ -232,9 +251,7 @@ class VllmEngine:
 
     def shutdown(self) -> None:
         """Free the device. vLLM's state is the process's: its other engines end with this one."""
-        core = getattr(self._engine, "engine_core", None)  # None where it was never started
-        if core is not None:
-            core.shutdown()
+        shutdown(self._engine)
 
 
 @cache
@@ -244,15 +261,27 @@ def _shared(
     return VllmEngine(model, dtype, max_length, list(score_ids), config)
 
 
-def _plain(output: Any) -> Sampled:
+def _answer(output: Any) -> _Answer:
     completion = output.outputs[0]
-    cached = output.num_cached_tokens or 0
-    return Sampled(
-        list(completion.token_ids),
+    return _Answer(
+        output.prompt_token_ids,
+        output.num_cached_tokens or 0,
+        completion.token_ids,
         completion.finish_reason == "stop",
-        prefilled=len(output.prompt_token_ids) - cached,
-        cached=cached,
+        completion.logprobs,
+        output.prompt_logprobs,
     )
+
+
+def _plain(answer: _Answer) -> Sampled:
+    return Sampled(
+        list(answer.ids), answer.stopped, prefilled=answer.prefilled, cached=answer.cached
+    )
+
+
+def _scored(answer: _Answer) -> Sampled:
+    logprobs, heads = _split(answer.logprobs)
+    return replace(_plain(answer), logprobs=logprobs, heads=heads)
 
 
 def _heads(flat: Any) -> np.ndarray:
@@ -265,17 +294,12 @@ def _last(flat: Any) -> np.ndarray:
     return np.asarray(flat.logprobs, np.float32)[-1:]
 
 
-def _reading(output: Any, heads: np.ndarray) -> Read:
-    cached = output.num_cached_tokens or 0
-    return Read(
-        heads,
-        None if output.prompt_logprobs is None else _computed(output, cached),
-        len(output.prompt_token_ids) - cached,
-        cached,
-    )
+def _reading(answer: _Answer, heads: np.ndarray) -> Read:
+    logprobs = None if answer.prompt_logprobs is None else _computed(answer)
+    return Read(heads, logprobs, answer.prefilled, answer.cached)
 
 
-def _computed(output: Any, cached: int) -> np.ndarray:
+def _computed(answer: _Answer) -> np.ndarray:
     """Log-probability of every token whose predecessor was computed: those from ``cached + 1`` on.
 
     vLLM has two model runners. The first one (CPUs) answers with a row for every token but the
@@ -285,7 +309,7 @@ def _computed(output: Any, cached: int) -> np.ndarray:
     Raises:
         UserError: if the answer has another form, or is about other tokens.
     """
-    ids, rows = output.prompt_token_ids, output.prompt_logprobs
+    ids, rows, cached = answer.prompt, answer.prompt_logprobs, answer.cached
     known = len(ids) - cached - 1
     start = len(rows.logprobs) - known
     if len(rows.logprobs) not in (len(ids) - 1, known) or rows.token_ids[start:] != list(

@@ -22,13 +22,13 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
 
 from pav.core.errors import UserError
 from pav.core.files import damage, json_text, read_object, replace_file, write_whole
 from pav.core.manifest import PROMPTS, refuse_other
 from pav.labels.examples import Example
 from pav.train.config import TrainConfig
+from pav.train.lightning_internals import rank
 from pav.verifier.checkpoint import VerifierMeta
 
 # Settings that a resumed run may change: they do not change what is trained.
@@ -115,7 +115,7 @@ def whole_checkpoint(directory: Path) -> Path | None:
         wrong = damage(path)
         if not wrong:
             return path
-        if not getattr(rank_zero_only, "rank", 0):
+        if rank() == 0:
             said = f"WARNING: {str(path)!r} is damaged ({wrong}); it is passed over"
             print(said, file=sys.stderr)
             # The next checkpoint must not keep this one for the one before.
@@ -228,7 +228,7 @@ def resume_or_refuse(
             print(f"resuming from {point}")
             return point
         print(f"WARNING: {str(working)!r} holds no whole checkpoint: from the beginning, then")
-    if not getattr(rank_zero_only, "rank", 0):
+    if rank() == 0:
         working.mkdir(parents=True, exist_ok=True)
         replace_file(path, json_text(plain))
     return None

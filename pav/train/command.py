@@ -18,7 +18,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from pav.core.errors import FULL, UserError, unwritable
@@ -55,6 +54,7 @@ from pav.train.checkpoints import resume_or_refuse, save_whole
 from pav.train.config import TrainConfig
 from pav.train.fit import fit, label_data
 from pav.train.launch import why_not
+from pav.train.lightning_internals import be_first, rank
 from pav.train.loggers import logger_of
 from pav.train.planning import plan
 from pav.verifier.checkpoint import (
@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> VerifierMeta | None:
     """
     if reason := why_not(config, os.environ):
         # Of many processes the first says it.
-        raise SystemExit(2) if getattr(rank_zero_only, "rank", 0) else UserError(reason)
+        raise SystemExit(2) if rank() else UserError(reason)
     try:
         return _as_one_of_many(config)
     except OSError as error:
@@ -93,9 +93,8 @@ def train(config: TrainConfig) -> VerifierMeta | None:
 def _as_one_of_many(config: TrainConfig) -> VerifierMeta | None:
     """The first process says what it does, the others are silent."""
     if config.processes == 1:
-        # A task of a bigger job (SLURM_PROCID) is first among one.
-        setattr(rank_zero_only, "rank", 0)  # noqa: B010
-    if getattr(rank_zero_only, "rank", 0):
+        be_first()
+    if rank():
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             return _train(config)
     if config.dry_run:

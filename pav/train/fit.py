@@ -28,6 +28,7 @@ from pav.policy.policy import Policy
 from pav.train.batches import LabelData, PositionRows, Traces, class_weights
 from pav.train.checkpoints import BEST, LAST, LastCheckpoint, Stopped, Unwritten, WholeCheckpoints
 from pav.train.config import HEAD_RATE, TrainConfig
+from pav.train.lightning_internals import batches_done
 from pav.train.loggers import logger_of
 from pav.train.losses import summed_loss
 from pav.train.progress import LightningProgress
@@ -105,7 +106,7 @@ class VerifierModule(L.LightningModule):
     def on_train_batch_start(self, batch: PositionRows | Traces, index: int) -> None:
         # Dropout must not depend on where a run was resumed. (Heads alone draw nothing.)
         if isinstance(batch, Traces):
-            done = self.trainer.fit_loop.epoch_loop.total_batch_idx
+            done = batches_done(self.trainer)
             torch.manual_seed(seed_of(self.config.seed, done, self.global_rank))
 
     def training_step(self, batch: PositionRows | Traces, index: int) -> Tensor:

@@ -17,6 +17,7 @@ from pav.grading import kinds as grading
 from pav.grading import math_worker
 from pav.grading.kinds import grade_text
 from pav.grading.numbers import plain_number
+from pav.grading.parser_internals import parse_in_two_stages
 from pav.tasks.base import Grade
 
 MATH500 = Path(__file__).parents[3] / "shared" / "data" / "math500.jsonl.gz"
@@ -333,5 +334,5 @@ def test_parsing_in_two_stages_changes_no_expression(monkeypatch: pytest.MonkeyP
 
     plain = read()
     monkeypatch.setattr(latex2sympy2, "_Latex2Sympy", latex2sympy2._Latex2Sympy)
-    math_worker.parse_in_two_stages()
+    parse_in_two_stages()
     assert read() == plain
