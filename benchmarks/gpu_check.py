@@ -301,7 +301,7 @@ def forward(model: HeadedTrunk, ids: list[int]) -> Forward:
     """Heads, log-probabilities and logits of ``ids``."""
     batch = torch.tensor([ids], device=model.head.weight.device)
     hidden = model.hidden(batch)
-    logits: torch.Tensor = model.trunk.get_output_embeddings()(hidden)  # type: ignore[operator]
+    logits: torch.Tensor = model.trunk.get_output_embeddings()(hidden)
     return Forward(
         model.head_logits(hidden)[0].float().cpu().numpy(),
         model.token_logprobs(hidden, batch)[0].float().cpu().numpy(),
@@ -309,8 +309,9 @@ def forward(model: HeadedTrunk, ids: list[int]) -> Forward:
     )
 
 
-def gap(left: np.ndarray, right: np.ndarray) -> float:
+def gap(left: np.ndarray | None, right: np.ndarray) -> float:
     """Largest absolute difference."""
+    assert left is not None
     return float(np.abs(left - right).max())
 
 

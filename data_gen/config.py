@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_gen.strategies import Plan, Strategy
 from pav.core.errors import UserError
@@ -16,6 +17,9 @@ from pav.policy.policy import (
     like,
 )
 from pav.tasks.base import Task
+
+# No task: __post_init__ has to see first which models are named.
+_CHOSEN_LATER: Any = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,7 @@ class RolloutsConfig:
     """
 
     output: str
-    # None only until __post_init__ has seen which models are named.
-    task: Task = None  # type: ignore[assignment]
+    task: Task = _CHOSEN_LATER
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     prover: PolicyConfig | list[PolicyConfig] | None = None
     sampler: Sampler = field(default_factory=Sampler)

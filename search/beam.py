@@ -14,6 +14,7 @@ from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.tasks.base import Problem
 from pav.verifier.checkpoint import Verifier
+from pav.verifier.pick import Pick
 from pav.verifier.score import Score
 from pav.verifier.scoring import StepScorer
 from search.methods.beam import Duplicates
@@ -33,6 +34,13 @@ from search.run.setup import (
 from search.run.solve import beam_record, beam_settings, pick_again, traces_record
 from search.run.worker import Search
 from search.scoring.text import RewardModelConfig
+
+# Of the solutions of best-of-N.
+BASELINES: tuple[tuple[str, Pick], ...] = (
+    ("best-of-N, ORM", "orm"),
+    ("ORM-weighted vote", "orm_vote"),
+    ("majority vote", "majority"),
+)
 
 # Not typing's: jsonargparse would run that block, and --help would wait for its imports.
 TYPE_CHECKING = False
@@ -163,12 +171,8 @@ def _baselines(
     )
     rows = []
     for n, records, took in ((config.n, same, seconds), (matched, equal, more)):
-        for label, rule in (
-            ("best-of-N, ORM", "orm"),
-            ("ORM-weighted vote", "orm_vote"),
-            ("majority vote", "majority"),
-        ):
-            rows.append(Row(label, n, [pick_again(r, rule) for r in records], took))  # type: ignore[arg-type]
+        for label, rule in BASELINES:
+            rows.append(Row(label, n, [pick_again(r, rule) for r in records], took))
         rows.append(Row("oracle (pass@N)", n, [by_oracle(r) for r in records], took))
     return rows
 

@@ -429,7 +429,7 @@ def test_model_that_vllm_cannot_serve_leaves_no_output(
     ("command", "arguments", "message"),
     [
         ("data_gen.rollouts", ["--output", "x", "--n_mc", "-1"],
-         "n_mc is -1; give at least one seed"),
+         "n_mc is -1; give at least one trace"),
         ("data_gen.rollouts", ["--output", "x", "--prover_share", "2"],
          "prover_share is 2.0; give a share from 0 to 1"),
         ("data_gen.rollouts", ["--output", "x", "--sampler.temperature", "0"],

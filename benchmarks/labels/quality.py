@@ -19,6 +19,7 @@ import lightning as L
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pav.core.heads import ORM, q_head
 from pav.evaluate.scored_labels import MODES
@@ -40,7 +41,7 @@ STEPS, PATIENCE = 150, 15
 class Remembered(nn.Module):
     """A frozen causal LM that reads every sequence once; in the place of a HeadedTrunk's trunk."""
 
-    def __init__(self, trunk: nn.Module) -> None:
+    def __init__(self, trunk: PreTrainedModel) -> None:
         super().__init__()
         self.trunk = trunk
         self.config = trunk.config
@@ -50,7 +51,8 @@ class Remembered(nn.Module):
         return self
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.trunk.get_output_embeddings()
+        found: nn.Module = self.trunk.get_output_embeddings()
+        return found
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
         # No sequence ends in the padding token (0).
@@ -125,7 +127,7 @@ def quality(judge: Judge, labels: LabelSet, seed: int) -> Quality:
         seed=seed,
     )
     L.seed_everything(seed, verbose=False)
-    model = HeadedTrunk(judge.trunk, 2)  # type: ignore[arg-type]
+    model = HeadedTrunk(judge.trunk, 2)
     with TemporaryDirectory() as working, redirect_stdout(StringIO()):
         data = label_data(config, model, train_set, watched, judge.policy)
         state = fit(config, model, data, Path(working))

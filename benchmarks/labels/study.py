@@ -181,7 +181,7 @@ class Replays:
     def price(self, arm: Arm, traces: Sequence[Trace]) -> int:
         """Tokens that the arm takes for these solutions."""
         rollouts = {key: c for trace in traces for key, c in self.rollouts(arm, trace).items()}
-        return sum(len(record.ids) for record in (*traces, *rollouts.values()))
+        return sum(len(t.ids) for t in traces) + sum(len(c.ids) for c in rollouts.values())
 
     def budget(self, problems: Sequence[Problem]) -> int:
         """Tokens that the reference takes on these problems."""

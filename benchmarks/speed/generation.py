@@ -23,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -152,10 +153,8 @@ def _case(
             if asked != len(store.traces) + len(store.completions):
                 raise RuntimeError("raw vLLM would not be given the requests of the label run")
         own = [call for call in calls if call.problem in first]
-        ways["raw vLLM"] = _time(engine, lambda calls=calls: _raw(engine, roller, calls))
-        ways["usual loop"] = _time(
-            engine, lambda own=own: sum(_raw(engine, roller, [call]) for call in own)
-        )
+        ways["raw vLLM"] = _time(engine, partial(_raw, engine, roller, calls))
+        ways["usual loop"] = _time(engine, partial(_one_by_one, engine, roller, own))
         turns.append(ways)
         for way, turn in ways.items():
             print(
@@ -175,11 +174,11 @@ def _time(engine: VllmEngine, work: Callable[[], int]) -> Turn:
         steps += 1
         return inner()
 
-    engine._engine.step = step  # type: ignore[method-assign]
+    engine._engine.step = step
     clock, cpu = time.perf_counter(), time.process_time()
     tokens = work()
     clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
-    engine._engine.step = inner  # type: ignore[method-assign]
+    engine._engine.step = inner
     return Turn(tokens, steps, clock, cpu)
 
 
@@ -202,6 +201,11 @@ def _calls(
             numbers = [seed_of(labeler.seed, "rollout", name, key, i) for i in range(plan.n_mc)]
             calls.append(Call(pid, ids, [(most - len(ids), number) for number in numbers]))
     return calls
+
+
+def _one_by_one(engine: VllmEngine, roller: RolloutPolicy, calls: Sequence[Call]) -> int:
+    """Tokens of the calls, each when the one before has ended."""
+    return sum(_raw(engine, roller, [call]) for call in calls)
 
 
 def _raw(engine: VllmEngine, roller: RolloutPolicy, calls: Sequence[Call]) -> int:

@@ -68,7 +68,7 @@ def measure(config: GradingConfig) -> None:
     from benchmarks.speed.results import bars, metric, result, write  # torch: not here
 
     task = Math(data=config.data, test=None)
-    problems = [p for s in ("train", "validation", "test") for p in task.problems(s)]  # type: ignore[arg-type]
+    problems = [p for s in ("train", "validation", "test") for p in task.problems(s)]
     pairs = answers(problems)
     size = -(-len(pairs) // config.processes)
     parts = [pairs[i : i + size] for i in range(0, len(pairs), size)]

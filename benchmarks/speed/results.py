@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from pav.core.files import json_text
+from pav.engine.vllm import VllmEngine
+from pav.policy.inference import Engine
 
 RESULTS = Path(__file__).parents[1] / "results"
 Target = tuple[str, float] | None
@@ -30,6 +32,12 @@ def seconds() -> float:
     does not move.
     """
     return time.perf_counter() if GPU else time.process_time()
+
+
+def in_process(engine: Engine) -> VllmEngine:
+    """An engine that is in this process, as one is without workers."""
+    assert isinstance(engine, VllmEngine)
+    return engine
 
 
 def result(name: str, suffix: str) -> Path:

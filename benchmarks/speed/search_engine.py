@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.speed.results import SECOND, bars, metric, result, seconds, write
+from benchmarks.speed.results import SECOND, bars, in_process, metric, result, seconds, write
 from pav.cli.run import run
 from pav.core.seeds import seed_of
 from pav.engine.loading import EngineConfig
@@ -37,6 +37,7 @@ from pav.engine.vllm import VllmEngine
 from pav.policy.inference import Read, Sampled
 from pav.tasks.base import Problem
 from pav.verifier.checkpoint import load_verifier
+from pav.verifier.score import Pick
 from pav.verifier.scoring import Scorer
 from search.run.records import Record
 from search.run.session import Session, open_session
@@ -86,7 +87,7 @@ class Recorder:
         return self.engine.score_ids
 
     @property
-    def busy(self) -> bool:
+    def busy(self) -> int:
         return self.engine.busy
 
     def step(self) -> None:
@@ -133,7 +134,7 @@ def _fused(
     verifier = load_verifier(name)
     session = open_session(verifier, None, None, None, device)
     scorer = session.scorer(verifier, "fused", True, None)
-    engine = scorer.engine
+    engine = in_process(scorer.engine)
     problems = session.problems("test", count)
     metrics, rows = [], []
 
@@ -163,7 +164,7 @@ def _fused(
         ]  # fmt: skip
     best, best_spent = _best_of(session, None, problems, 16)
     scored, scored_spent = _best_of(session, scorer, problems, 16)
-    plain = session.sampling_engine(None)
+    plain = in_process(session.sampling_engine(None))
     whole, raw_spent = _raw(plain, session, problems, best)
     row("best-of-16", best, best_spent)
     row("best-of-16, fused scores", scored, scored_spent)
@@ -185,19 +186,20 @@ def _separate(config: EngineSpeedConfig) -> tuple[list[dict[str, Any]], list[dic
     scorer = session.scorer(verifier, "separate", True, None)
     session.sampling_engine(scorer)
     problems = session.problems("test", config.problems)
-    recorder = Recorder(scorer.engine)
+    engine = in_process(scorer.engine)
+    recorder = Recorder(engine)
     n = config.n[0]
     records, spent = _searched(session, scorer, recorder, problems, n)
     tokens = sum(r.policy_tokens for r in records)
     reads = recorder.reads
     cached, with_cache = _timed(
-        scorer.engine,
-        [partial(scorer.engine.read, ids, logprobs_from=first) for ids, first in reads],
+        engine,
+        [partial(engine.read, ids, logprobs_from=first) for ids, first in reads],
         lambda out: out.computed + sum(gap.computed for gap in out.gaps),
     )
     whole, without = _timed(
-        scorer.engine,
-        [partial(_read_anew, scorer.engine, ids, first is not None) for ids, first in reads],
+        engine,
+        [partial(_read_anew, engine, ids, first is not None) for ids, first in reads],
         lambda out: out.computed,
     )
     session.shutdown()
@@ -236,7 +238,7 @@ async def _read_anew(engine: VllmEngine, ids: list[int], surprise: bool) -> Read
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
     return await engine._submit(
-        ids, parameters, lambda out: Read(np.zeros(0), None, len(out.prompt_token_ids), 0)
+        ids, parameters, lambda answer: Read(np.zeros(0), None, len(answer.prompt), 0)
     )
 
 
@@ -258,7 +260,7 @@ def _best_of(
     session.sampling_engine(scorer)
 
     async def sample(problem: Problem) -> Record:
-        rule = "majority" if scorer is None else "last"
+        rule: Pick = "majority" if scorer is None else "last"
         return await traces_record(session, scorer, n, rule, "best-of-N", 0, problem)
 
     records, spent = _run(session, sample, problems, f"best-of-{n}")

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.speed.results import GPU, SECOND, bars, metric, result, seconds, write
+from benchmarks.speed.results import GPU, SECOND, bars, in_process, metric, result, seconds, write
 from pav.cli.run import run
 from pav.core.seeds import seed_of
 from pav.core.statistics import bootstrap
@@ -45,7 +45,7 @@ from pav.engine.loading import EngineConfig
 from pav.engine.loop import drive
 from pav.engine.vllm import VllmEngine
 from pav.policy.cost import Cost
-from pav.policy.inference import Read, Sampled
+from pav.policy.inference import Engine, Read, Sampled
 from pav.policy.policy import Policy, Sampler
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
@@ -139,7 +139,7 @@ class Batched:
         ids_BT = ids_BT.to(self.model.head.weight.device)
         states_BTD = self.model.hidden(ids_BT)
         last_BD = states_BTD[range(len(texts)), [len(ids) - 1 for ids, _ in texts]]
-        heads_BH = (self.model.head_logits(last_BD) - self.model.head.bias).float().cpu().numpy()  # type: ignore[operator]
+        heads_BH = (self.model.head_logits(last_BD) - self.model.head.bias).float().cpu().numpy()
         logprobs_BT = self.model.token_logprobs(states_BTD, ids_BT).float().cpu().numpy()
         for (ids, future), heads, logprobs in zip(texts, heads_BH, logprobs_BT, strict=True):
             future.set_result(Read(heads, logprobs[: len(ids) - 1], len(ids), 0))
@@ -163,8 +163,8 @@ class Barrier:
         return self.engine.score_ids
 
     @property
-    def busy(self) -> bool:
-        return self.engine.busy or bool(self.waiting)
+    def busy(self) -> int:
+        return self.engine.busy or len(self.waiting)
 
     def step(self) -> None:
         if self.engine.busy:
@@ -235,7 +235,7 @@ def _sequential(config: LoopsConfig) -> tuple[list[dict[str, Any]], list[dict[st
     verifier = load_verifier(config.verifier)
     session = open_session(verifier, None, None, None, config.engine)
     scorer = session.scorer(verifier, "separate", True, None)
-    engine = session.sampling_engine(scorer)
+    engine = in_process(session.sampling_engine(scorer))
     problems = session.problems("test", config.problems)
     model = load_model(verifier, trunk_path(verifier)).to("cuda" if GPU else "cpu")
     batched = Batched(scorer, model, engine)
@@ -275,10 +275,10 @@ def _barrier(config: LoopsConfig) -> tuple[list[dict[str, Any]], list[dict[str, 
     problems = [
         problem
         for operations in range(2, 17)
-        for problem in islice(Tape(operations).problems("test"), each)
+        for problem in islice(Tape(n_ops=operations).problems("test"), each)
     ]
     # As they would come: long and short ones mixed.
-    np.random.default_rng(0).shuffle(problems)  # type: ignore[arg-type]
+    np.random.default_rng(0).shuffle(problems)
     metrics, rows = [], []
     for mode, name in (("fused", config.fused), ("separate", config.verifier)):
         verifier = load_verifier(name)
@@ -311,7 +311,7 @@ def _barrier(config: LoopsConfig) -> tuple[list[dict[str, Any]], list[dict[str, 
     return metrics, rows
 
 
-def _of(session: Session, engines: dict[str, VllmEngine], engine: VllmEngine) -> Any:
+def _of(session: Session, engines: Mapping[str, Engine], engine: Engine) -> Any:
     """What stands in the place of ``engine`` now."""
     return next(session.engines[name] for name, own in engines.items() if own is engine)
 

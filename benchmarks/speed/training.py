@@ -44,7 +44,7 @@ from pav.cli.run import run
 from pav.labels.examples import Example
 from pav.train.batches import MAX_WASTE, LabelData, collate
 from pav.train.checkpoints import LastCheckpoint, WholeCheckpoints
-from pav.train.config import TrainConfig
+from pav.train.config import Precision, TrainConfig
 from pav.train.fit import VerifierModule, prepare, trainer_of
 from pav.train.progress import LightningProgress
 from pav.verifier.forward import batches
@@ -77,7 +77,7 @@ class TrainingConfig:
     step_tokens: int = 8
     tokens: int = 2048
     turns: int = 3
-    precision: str = "32-true"
+    precision: Precision = "32-true"
     gpu: bool = False
 
 

@@ -124,7 +124,7 @@ def ensembles(config: EnsemblesConfig) -> None:
         raise ValueError("labels are of problems that are searched")
     settings = beam_settings(verifier.card, config.n, 3, None, None)
     found: dict[str, np.ndarray] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for way in WAYS:
         columns, tokens, oracle = [], [], []
         for seed in config.seeds:
@@ -202,7 +202,7 @@ def train(config: EnsemblesConfig, checkpoint: Path) -> None:
                 plain[head + suffix] = asdict(fit_calibrator(logit, None, k, n))
                 features = scored.surprise_NF[rows]
                 surprised[head + suffix] = asdict(fit_calibrator(logit, features, k, n, member))
-    whole = HeadedTrunk(trunk, len(names), "linear")
+    whole = HeadedTrunk(trunk, len(names))
     with torch.no_grad():
         whole.head.weight.copy_(torch.stack(weights))
         whole.head.bias.copy_(torch.stack(biases))

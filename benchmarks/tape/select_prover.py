@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from benchmarks.tape.main import RESULTS, _commit, _metric
+from benchmarks.tape.main import RESULTS, commit, row
 from data_gen.provers.command import PICTURE, RESULT, STATISTICS
 from data_gen.store import read_manifest
 from pav.cli.run import run
@@ -54,20 +54,20 @@ def collect(config: SelectProverResultConfig) -> None:
         "command": COMMAND,
         "machine": f"{platform.processor() or platform.machine()}, no GPU",
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
     }
     covered = "share of the base's visits that could be judged"
-    metrics = [_metric(covered, found["covered"], None, None)]
+    metrics = [row(covered, found["covered"], None, None)]
     rows = []
     for candidate in found["candidates"]:
         name, chosen = candidate["name"], candidate["name"] == found["recommended"]
-        row = {"prover": name, "recommended": chosen, "solves": candidate["success"]}
+        line = {"prover": name, "recommended": chosen, "solves": candidate["success"]}
         for statistic in STATISTICS:
             value, ci95 = candidate[statistic]["value"], candidate[statistic]["ci95"]
             mark = " (recommended)" if chosen else ""
-            metrics.append(_metric(f"prover {name}{mark}: {statistic}", value, ci95, None))
-            row |= {statistic: value, f"{statistic}_low": ci95[0], f"{statistic}_high": ci95[1]}
-        rows.append(row)
+            metrics.append(row(f"prover {name}{mark}: {statistic}", value, ci95, None))
+            line |= {statistic: value, f"{statistic}_low": ci95[0], f"{statistic}_high": ci95[1]}
+        rows.append(line)
     target = RESULTS / "tape_select_prover.json"
     target.write_text(json_text([{**m, **shared} for m in metrics]) + "\n")
     with target.with_suffix(".csv").open("w", newline="") as stream:

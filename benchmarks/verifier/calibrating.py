@@ -112,8 +112,8 @@ def calibrating(config: CalibratingConfig) -> None:
                 metrics.append(metric(f"Brier, fitted on training labels too: {what}", d,
                                       (low, high)))  # fmt: skip
                 print(f"{what}: {d:+.4f} [{low:+.4f}, {high:+.4f}]", flush=True)
-    held = len({p for p in names if not first_half(p)})
-    write("verifier_calibrating", metrics, lines, _draw(lines), [0], held, COMMAND)
+    count = len({p for p in names if not first_half(p)})
+    write("verifier_calibrating", metrics, lines, _draw(lines), [0], count, COMMAND)
 
 
 def _draw(lines: list[dict[str, Any]]) -> Picture:

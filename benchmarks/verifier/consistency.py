@@ -97,7 +97,8 @@ class ConsistentModule(VerifierModule):
     def training_step(self, batch: PositionRows | Traces, index: int) -> Tensor:
         # Weighted classes shift logits by a constant (exactly so with one rollout a prefix), and a
         # mean of shifted values is no shifted mean.
-        shift_H = self.weight_2H[1].log() - self.weight_2H[0].log()
+        weight_2H = self.get_buffer("weight_2H")
+        shift_H = weight_2H[1].log() - weight_2H[0].log()
         logits_NH = self.model.head_logits(self.hidden_ND) - shift_H
         return super().training_step(batch, index) + self.weight * consistency(
             logits_NH, self.sampled

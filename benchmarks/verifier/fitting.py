@@ -121,7 +121,7 @@ def trained_heads(
     return model
 
 
-def dataset(states_ND: Tensor, examples: Sequence[Example], loss: Loss) -> TensorDataset:
+def dataset(states_ND: Tensor, examples: Sequence[Example], loss: Loss = "bce") -> TensorDataset:
     """Labelled rows of ``examples`` for :func:`pav.train.fit.fit`, states computed already."""
     k, n = (np.concatenate([getattr(e, name) for e in examples]) for name in ("k_PH", "n_PH"))
     if loss == "beta_binomial":

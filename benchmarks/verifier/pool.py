@@ -41,7 +41,7 @@ def subset(pool: LabelSet, part: Part) -> tuple[LabelSet, int]:
     for c in rollouts:
         k, n = counts.get((c.prefix_key, c.policy), (0, 0))
         counts[c.prefix_key, c.policy] = (k + c.correct, n + 1)
-    tokens = sum(len(x.ids) for x in (*traces, *rollouts))
+    tokens = sum(len(t.ids) for t in traces) + sum(len(c.ids) for c in rollouts)
     return LabelSet(pool.manifest, traces, counts, rollouts), tokens
 
 

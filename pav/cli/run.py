@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import platform
@@ -13,7 +14,7 @@ from dataclasses import is_dataclass
 from importlib import import_module, metadata
 from inspect import isabstract
 from pkgutil import iter_modules
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -23,7 +24,14 @@ from pav.cli.renamed import by_new_names
 from pav.core.errors import UserError
 from pav.core.printable import one_line
 
-Config = TypeVar("Config")
+
+class Dataclass(Protocol):
+    """A dataclass, as typeshed says it."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+Config = TypeVar("Config", bound=Dataclass)
 
 
 def quiet() -> None:
@@ -113,7 +121,7 @@ def run(
     ):
         args = ["--task", "pav.tasks.jsonl.Jsonl", *args]
     task = named_task(args)
-    fields = config_type.__dataclass_fields__  # type: ignore[attr-defined]
+    fields = {f.name: f for f in dataclasses.fields(config_type)}
     if task is not None and "task" in fields:
         # jsonargparse would carry the default task's settings over to the named one.
         parser.set_defaults({"task": None})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-ORM = "orm"
+from typing import Final
+
+ORM: Final = "orm"
 LIK = "lik/"
 
 

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -162,7 +162,8 @@ class VllmEngine:
 
         def asked(part: Read) -> np.ndarray:
             # A reading knows the tokens from the second computed one on.
-            return cast(np.ndarray, part.logprobs)[max(logprobs_from - 1 - part.cached, 0) :]
+            assert part.logprobs is not None
+            return part.logprobs[max(logprobs_from - 1 - part.cached, 0) :]
 
         known = [asked(read)]
         gaps: list[Read] = []

@@ -155,7 +155,7 @@ def _picks(
     return {**accuracies, "problems": float(len(groups)), "ci95": ci95}
 
 
-def default_pick(picks: dict[str, Any]) -> str:
+def default_pick(picks: dict[str, Any]) -> Pick:
     """The ORM head (the paper's rule), unless another rule wins by over a standard error.
 
     The last Q alone is a poor pick after a search that ranked by it: it is over-optimised.

@@ -12,6 +12,11 @@ from pav.train.losses import Loss
 from pav.verifier.lora import Lora
 
 LEARNING_RATES = {"frozen": 0.01, "lora": 2e-4, "full": 2e-5}
+# Those of Lightning.
+Precision = Literal[
+    "32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine",
+    "transformer-engine-float16", "32", "bf16", "16", "64",
+]  # fmt: skip
 # Heads start at zero on a trunk that hardly moves: at the trunk's rate they would never arrive.
 HEAD_RATE = 1e-3
 
@@ -88,7 +93,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
-    precision: str = "32-true"
+    precision: Precision = "32-true"
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1

@@ -125,17 +125,20 @@ class VerifierModule(L.LightningModule):
         logits, k, n = self.logits(batch), batch.k_NH, batch.n_NH
         loss = self.summed(logits, batch, n) / n.sum().clamp_min(1e-9)
         self.log("val_loss", loss, batch_size=int(n.count_nonzero()))
-        for h, auc in enumerate(self.aucs):
+        for h, auc in enumerate(self._aucs()):
             there = n[:, h] > 0
             # A head may have no label at all: no outcome where the length cap cut every trace.
             if there.any():
-                auc.update(logits[there, h], (k[there, h] >= 0.5 * n[there, h]).int())  # type: ignore[operator]
+                auc.update(logits[there, h], (k[there, h] >= 0.5 * n[there, h]).int())
 
     def on_validation_epoch_end(self) -> None:
-        values = [auc.compute() for auc in self.aucs if auc.update_called]  # type: ignore[operator]
-        for auc in self.aucs:
-            auc.reset()  # type: ignore[operator]
+        values = [auc.compute() for auc in self._aucs() if auc.update_called]
+        for auc in self._aucs():
+            auc.reset()
         self.log("val_auc", torch.stack(values).mean())
+
+    def _aucs(self) -> list[BinaryAUROC]:
+        return [auc for auc in self.aucs if isinstance(auc, BinaryAUROC)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # What is not trained is found again by name and digest.
@@ -289,7 +292,7 @@ def trainer_of(
         trainer = L.Trainer(
             max_epochs=config.max_epochs,
             max_steps=config.max_steps or -1,
-            precision=config.precision,  # type: ignore[arg-type]
+            precision=config.precision,
             accelerator="cpu" if config.frozen else config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,

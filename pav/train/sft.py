@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import numpy as np
@@ -61,6 +61,7 @@ BUCKET = 16
 CHECKPOINT_MINUTES = 5.0
 
 
+@runtime_checkable
 class HasSolutions(Protocol):
     """A task that can show its own correct solutions."""
 
@@ -158,17 +159,18 @@ def schedule(step: int, config: SftConfig) -> float:
 
 def sft(config: SftConfig) -> None:
     """Train, save and measure a policy (see :class:`SftConfig`)."""
-    if not hasattr(config.task, "solutions"):
+    task = config.task
+    if not isinstance(task, HasSolutions):
         raise UserError(
-            f"task {config.task.name!r} has no solutions to learn from; give it a method "
+            f"task {task.name!r} has no solutions to learn from; give it a method "
             "solutions(seed) that yields (question, solution)"
         )
     output = Path(config.output)
     with Lock(output / LOCK, output), interruptible():
-        _sft(config, output)
+        _sft(config, task, output)
 
 
-def _sft(config: SftConfig, output: Path) -> None:
+def _sft(config: SftConfig, task: HasSolutions, output: Path) -> None:
     started = any((output / name).exists() for name in (LAST, BEFORE))
     unfinished = started and (output / "sft.json").exists()
     # A death while the model was written leaves both: it is written again.
@@ -206,7 +208,7 @@ def _sft(config: SftConfig, output: Path) -> None:
     trainer = L.Trainer(
         # Lightning counts a step per optimiser.
         max_steps=config.steps * 2,
-        precision=config.precision,  # type: ignore[arg-type]
+        precision=config.precision,
         accelerator="auto",
         devices=1,
         logger=False,
@@ -219,7 +221,7 @@ def _sft(config: SftConfig, output: Path) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = Solutions(cast(HasSolutions, config.task), tokenizer, config, start)
+    data = Solutions(task, tokenizer, config, start)
     try:
         trainer.fit(
             module,
@@ -236,7 +238,7 @@ def _sft(config: SftConfig, output: Path) -> None:
     if config.eval_problems:
         right = accuracy(model, tokenizer, config, problems)
         print(f"right in a single sample: {right} of {len(problems)} validation problems")
-    task = task_option(task_spec(config.task), always=True)
+    option = task_option(task_spec(config.task), always=True)
     usual = asdict(Prompt())
     own = {k: v for k, v in asdict(config.prompt).items() if v != usual[k]}
     prompt = "".join(
@@ -245,7 +247,7 @@ def _sft(config: SftConfig, output: Path) -> None:
     )
     print(
         f"policy: {output}\nnext: data_gen.rollouts --policy {shlex.quote(str(output))}{prompt}"
-        f"{task} --output runs/labels"
+        f"{option} --output runs/labels"
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pav.policy.policy import Prompt
 from pav.tasks.base import Task
 from pav.tasks.tape import Tape
+from pav.train.config import Precision
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class SftConfig:
     warmup: int = 50
     decay: float = 0.4
     seed: int = 0
-    precision: str = "32-true"
+    precision: Precision = "32-true"
     compile: bool = False
     eval_problems: int = 500
     max_length: int = 160

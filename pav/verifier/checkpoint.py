@@ -21,6 +21,7 @@ from pav.core.errors import UserError
 from pav.core.files import damage, finite
 from pav.policy.policy import (
     ASSET_PREFIX,
+    Dtype,
     PolicyConfig,
     Prompt,
     Sampler,
@@ -30,6 +31,7 @@ from pav.policy.policy import (
 )
 from pav.tasks.base import BUILT_IN, Task
 from pav.verifier.calibrate import SURPRISE, Calibrator
+from pav.verifier.score import Pick
 
 if TYPE_CHECKING:  # imported where they are used: --help stays fast
     from torch import Tensor
@@ -79,7 +81,7 @@ class VerifierMeta:
     trunk_digest: str
     frozen: bool
     prompt: dict[str, Any]
-    dtype: str
+    dtype: Dtype
     task: dict[str, Any]
     task_fingerprint: str
     policy: dict[str, Any]
@@ -89,7 +91,7 @@ class VerifierMeta:
     base_head: str
     prover_head: str
     alpha: float
-    pick: str
+    pick: Pick
     calibrators: dict[str, dict[str, Any]] = field(default_factory=dict)
     surprise_calibrators: dict[str, dict[str, Any]] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)

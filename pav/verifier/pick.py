@@ -6,13 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import get_args
 
 from pav.core.errors import UserError
 from pav.core.heads import ORM
-from pav.verifier.score import Values
+from pav.verifier.score import Pick, Values
 
-Pick = Literal["last", "min", "pav", "orm", "vote", "orm_vote", "majority"]
 # Rules that need the values of all steps, not of the last one alone.
 EVERY_STEP: tuple[Pick, ...] = ("min", "pav")
 ORM_RULES: tuple[Pick, ...] = ("orm", "orm_vote")

@@ -13,6 +13,8 @@ from pav.core.heads import ORM
 Values = dict[str, float]
 # ``q``: Q of the base policy alone; ``a``: the prover's advantage alone; ``q+a``: Q + alpha * A.
 Score = Literal["q+a", "q", "a"]
+# Rules of the final pick (:mod:`pav.verifier.pick`).
+Pick = Literal["last", "min", "pav", "orm", "vote", "orm_vote", "majority"]
 
 
 class ScorerMeta(Protocol):
@@ -35,7 +37,7 @@ class ScorerMeta(Protocol):
         """Weight of the advantage where none is given."""
 
     @property
-    def pick(self) -> str:
+    def pick(self) -> Pick:
         """Final pick where none is named."""
 
 

@@ -154,5 +154,5 @@ def rule_of(comparison: Comparison, method: Method) -> Pick:
     if method.pick:
         return method.pick
     if method.reward_model is not None:
-        return comparison.session.reward_model(method.reward_model).pick  # type: ignore[return-value]
-    return comparison.verifiers[str(method.verifier)].card.pick  # type: ignore[return-value]
+        return comparison.session.reward_model(method.reward_model).pick
+    return comparison.verifiers[str(method.verifier)].card.pick

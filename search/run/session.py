@@ -143,7 +143,7 @@ class Session:
             UserError: if the verifier has no trunk here, or cannot be fused as asked.
         """
         path = trunk_path(verifier, trunk)
-        self.expected[f"verifier {verifier.path}"] = (path, verifier.card.dtype)  # type: ignore[assignment]
+        self.expected[f"verifier {verifier.path}"] = (path, verifier.card.dtype)
         if not self._fused(verifier, scoring, trunk):
             self.expect()
 
@@ -198,7 +198,7 @@ class Session:
         from pav.export.vllm import ensure_export
 
         directory, score_ids = ensure_export(verifier, policy.path)
-        engine = self._engine(str(directory), policy.path, card.dtype, score_ids)  # type: ignore[arg-type]
+        engine = self._engine(str(directory), policy.path, card.dtype, score_ids)
         # The engine has the trunk's weights; they need not cross to workers.
         bare = replace(verifier, trunk_state=None, adapters=None)
         return Scorer(bare, engine, fused, with_surprise, policy)
@@ -208,7 +208,7 @@ class Session:
         key = verifier.path, override or verifier.card.trunk
         if key not in self.trunks:
             card, path = verifier.card, trunk_path(verifier, override)
-            config = PolicyConfig(path, prompt=prompt_from(card.prompt), dtype=card.dtype)  # type: ignore[arg-type]
+            config = PolicyConfig(path, prompt=prompt_from(card.prompt), dtype=card.dtype)
             policy = self.trunks[key] = load_policy(config, self.task.step_rule)
             source = f"verifier {str(verifier.path)!r}"
             warn_other_prompt(card.trunk_prompt, policy, source, "its trunk")

@@ -108,7 +108,7 @@ def open_search(config: SearchConfig, recipe: str | None) -> OpenedSearch:
         session.expect_scorer(verifier, config.scoring, config.trunk)
     else:
         session.expect()
-    rule: Pick = config.pick or ("majority" if card is None else card.pick)  # type: ignore[assignment]
+    rule: Pick = config.pick or ("majority" if card is None else card.pick)
     if card is not None:
         named = config.verifier if config.reward_model is None else config.reward_model.model
         check_pick(rule, card.heads, card.base_head, str(named))

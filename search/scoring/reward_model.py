@@ -40,7 +40,7 @@ from pav.policy.inference import Read
 from pav.policy.policy import Policy, model_path, weights_digest
 from pav.policy.rendered import of_ids
 from pav.tasks.base import Problem
-from pav.verifier.score import Values
+from pav.verifier.score import Pick, Values
 from pav.verifier.scoring import NO_LOGPROBS, PrefixScore
 from search.scoring.text import Layout, Reader, RewardModelConfig, Text
 
@@ -129,7 +129,7 @@ class RewardModel:
         return self.head
 
     @property
-    def pick(self) -> str:
+    def pick(self) -> Pick:
         """Default final pick."""
         return "orm" if self.layout == "sequence" else "last"
 

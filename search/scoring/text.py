@@ -92,10 +92,10 @@ class Reader:
             **{CLOCK: STARTED.strftime},
         )
         before, _, after = text.partition(SOLUTION)
-        return tuple(  # type: ignore[return-value]
-            list(self.tokenizer(part, add_special_tokens=False)["input_ids"])
-            for part in (before, after)
-        )
+        return self._ids(before), self._ids(after)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text(self, question: str, steps: tuple[str, ...]) -> Text:
         """A question and the steps of its solution as ids, with where each step is scored."""

@@ -168,8 +168,9 @@ def _says_nothing(message: Any) -> bool:
 def _text(content: Any) -> str | None:
     """A message's content, given whole or in parts; None if it is not text alone."""
     if isinstance(content, list):
-        texts = [p.get("text") if isinstance(p, dict) else None for p in content]
-        return "".join(texts) if all(isinstance(t, str) for t in texts) else None  # type: ignore[arg-type]
+        parts = [p.get("text") if isinstance(p, dict) else None for p in content]
+        texts = [t for t in parts if isinstance(t, str)]
+        return "".join(texts) if len(texts) == len(parts) else None
     return content if isinstance(content, str) else None
 
 

@@ -146,7 +146,7 @@ class _Connection(HttpToolsProtocol):
 
     limit: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._limit()
 

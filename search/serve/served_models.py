@@ -118,7 +118,7 @@ class ServedModels:
 
     @property
     def _pick(self) -> Pick:
-        return self.pick or self.pav.verifier.card.pick  # type: ignore[return-value]
+        return self.pick or self.pav.verifier.card.pick
 
 
 def parse_model(name: str) -> ServedModel | None:
