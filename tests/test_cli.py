@@ -126,26 +126,28 @@ SCRIPTS: dict[str, str] = tomllib.loads(
 )["project"]["scripts"]
 HEAVY = (
     "torch", "transformers", "lightning", "vllm", "scipy", "datasets", "matplotlib", "fastapi",
-    "ray", "peft", "torchmetrics", "sympy",
+    "ray", "peft", "torchmetrics", "sympy", "huggingface_hub", "uvicorn",
 )  # fmt: skip
 
 
-def test_help_of_no_command_waits_for_a_model_library() -> None:
+def test_help_and_version_of_no_command_wait_for_a_model_library() -> None:
     program = (
         "import importlib, sys\n"
         f"for name, place in {list(SCRIPTS.items())}:\n"
-        "    sys.argv = [name, '--help']\n"
-        "    module, _, main = place.partition(':')\n"
-        "    try: getattr(importlib.import_module(module), main)()\n"
-        "    except SystemExit as stopped: assert stopped.code == 0\n"
-        f"    found = {set(HEAVY)} & set(sys.modules)\n"
-        "    assert not found, f'{name} --help imports {found}'\n"
+        "    for option in ('--help', '--version'):\n"
+        "        sys.argv = [name, option]\n"
+        "        module, _, main = place.partition(':')\n"
+        "        try: getattr(importlib.import_module(module), main)()\n"
+        "        except SystemExit as stopped: assert stopped.code == 0\n"
+        f"        found = {set(HEAVY)} & set(sys.modules)\n"
+        "        assert not found, f'{name} {option} imports {found}'\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == len(SCRIPTS)
+    assert done.stdout.count(": pav-engine ") == len(SCRIPTS)
 
 
 Command = tuple[Callable[..., Any], Any, str]

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from huggingface_hub import DatasetCard, DatasetCardData
-
 from data_gen.label_run import Run
 from pav.core.files import replace_file
 from pav.labels.tables import own_endings
@@ -31,6 +29,8 @@ def write_data_card(run: Run) -> None:
 
 def data_card(run: Run) -> str:
     """Metadata and text of the card."""
+    from huggingface_hub import DatasetCard, DatasetCardData  # not at the top: --help stays fast
+
     rows = len({(c.prefix_key, c.policy) for c in run.completions.values()})
     data = DatasetCardData(
         configs=[

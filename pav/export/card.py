@@ -10,11 +10,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
 from pav.core.heads import LIK, ORM
 from pav.evaluate.calibration_plot import draw
 from pav.verifier.checkpoint import VerifierMeta
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 PLOT = "calibration.png"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -42,6 +45,8 @@ def write_card(directory: Path, card: VerifierMeta, usage: str, pipeline_tag: st
 
 def model_card(card: VerifierMeta, usage: str, pipeline_tag: str, has_plot: bool) -> str:
     """Metadata and text of the card (see :func:`write_card`)."""
+    from huggingface_hub import ModelCard, ModelCardData  # not at the top: --help stays fast
+
     name = f"{'ORM' if card.recipe == 'orm' else 'Process advantage verifier'} of {_name(card)}"
     results = _results(card)
     data = ModelCardData(
@@ -195,6 +200,8 @@ def _shown(value: Any) -> str:
 
 def _results(card: VerifierMeta) -> list[EvalResult]:
     """The served figures in the form that a hub shows beside the model."""
+    from huggingface_hub import EvalResult
+
     task = card.task["class_path"].rsplit(".", 1)[-1]
     return [
         EvalResult(
