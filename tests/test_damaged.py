@@ -365,7 +365,7 @@ def test_damaged_note_of_an_unfinished_policy_is_one_line(
 
 
 # They print settings as a command line takes them.
-PRINTED = ("pav/policy/opening.py", "pav/core/refusals.py", "pav/train/sft.py")
+PRINTED = ("pav/policy/opening.py", "pav/cli/refusals.py", "pav/train/sft.py")
 
 
 def test_all_json_that_is_written_is_json() -> None:
