@@ -259,11 +259,17 @@ def test_unfinished_run_of_another_configuration_is_refused_by_name(
     said = str(refused.value)
     assert "was made with another accumulate, lr (accumulate: 1 there, 2" in said
     assert "restore it, or choose another output, or remove that directory" in said
-    # Labels that grew are other labels, also under the same name.
     write_labels(tmp_path / "more", trunk, train_problems=25, validation_problems=8)
-    grown = replace(config, labels=[str(tmp_path / "more")])
-    with pytest.raises(UserError, match="another label_contents, labels"):
-        train(grown)
+    with pytest.raises(UserError, match=r"another labels \(labels: "):
+        train(replace(config, labels=[str(tmp_path / "more")]))
+    # Labels that grew are other labels, also under the same name.
+    file = tmp_path / "pav.training" / "train.json"
+    now = file.read_text()
+    then = json.loads(now) | {"label_contents": "0" * 16}
+    file.write_text(json.dumps(then, allow_nan=False))
+    with pytest.raises(UserError, match="another label_contents"):
+        train(config)
+    file.write_text(now)
     # What does not change the result may change.
     train(replace(config, checkpoint_minutes=5.0, logger="none", memory_gib=500))
 
