@@ -339,7 +339,7 @@ class Search:
     def _rule(self, pick: Pick | None) -> Pick:
         """The rule of the final pick."""
         card = self.verifier.checkpoint.card
-        rule: Pick = pick or card.pick  # type: ignore[assignment]
+        rule: Pick = pick or card.pick
         check_pick(rule, card.heads, card.base_head, str(self.verifier.checkpoint.path))
         return rule
 

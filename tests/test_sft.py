@@ -203,7 +203,7 @@ def test_output_that_holds_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_task_without_solutions_is_refused(tmp_path: Path) -> None:
     class Silent(Tape):
-        solutions = property()  # type: ignore[assignment]
+        solutions = None  # type: ignore[assignment]
 
     with pytest.raises(UserError, match=r"task 'silent' has no solutions to learn from; give it"):
         sft(replace(TINY, output=str(tmp_path), task=Silent()))

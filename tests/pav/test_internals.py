@@ -11,6 +11,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from pav.engine import vllm_internals
+from pav.engine.loading import prepare_process
 from pav.grading import parser_internals
 from pav.train import lightning_internals
 
@@ -38,6 +39,7 @@ def test_a_gpu_takes_no_vllm_that_was_not_checked() -> None:
 
 
 def test_vllm_has_what_its_internals_use() -> None:
+    prepare_process()  # as before every import of vLLM
     from vllm.platforms import current_platform
     from vllm.v1.attention.backend import AttentionBackend
     from vllm.v1.engine.core_client import EngineCoreClient
