@@ -9,6 +9,7 @@ from typing import Any
 from data_gen.strategies import Plan, Strategy
 from pav.core.errors import UserError
 from pav.engine.loading import EngineConfig
+from pav.engine.pool import check_workers
 from pav.grading.sandbox import DEFAULT_TIMEOUT, check_timeout
 from pav.policy.opening import task_for
 from pav.policy.policy import (
@@ -66,8 +67,8 @@ class RolloutsConfig:
             truncated or without an answer, or none is right.
         workers: processes with engines of their own. They share the visible GPUs,
             ``engine.tensor_parallel_size`` each, or the cores; requests and seeds are those of one.
-        ray: address of a Ray cluster that the workers run on (``auto``, ``host:port``), or
-            ``local``; needs the extra ``ray``.
+        ray: address of a Ray cluster of your own that the workers run on (``auto``, ``host:port``),
+            or ``local``; needs the extra ``ray``. Ray runs code for whoever reaches its ports.
         engine: device settings.
     """
 
@@ -125,8 +126,7 @@ class RolloutsConfig:
         if self.hours is not None and self.hours <= 0:
             raise UserError(f"hours is {self.hours}; give a time above 0, or leave it out")
         check_timeout(self.grade_timeout)
-        if self.workers < 1:
-            raise UserError(f"workers is {self.workers}; give 1 or more")
+        check_workers(self.workers, self.ray)
         if self.shard is not None:
             _shard(self.shard)
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from data_gen.config import RolloutsConfig
 from data_gen.labeler import RolloutPolicy
-from data_gen.workers import worker
-from data_gen.workers.pool import WORKERS, Model, Pool, RemoteEngine
+from data_gen.remote_engine import Model, RemoteEngine, remote_engines
 from pav.engine.gpu_memory import share_gpu
-from pav.engine.processes import Processes, placement, visible_devices
+from pav.engine.pool import WORKERS, transport
 from pav.engine.vllm import VllmEngine
-from pav.policy.policy import (
-    Policy,
-)
+from pav.policy.policy import Policy
 
 
 @contextmanager
@@ -33,35 +29,21 @@ def loaded(config: RolloutsConfig, policies: list[Policy]) -> Iterator[list[Roll
 
 def _engines(config: RolloutsConfig, policies: list[Policy]) -> Iterator[VllmEngine | RemoteEngine]:
     """Engines in this process, one after the other, or those of workers."""
-    length = config.sampler.max_length
-    if config.workers == 1 and config.ray is None:
-        served = [(p.path, p.config.dtype) for p in policies]
-        shared = share_gpu(config.engine, served, length)
-        for (path, dtype), settings in zip(served, shared, strict=True):
-            engine = VllmEngine(path, dtype, length, config=settings)
-            engine.start()
-            yield engine
+    if config.workers > 1 or config.ray is not None:
+        yield from _in_workers(config, policies)
         return
+    length = config.sampler.max_length
+    served = [(p.path, p.config.dtype) for p in policies]
+    shared = share_gpu(config.engine, served, length)
+    for (path, dtype), settings in zip(served, shared, strict=True):
+        engine = VllmEngine(path, dtype, length, config=settings)
+        engine.start()
+        yield engine
+
+
+def _in_workers(config: RolloutsConfig, policies: list[Policy]) -> Sequence[RemoteEngine]:
+    length = config.sampler.max_length
     models = [Model(p.path, p.config.dtype, length, config.engine, p.stepper) for p in policies]
     note = None if config.dry_run else config.directory / WORKERS
-    yield from open_pool(models, config.workers, config.ray, note).engines
-
-
-def open_pool(models: Sequence[Model], count: int, ray: str | None, note: Path | None) -> Pool:
-    """Start ``count`` workers on this machine, or on the Ray cluster at ``ray``.
-
-    Args:
-        models: what every worker loads.
-        count: workers.
-        ray: address of a cluster, or None.
-        note: see :class:`~data_gen.workers.pool.Pool`.
-
-    Raises:
-        UserError: if there are too few GPUs, no Ray, or no cluster.
-    """
-    if ray is None:
-        places = placement(models[0].config, count, visible_devices())
-        return Pool(Processes(worker.__name__, list(models), places), models, count, note)
-    from data_gen.workers.ray_workers import Actors
-
-    return Pool(Actors(ray, models), models, count, note)
+    reached = transport(config.engine, config.workers, config.ray)
+    return remote_engines(reached, models, config.workers, note)

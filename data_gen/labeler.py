@@ -17,9 +17,9 @@ from time import monotonic
 from typing import Any
 
 from data_gen.inspect.watch import Watch, minutes_left, tokens_per_solution
+from data_gen.remote_engine import RemoteEngine
 from data_gen.store import Store
 from data_gen.strategies import Plan, Request, next_rollouts
-from data_gen.workers.pool import RemoteEngine
 from pav.core.errors import UserError
 from pav.core.progress import Reporter
 from pav.core.seeds import seed_of

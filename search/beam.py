@@ -32,7 +32,7 @@ from search.run.setup import (
     scorer_of,
 )
 from search.run.solve import beam_record, beam_settings, pick_again, traces_record
-from search.run.worker import Search
+from search.run.workers import Search
 from search.scoring.text import RewardModelConfig
 
 # Of the solutions of best-of-N.

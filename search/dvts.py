@@ -12,7 +12,7 @@ from search.run.command import run_tree
 from search.run.config import SearchConfig
 from search.run.setup import open_search, scorer_of
 from search.run.solve import beam_record, beam_settings
-from search.run.worker import Search
+from search.run.workers import Search
 
 # Not typing's: jsonargparse would run that block, and --help would wait for its imports.
 TYPE_CHECKING = False

@@ -25,6 +25,7 @@ from pav.core.manifest import PROMPTS
 from pav.core.printable import cell, csv_text, one_line
 from pav.core.statistics import bootstrap
 from pav.engine.loading import EngineConfig
+from pav.engine.pool import check_workers
 from pav.policy.opening import task_option
 from pav.policy.policy import Sampler
 from pav.tasks.base import Task
@@ -36,7 +37,6 @@ from search.compare.run_searches import Comparison, prepared, search_results
 from search.run.records import MANIFEST, open_run
 from search.run.session import Scoring, capped, load_checked, open_session, warn_few
 from search.run.setup import say_opening
-from search.run.workers import check_workers
 
 COARSE = (10.0, 5.0, 2.5, 1.25, 0.625, 0.3125)
 
@@ -58,6 +58,8 @@ class SelectConfig:
         sampler: another sampler than the verifier was made for (warns).
         concurrency: problems at a time, of each worker.
         workers: processes that search, each with engines of its own; they share the GPUs or cores.
+        ray: address of a Ray cluster of your own that the workers run on (``auto``, ``host:port``),
+            or ``local``; needs the extra ``ray``. Ray runs code for whoever reaches its ports.
         engine: device settings.
     """
 
@@ -73,10 +75,11 @@ class SelectConfig:
     sampler: Sampler | None = None
     concurrency: int = 32
     workers: int = 1
+    ray: str | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        check_workers(self.workers)
+        check_workers(self.workers, self.ray)
         if not self.select:
             raise UserError("select is empty; give [alpha], [K] or [alpha,K]")
 
@@ -102,7 +105,13 @@ def select(config: SelectConfig) -> None:
     verifier = load_checked(config.verifier, "pav")
     config = replace(config, sampler=capped(config.sampler, verifier.card))
     session = open_session(
-        verifier, config.task, None, config.sampler, config.engine, config.workers
+        verifier,
+        config.task,
+        None,
+        config.sampler,
+        config.engine,
+        config.workers,
+        ray=config.ray,
     )
     method = Method(
         "select",

@@ -28,11 +28,12 @@ from typing import Any
 from benchmarks.speed.results import metric, result, write
 from data_gen.label_run import Run, base_policy, read_run, task_of
 from data_gen.labeler import Labeler, PlannedTrace, RolloutPolicy, label
+from data_gen.remote_engine import Call, Model, remote_engines
 from data_gen.store import Store
 from data_gen.strategies import plan_of
-from data_gen.workers.pool import Call, Finished, Message, Model, Pool, Started
 from pav.cli.run import run
 from pav.engine.loading import EngineConfig
+from pav.engine.worker import Finished, Lease, Load, Message, Started
 from pav.grading.sandbox import GuardedGrader
 from pav.policy.inference import Sampled, Usage
 from pav.policy.policy import Sampler
@@ -103,7 +104,7 @@ def _simulated(made: Run, workers: int, problems: int, rate: float) -> dict[str,
         model = Model(
             policy.path, policy.config.dtype, sampler.max_length, EngineConfig(), policy.stepper
         )
-        engine = Pool(simulation, [model], workers, None).engines[0]
+        (engine,) = remote_engines(simulation, [model], workers)
     with TemporaryDirectory() as name, Store(Path(name), {}) as store:
         roller = RolloutPolicy(policy, engine, sampler)
         labeler = Labeler(
@@ -150,7 +151,7 @@ class Here:
 class Engine:
     """What a simulated worker holds, and when its next :data:`GROUP` is done."""
 
-    held: deque[Call] = field(default_factory=deque)
+    held: deque[tuple[int, Call]] = field(default_factory=deque)
     done_at: float = 0.0
 
 
@@ -174,10 +175,12 @@ class Simulation:
 
     def start(self, worker: int) -> None:
         self.engines[worker] = Engine()
-        self.starting.append(worker)
 
-    def send(self, worker: int, calls: list[Call]) -> None:
-        sent = pickle.dumps(calls)
+    def send(self, worker: int, message: Load | Lease) -> None:
+        if isinstance(message, Load):
+            self.starting.append(worker)
+            return
+        sent = pickle.dumps(message)
         before = time.process_time()
         engine = self.engines[worker]
         if not engine.held:
@@ -187,7 +190,7 @@ class Simulation:
 
     def receive(self, seconds: float) -> list[tuple[int, Message]]:
         before = time.process_time()
-        found: list[tuple[int, Message]] = [(w, Started(w, "here")) for w in self.starting]
+        found: list[tuple[int, Message]] = [(w, Started(0, w, "here")) for w in self.starting]
         self.starting.clear()
         working = {w: e for w, e in self.engines.items() if e.held}
         now = self._now(before)
@@ -199,7 +202,7 @@ class Simulation:
             if engine.done_at <= now:
                 calls = [engine.held.popleft() for _ in range(min(GROUP, len(engine.held)))]
                 engine.done_at += GROUP / self.rate
-                answers = [(c.number, self.answers[c.seed % len(self.answers)]) for c in calls]
+                answers = [(n, self.answers[c.seed % len(self.answers)]) for n, c in calls]
                 said.append((worker, pickle.dumps(Finished(answers))))
         self.own += time.process_time() - before
         return found + [(w, pickle.loads(message)) for w, message in said]  # noqa: S301

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from data_gen.label_run import Run, read_run, stepper_of
 from data_gen.strategies import next_rollouts, plan_of
-from data_gen.workers.pool import worker_lines
 from pav.cli.directories import run_on_directories
 from pav.core.errors import UserError
 from pav.core.journal import JOURNAL
 from pav.core.printable import cell, one_line
 from pav.core.tables import wide_console
+from pav.engine.pool import worker_lines
 from pav.labels.unfinished import said
 
 RECENT = 600.0

@@ -1,7 +1,11 @@
 """Worker processes on this machine: how they start, are reached and end, and what each may use.
 
-The process that the user started leads. A worker gets a first message and then whatever it is
-sent; it ends with its connection, so also with the one that leads.
+The process that the user started leads. A worker ends with its connection, so also with the one
+that leads.
+
+What crosses is pickled, which could run code where it is read. Both ends are processes of one user
+on one machine, and their connection is a pair of sockets that one inherits from the other: it has
+no address, and nobody else can write to it.
 """
 
 from __future__ import annotations
@@ -11,41 +15,28 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from subprocess import DEVNULL, Popen, TimeoutExpired
-from typing import Any
 
 from pav.cli.run import quiet
 from pav.core.errors import UserError
 from pav.engine.loading import EngineConfig
+from pav.engine.worker import Died, Inbox, Lease, Load, Message, serve
 
 END_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Died:
-    """A worker is gone; all that it sent before was received before."""
-
-    reason: str
 
 
 class Processes:
     """Workers that are processes on this machine.
 
     Args:
-        module: whose ``main(fd)`` a worker runs (see :func:`work`).
-        first: the first message to every worker.
         environments: of each worker, on top of this process's own.
     """
 
-    def __init__(
-        self, module: str, first: object, environments: Sequence[Mapping[str, str]]
-    ) -> None:
-        self._module, self._first = module, first
+    def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
         self._environments = [os.environ | dict(change) for change in environments]
         self._running: dict[int, tuple[Popen[bytes], Connection]] = {}
 
@@ -55,7 +46,7 @@ class Processes:
         with there:
             fd = there.fileno()
             process = Popen(
-                [sys.executable, "-c", f"from {self._module} import main; main({fd})"],
+                [sys.executable, "-c", f"from {__name__} import main; main({fd})"],
                 stdin=DEVNULL,
                 pass_fds=[fd],
                 env=self._environments[worker],
@@ -63,22 +54,21 @@ class Processes:
                 start_new_session=True,
             )
         self._running[worker] = process, Connection(here.detach())
-        self.send(worker, self._first)
 
-    def send(self, worker: int, message: object) -> None:
+    def send(self, worker: int, message: Load | Lease) -> None:
         """Give a message to a worker, dead or alive, without waiting for it."""
         try:
             self._running[worker][1].send(message)
         except OSError:
             return  # It is dead: that is the next thing to be received of it.
 
-    def receive(self, seconds: float) -> list[tuple[int, Any]]:
+    def receive(self, seconds: float) -> list[tuple[int, Message]]:
         """(worker, message) of what comes within ``seconds``; returns with the first of it.
 
         :class:`Died` is the last message of a worker.
         """
         workers = {connection: worker for worker, (_, connection) in self._running.items()}
-        found: list[tuple[int, Any]] = []
+        found: list[tuple[int, Message]] = []
         for ready in wait(list(workers), seconds):
             assert isinstance(ready, Connection)
             worker = workers[ready]
@@ -161,12 +151,11 @@ def placement(config: EngineConfig, count: int, devices: Sequence[str]) -> list[
     ]
 
 
-def work(fd: int, serve: Callable[[Any, SimpleQueue[Any], Callable[[Any], None]], None]) -> None:
-    """What a worker process does: ``serve(first message, inbox, send)``.
+def main(fd: int) -> None:
+    """What a worker process runs.
 
     Args:
         fd: its connection to the process that leads.
-        serve: reads from the inbox and sends answers until its process ends.
     """
     # The one that leads decides when workers end; a job system signals them all at once.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -174,20 +163,20 @@ def work(fd: int, serve: Callable[[Any, SimpleQueue[Any], Callable[[Any], None]]
     quiet()
     os.set_inheritable(fd, False)
     connection = Connection(fd)
+    inbox: Inbox = SimpleQueue()
     try:
-        first = connection.recv()
+        inbox.put(connection.recv())  # here, where the modules of the job are imported
     except (EOFError, OSError):
         return  # the one that leads ended before
-    inbox: SimpleQueue[Any] = SimpleQueue()
     # A thread reads, so that neither side ever waits for the other to take what it sends.
     threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
     try:
-        serve(first, inbox, connection.send)
+        serve(inbox, connection.send)
     except OSError:  # the one that leads is gone
         os._exit(0)
 
 
-def _read(connection: Connection, inbox: SimpleQueue[Any]) -> None:
+def _read(connection: Connection, inbox: Inbox) -> None:
     try:
         while True:
             inbox.put(connection.recv())

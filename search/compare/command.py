@@ -59,6 +59,7 @@ def compare(config: CompareConfig) -> None:
         config.engine,
         config.workers,
         config.grade_timeout,
+        config.ray,
     )
     for verifier in verifiers.values():
         if verifier.card.policy_fingerprint != first.card.policy_fingerprint:

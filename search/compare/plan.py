@@ -7,6 +7,7 @@ from typing import Literal
 
 from pav.core.errors import UserError
 from pav.engine.loading import EngineConfig
+from pav.engine.pool import check_workers
 from pav.grading.sandbox import DEFAULT_TIMEOUT, check_timeout
 from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.base import Split, Task
@@ -15,7 +16,6 @@ from pav.verifier.score import Score
 from search.methods.beam import Duplicates
 from search.methods.smc import Resampling, Weight
 from search.run.session import Scoring
-from search.run.workers import check_workers
 from search.scoring.text import RewardModelConfig
 
 Kind = Literal["beam", "greedy", "dvts", "alphallm", "smc", "best_of_n"]
@@ -146,6 +146,8 @@ class CompareConfig:
         sampler: another sampler than the verifiers were made for (warns).
         concurrency: problems at a time, of each worker.
         workers: processes that search, each with engines of its own; they share the GPUs or cores.
+        ray: address of a Ray cluster of your own that the workers run on (``auto``, ``host:port``),
+            or ``local``; needs the extra ``ray``. Ray runs code for whoever reaches its ports.
         grade_timeout: seconds that a grader of your own may take for one answer, which then counts
             as wrong; null for no limit.
         max_traces: upper limit on the solutions of a best-of-N sample set.
@@ -169,6 +171,7 @@ class CompareConfig:
     sampler: Sampler | None = None
     concurrency: int = 32
     workers: int = 1
+    ray: str | None = None
     grade_timeout: float | None = DEFAULT_TIMEOUT
     max_traces: int = 128
     title: str = ""
@@ -179,7 +182,7 @@ class CompareConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        check_workers(self.workers)
+        check_workers(self.workers, self.ray)
         check_timeout(self.grade_timeout)
         names = [m.name for m in self.methods]
         if len(set(names)) != len(names) or not names:

@@ -17,7 +17,7 @@ from search.methods.beam import BeamSettings
 from search.methods.smc import SmcSettings
 from search.run.session import Session
 from search.run.solve import beam_record, beam_settings, pick_again, smc_record
-from search.run.worker import Search
+from search.run.workers import Search
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pav.verifier.scoring import StepScorer
 from search.run.config import SearchConfig
 from search.run.setup import OpenedSearch, Row, create_run_dir, load_scorer, print_rows
 from search.run.solve import pick_again
-from search.run.worker import Search
+from search.run.workers import Search
 
 if TYPE_CHECKING:
     pass

@@ -9,13 +9,13 @@ from typing import Any
 from pav.core.errors import UserError
 from pav.core.renamed import on_disk
 from pav.engine.loading import EngineConfig
+from pav.engine.pool import check_workers
 from pav.grading.sandbox import DEFAULT_TIMEOUT, check_timeout
 from pav.policy.policy import PolicyConfig, Sampler, model_path, settled, weights_digest
 from pav.tasks.base import Split, Task, task_spec
 from pav.verifier.checkpoint import Verifier
 from pav.verifier.pick import Pick
 from search.run.session import Scoring, capped
-from search.run.workers import check_workers
 from search.scoring.text import RewardModelConfig
 
 
@@ -42,6 +42,8 @@ class SearchConfig:
             or a PRM (see search/scoring/text.py).
         concurrency: problems at a time, of each worker.
         workers: processes that search, each with engines of its own; they share the GPUs or cores.
+        ray: address of a Ray cluster of your own that the workers run on (``auto``, ``host:port``),
+            or ``local``; needs the extra ``ray``. Ray runs code for whoever reaches its ports.
         grade_timeout: seconds that a grader of your own may take for one answer, which then counts
             as wrong; null for no limit.
         engine: device settings.
@@ -63,13 +65,14 @@ class SearchConfig:
     reward_model: RewardModelConfig | None = None
     concurrency: int = 32
     workers: int = 1
+    ray: str | None = None
     grade_timeout: float | None = DEFAULT_TIMEOUT
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.problems < 1:
             raise UserError(f"n is {self.n}, problems is {self.problems}; both must be positive")
-        check_workers(self.workers)
+        check_workers(self.workers, self.ray)
         check_timeout(self.grade_timeout)
 
 
@@ -90,7 +93,7 @@ def manifest(config: SearchConfig, verifier: Verifier | None) -> dict[str, Any]:
     plain: dict[str, Any] = {"verifier_digest": "" if verifier is None else verifier.digest}
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.name in ("output", "concurrency", "workers", "grade_timeout"):
+        if f.name in ("output", "concurrency", "workers", "ray", "grade_timeout"):
             continue
         if isinstance(value, RewardModelConfig):
             value = {**asdict(value), "digest": weights_digest(model_path(value.model))}

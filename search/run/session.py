@@ -56,8 +56,7 @@ from search.run.failures import (
     truncated_share,
 )
 from search.run.records import Record, append, flush, read, read_seconds, rewrite, write_seconds
-from search.run.worker import Search
-from search.run.workers import Workers
+from search.run.workers import Search, Workers
 from search.scoring.text import RewardModelConfig
 
 if TYPE_CHECKING:
@@ -77,6 +76,8 @@ class Session:
         engine_config: device settings.
         workers: who searches; None for this process.
         engines: by model directory. With workers these are never started: theirs are.
+        origins: of each engine the model whose weights it has, its dtype, and the checkpoint that
+            its directory is the export of, by that directory.
         readers: third-party reward models, by model directory.
         trunks: trunks of verifiers as they are asked, by checkpoint and directory.
         cut: search -> share of what it sampled that was cut by the length cap.
@@ -93,6 +94,7 @@ class Session:
     engine_config: EngineConfig
     workers: Workers | None = None
     engines: dict[str, VllmEngine] = field(default_factory=dict)
+    origins: dict[str, tuple[str, Dtype, Path | None]] = field(default_factory=dict)
     readers: dict[str, RewardModel] = field(default_factory=dict)
     trunks: dict[tuple[Path, str], Policy] = field(default_factory=dict)
     cut: dict[str, float] = field(default_factory=dict)
@@ -153,19 +155,58 @@ class Session:
         Raises:
             UserError: with the reason.
         """
+        if self._is_elsewhere:
+            return  # the machines of the workers may serve other models than this one
         for model, dtype in dict.fromkeys(self.expected.values()):
             check_model(model, dtype, self.sampler.max_length, self.engine_config)
 
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether the engines may be on other machines than this process."""
+        return self.workers is not None and self.workers.is_elsewhere
+
     @cached_property
     def _shares(self) -> dict[tuple[str, Dtype], EngineConfig]:
+        return {} if self._is_elsewhere else self._share(say=True)
+
+    def _share(self, say: bool) -> dict[tuple[str, Dtype], EngineConfig]:
+        """Settings of every (model, dtype) that will be loaded, as they share the GPU here."""
         readers = [] if on_cpu() else [reader.planned for reader in self.readers.values()]
         served = list(self.expected.values())
-        shared = share_gpu(self.engine_config, served, self.sampler.max_length, readers)
+        shared = share_gpu(self.engine_config, served, self.sampler.max_length, readers, say)
         return dict(zip(served, shared, strict=True))
 
-    def _engine(self, directory: str, model: str, dtype: Dtype, score_ids: list[int]) -> VllmEngine:
+    def settle_here(self) -> None:
+        """In a worker: what only the machine knows that has the engines.
+
+        Raises:
+            UserError: if they do not fit on a GPU here, or an export is not here and cannot be.
+        """
+        shares = self._share(say=False)
+        for directory, (model, dtype, checkpoint) in self.origins.items():
+            if checkpoint is not None and not Path(directory).is_dir():
+                from pav.export.vllm import ensure_export
+
+                here, _ = ensure_export(load_verifier(str(checkpoint)), model)
+                if str(here) != directory:
+                    raise UserError(
+                        f"the export of {str(checkpoint)!r} is at {str(here)!r} on this machine "
+                        f"and at {directory!r} where the search is led; set XDG_CACHE_HOME to the "
+                        "same directory on both, or put the checkpoint where both can write"
+                    )
+            self.engines[directory].config = shares.get((model, dtype), self.engine_config)
+
+    def _engine(
+        self,
+        directory: str,
+        model: str,
+        dtype: Dtype,
+        score_ids: list[int],
+        checkpoint: Path | None = None,
+    ) -> VllmEngine:
         """The engine of a directory, which holds the weights of ``model``."""
         if directory not in self.engines:
+            self.origins[directory] = model, dtype, checkpoint
             settings = self._shares.get((model, dtype), self.engine_config)
             made_with = (directory, dtype, self.sampler.max_length, score_ids, settings)
             self.engines[directory] = VllmEngine(*made_with)
@@ -198,7 +239,7 @@ class Session:
         from pav.export.vllm import ensure_export
 
         directory, score_ids = ensure_export(verifier, policy.path)
-        engine = self._engine(str(directory), policy.path, card.dtype, score_ids)
+        engine = self._engine(str(directory), policy.path, card.dtype, score_ids, verifier.path)
         # The engine has the trunk's weights; they need not cross to workers.
         bare = replace(verifier, trunk_state=None, adapters=None)
         return Scorer(bare, engine, fused, with_surprise, policy)
@@ -294,9 +335,9 @@ class Session:
             if type(self.task).__module__ == "__main__":
                 raise UserError(
                     "the task is defined in the script that was started, which workers do not "
-                    "have; define it in a module, or use --workers 1"
+                    "have; define it in a module, or use --workers 1 without --ray"
                 )
-            self.workers.open(self, search, len(owed), concurrency)
+            self.workers.open(self, search)
         elif owed:
             self.start()
         started = monotonic()
@@ -311,7 +352,7 @@ class Session:
 
             try:
                 if self.workers and owed:
-                    self.workers.run(given, keep)
+                    self.workers.run(given, concurrency, keep)
                 elif owed:
                     for engine in self.served:
                         engine.reset_prefix_cache()
@@ -356,16 +397,17 @@ def plain_session(
     engine: EngineConfig,
     workers: int = 1,
     grade_timeout: float | None = DEFAULT_TIMEOUT,
+    ray: str | None = None,
 ) -> Session:
     """Session without a verifier of ours that would remember task, policy and sampler."""
     loaded = load_policy(asked(policy, task), task.step_rule)
     warn_clock(loaded)
-    placed = _workers(workers, engine)
+    placed = _workers(workers, engine, ray)
     return Session(task, loaded, sampler, engine, placed, grade_timeout=grade_timeout)
 
 
-def _workers(count: int, engine: EngineConfig) -> Workers | None:
-    return None if count == 1 else Workers(count, engine)
+def _workers(count: int, engine: EngineConfig, ray: str | None) -> Workers | None:
+    return None if count == 1 and ray is None else Workers(count, engine, ray)
 
 
 def open_session(
@@ -376,6 +418,7 @@ def open_session(
     engine: EngineConfig,
     workers: int = 1,
     grade_timeout: float | None = DEFAULT_TIMEOUT,
+    ray: str | None = None,
 ) -> Session:
     """Session for what a verifier remembers; what is given overrides it, with a warning."""
     card = verifier.card
@@ -417,7 +460,7 @@ def open_session(
     used = capped(sampler, card) or card.sampler_config()
     if asdict(used) != card.sampler:
         warn(f"{source} was made for sampler {card.sampler}, searching with {asdict(used)}")
-    placed = _workers(workers, engine)
+    placed = _workers(workers, engine, ray)
     return Session(found, chosen, used, engine, placed, grade_timeout=grade_timeout)
 
 

@@ -82,6 +82,7 @@ def open_search(config: SearchConfig, recipe: str | None) -> OpenedSearch:
             config.engine,
             config.workers,
             config.grade_timeout,
+            config.ray,
         )
     elif config.reward_model is not None or (recipe is None and config.pick == "majority"):
         policy = config.policy or PolicyConfig()
@@ -92,6 +93,7 @@ def open_search(config: SearchConfig, recipe: str | None) -> OpenedSearch:
             config.engine,
             config.workers,
             config.grade_timeout,
+            config.ray,
         )
     else:
         raise UserError(

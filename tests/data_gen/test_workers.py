@@ -20,10 +20,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-
-from data_gen.config import RolloutsConfig
-from data_gen.inspect.status import StatusConfig, status
-from data_gen.rollouts import rollouts
 from data_gen.workers.pool import (
     DEATHS,
     WORKERS,
@@ -37,6 +33,10 @@ from data_gen.workers.pool import (
     RemoteEngine,
     Started,
 )
+
+from data_gen.config import RolloutsConfig
+from data_gen.inspect.status import StatusConfig, status
+from data_gen.rollouts import rollouts
 from pav.core.errors import UserError
 from pav.core.journal import JOURNAL, journal_lines
 from pav.core.progress import Reporter

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_gen import engines
+from data_gen import engines, remote_engine
 from data_gen.config import RolloutsConfig
-from data_gen.workers import worker as workers
-from data_gen.workers.pool import Model
+from data_gen.remote_engine import Model, Models
 from pav.core.errors import UserError
 from pav.engine import gpu_memory
 from pav.engine.gpu_memory import GIB, Planned, gpu_shares, planned, share_gpu
@@ -138,7 +137,7 @@ def test_engines_of_a_label_run_get_shares_here_and_in_workers(
         return SimpleNamespace(start=lambda: None, shutdown=lambda: None)
 
     monkeypatch.setattr(engines, "VllmEngine", engine)
-    monkeypatch.setattr(workers, "VllmEngine", engine)
+    monkeypatch.setattr(remote_engine, "VllmEngine", engine)
     config = RolloutsConfig(
         output="unused",
         task=Tape(),
@@ -150,7 +149,6 @@ def test_engines_of_a_label_run_get_shares_here_and_in_workers(
         pass
     here, made[:] = made.copy(), []
     models = [Model(p.path, "float32", 160, EngineConfig()) for p in loaded]
-    said: list[Any] = []
-    workers.serve(models, None, said.append)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="enough"):
+        Models(models).load()
     assert here == made == [pytest.approx(UTILIZATION / 2)] * 2
-    assert "enough" in said[0].error

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from search.run.worker import Alive, Ask, Found, Refused
 
 from pav.core.errors import UserError
 from pav.engine.loading import EngineConfig
@@ -24,7 +25,6 @@ from search.compare import command as comparison
 from search.compare.command import CompareConfig, Method, compare
 from search.run import workers as search_workers
 from search.run.records import Record, read
-from search.run.worker import Alive, Ask, Found, Refused
 from search.run.workers import DEATHS, Workers
 
 # Roomy: random models do not know when to end.

@@ -1,9 +1,11 @@
-"""``data_gen.rollouts --ray ADDRESS``: the workers of a :class:`~data_gen.workers.pool.Pool` on a
-cluster.
+"""``--ray ADDRESS``: workers on a Ray cluster.
 
-A worker is a Ray actor with an engine per model. All are asked for at once; those that the cluster
-has no room for yet join the run when it has, so machines may come while it goes on. Models must be
-readable under the same path on every machine; labels are written by the process that leads.
+A worker is a Ray actor. All are asked for at once; those that the cluster has no room for yet join
+the run when it has, so machines may come while it goes on. Models and verifiers must be readable
+under the same path on every machine; results are written by the process that leads.
+
+The cluster is the user's own. Ray sends everything pickled and lets whoever reaches its ports run
+code on all its machines: give the address of no cluster that others can reach.
 """
 
 from __future__ import annotations
@@ -12,30 +14,28 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from data_gen.workers.pool import Call, Message, Model
-from data_gen.workers.worker import serve
 from pav.cli.run import quiet
 from pav.core.errors import UserError
-from pav.engine.processes import Died
+from pav.engine.worker import Died, Inbox, Lease, Load, Message, serve
 
 
 class _Worker:
     """An actor; three of its methods run at a time, ``run`` for as long as it lives."""
 
     def __init__(self) -> None:
-        self._inbox: SimpleQueue[list[Call]] = SimpleQueue()
+        self._inbox: Inbox = SimpleQueue()
         self._outbox: SimpleQueue[Message] = SimpleQueue()
 
-    def run(self, models: list[Model]) -> None:
+    def run(self) -> None:
         quiet()
-        serve(models, self._inbox, self._outbox.put)
+        serve(self._inbox, self._outbox.put)
 
-    def give(self, calls: list[Call]) -> None:
-        self._inbox.put(calls)
+    def give(self, message: Load | Lease) -> None:
+        # In order: beside run and take there is one thread.
+        self._inbox.put(message)
 
     def take(self) -> list[Message]:
         """What it has to say, as soon as it has something."""
@@ -48,17 +48,22 @@ class _Worker:
 
 
 class Actors:
-    """Workers that are Ray actors: a CPU core each, or ``tensor_parallel_size`` GPUs.
+    """Workers that are Ray actors: a CPU core each, or GPUs.
 
     Args:
-        address: of the cluster (``auto``, ``host:port``), or ``local`` for one on this machine.
-        models: what every worker loads.
-
-    Raises:
-        UserError: without Ray, or where no cluster answers.
+        address: of the cluster (``auto``, ``host:port``), or ``local`` for one on this machine. It
+            is asked for the first worker.
+        gpus: of each worker, where the cluster has any.
     """
 
-    def __init__(self, address: str, models: Sequence[Model]) -> None:
+    def __init__(self, address: str, gpus: int) -> None:
+        self._address, self._gpus = address, gpus
+        self._ray: Any = None
+        self._class: Any = None
+        self._actors: dict[int, Any] = {}
+        self._awaited: dict[Any, int] = {}
+
+    def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
@@ -69,33 +74,35 @@ class Actors:
             ) from error
         before = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(address=address, logging_level=logging.ERROR)
+            ray.init(address=self._address, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"ray is {address!r}: {reason}; give the address of a running cluster, auto, or "
-                "local"
+                f"ray is {self._address!r}: {reason}; give the address of a running cluster, auto, "
+                "or local"
             ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray takes it; ours ends the run in order
-        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        gpus = models[0].config.tensor_parallel_size if has_gpus else 0
+        gpus = self._gpus if ray.cluster_resources().get("GPU", 0) > 0 else 0
         self._ray = ray
         self._class = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=3)(_Worker)
-        self._models = list(models)
-        self._actors: dict[int, Any] = {}
-        self._awaited: dict[Any, int] = {}
 
     def start(self, worker: int) -> None:
-        """Start a worker in place of one that is gone, when there is room for it."""
+        """Start a worker, or one in place of a dead one, when there is room for it.
+
+        Raises:
+            UserError: without Ray, or where no cluster answers.
+        """
+        if self._ray is None:
+            self._connect()
         actor = self._class.remote()
         self._actors[worker] = actor
-        for answer in (actor.run.remote(self._models), actor.take.remote()):
+        for answer in (actor.run.remote(), actor.take.remote()):
             self._awaited[answer] = worker
 
-    def send(self, worker: int, calls: list[Call]) -> None:
-        """Give calls to a worker."""
-        self._actors[worker].give.remote(calls)
+    def send(self, worker: int, message: Load | Lease) -> None:
+        """Give a message to a worker."""
+        self._actors[worker].give.remote(message)
 
     def receive(self, seconds: float) -> list[tuple[int, Message]]:
         """(worker, message) of what comes within ``seconds``; returns with the first of it."""
@@ -123,12 +130,14 @@ class Actors:
         return Died(str(error).strip().splitlines()[-1])
 
     def end(self, worker: int) -> None:
-        """End a worker that does not answer."""
+        """End a worker that does not answer; nothing more is received of it."""
         self._awaited = {a: w for a, w in self._awaited.items() if w != worker}
         self._ray.kill(self._actors.pop(worker))
 
     def close(self) -> None:
         """End all workers; a cluster that was there before stays."""
+        if self._ray is None:
+            return
         for actor in self._actors.values():
             self._ray.kill(actor)
         self._actors.clear()

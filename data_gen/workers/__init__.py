@@ -1,1 +1,0 @@
-"""Engines in other processes and on other machines."""
