@@ -79,8 +79,6 @@ class _Worker:
     placed: bool = False
     # It has said something since it was given its job; nothing is expected of one that starts.
     taken: bool = True
-    # Number of the job that it was sent last.
-    job: int = -1
     started: Started | None = None
     since: float = 0.0
     heard: float = 0.0
@@ -136,7 +134,8 @@ class Pool:
         self._lease, self._note = lease, note
         self._noted = 0.0
         self._waited = monotonic()
-        self._job: Load | None = None
+        self._jobs = 0
+        self._job: Load  # the last one
         self._queues: list[deque[_Item]] = [deque() for _ in range(queues)]
         self._next = self._unanswered = 0
         self._workers = [
@@ -180,24 +179,24 @@ class Pool:
         Raises:
             UserError: if workers cannot be started here.
         """
-        is_first = self._job is None
-        following = 0 if self._job is None else self._job.number + 1
-        self._job = Load(following, job, SILENT_SECONDS / _BEATS)
+        is_first = self._jobs == 0
+        self._job = Load(self._jobs, job, SILENT_SECONDS / _BEATS)
+        self._jobs += 1
         self._waited = monotonic()
         if is_first:
             # All start before one is sent anything.
             for number in range(len(self._workers)):
                 self._transport.start(number)
         for number, worker in enumerate(self._workers):
-            worker.started = None
-            # One that has not started yet has an earlier job to take first.
-            if is_first or worker.placed:
-                worker.heard, worker.taken = monotonic(), is_first
+            # One that still starts or loads takes the job when it is done with that.
+            if is_first or worker.started:
                 self._send_job(number)
+            worker.started = None
 
     def _send_job(self, number: int) -> None:
-        assert self._job is not None
-        self._workers[number].job = self._job.number
+        worker = self._workers[number]
+        # That it takes it is expected at once where it has started.
+        worker.heard, worker.taken = monotonic(), not worker.placed
         self._transport.send(number, self._job)
 
     def submit(
@@ -264,10 +263,10 @@ class Pool:
             self._transport.send(number, [(item.number, item.content) for item in lease])
 
     def _take_in(self, number: int, started: Started) -> None:
-        worker, current = self._workers[number], self._job and self._job.number
-        if started.job == current:
+        worker = self._workers[number]
+        if started.job == self._job.number:
             worker.started, worker.since, worker.tokens_here = started, monotonic(), 0
-        elif worker.job != current:  # it was at an earlier job, which is over
+        else:  # it was at an earlier job, which is over
             self._send_job(number)
 
     def _resolve(self, worker: _Worker, number: int, answer: Any) -> None:

@@ -4,46 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from data_gen.workers.pool import (
-    DEATHS,
-    WORKERS,
-    Alive,
-    Call,
-    Finished,
-    Message,
-    Model,
-    Pool,
-    Refused,
-    RemoteEngine,
-    Started,
-)
 
 from data_gen.config import RolloutsConfig
 from data_gen.inspect.status import StatusConfig, status
+from data_gen.remote_engine import Model, RemoteEngine, remote_engines
 from data_gen.rollouts import rollouts
 from pav.core.errors import UserError
 from pav.core.journal import JOURNAL, journal_lines
-from pav.core.progress import Reporter
+from pav.engine import pool
 from pav.engine.loading import EngineConfig
 from pav.engine.loop import drive
-from pav.engine.processes import Died, placement
+from pav.engine.pool import WORKERS, Pool, transport
+from pav.engine.processes import placement
 from pav.engine.vllm import VllmEngine
+from pav.engine.worker import Lease, Load, Message
 from pav.policy.inference import Sampled
 from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.tape import Tape
@@ -115,11 +101,11 @@ def kill_a_worker(patch: pytest.MonkeyPatch, then_terminate: bool = False) -> li
         nonlocal answered
         inner(self)
         other, worker = self._workers
-        if not killed and worker.started and worker.rollouts and worker.holds:
+        if not killed and worker.started and worker.answers and worker.holds:
             killed.append(worker.started.process)
             os.kill(worker.started.process, signal.SIGKILL)
-            answered = other.rollouts
-        elif then_terminate and worker.deaths and other.rollouts > answered + 40:
+            answered = other.answers
+        elif then_terminate and worker.deaths and other.answers > answered + 40:
             os.kill(os.getpid(), signal.SIGTERM)
 
     patch.setattr(Pool, "step", step)
@@ -192,131 +178,58 @@ def test_ray_that_is_not_installed_is_named_with_its_extra(
         rollouts(replace(config, output=str(tmp_path / "run"), ray="auto"))
 
 
-class Scripted:
-    """Workers that answer and die by lot: what a pool makes of that is under test.
+def test_silent_worker_is_started_again_and_asked_for_what_it_held(
+    config: RolloutsConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pool, "SILENT_SECONDS", 8.0)
+    model = Model(config.policy.model, "float32", 48, config.engine)
+    (engine,) = remote_engines(transport(config.engine, 1, None), [model], 1)
+    stopped: list[int] = []
+    inner = Pool._resolve
 
-    Those that hang answer nothing until they are ended.
-    """
+    def stop(self: Pool, worker: Any, number: int, answer: Any) -> None:
+        inner(self, worker, number, answer)
+        if not stopped and worker.holds:
+            stopped.append(worker.started.process)
+            os.kill(worker.started.process, signal.SIGSTOP)
 
-    def __init__(self, lot: Random, deaths: int = 0, answers: int = 8) -> None:
-        self.lot, self.deaths, self.answers = lot, deaths, answers
-        self.hanging: set[int] = set()
-        self.held: dict[int, deque[Call]] = {}
-        self.most_held = 0
-        self.answered: Counter[int] = Counter()
-        self.leases: list[list[int]] = []
-        self.coming: list[tuple[int, Message]] = []
-        self.closed = False
+    monkeypatch.setattr(Pool, "_resolve", stop)
+
+    async def job(seed: int) -> Sampled:
+        return await engine.sample([5, 6], Sampler(), stop_ids=[2], max_tokens=20, seed=seed)
+
+    found: list[Sampled] = []
+    drive([engine], [partial(job, seed) for seed in range(30)], found.append, 30)
+    engine.shutdown()
+    assert len(found) == 30
+    assert engine.usage.generated == sum(len(answer.ids) for answer in found)
+    said = capfd.readouterr().err
+    assert "WARNING: worker 0 died (silent for 0 minutes, ended); the " in said
+    assert "it starts again (1 of 2 times)" in said
+    assert len(stopped) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped[0], 0)
+
+
+class NeverStarted:
+    """Workers of which none ever starts."""
+
+    closed = False
 
     def start(self, worker: int) -> None:
-        self.held[worker] = deque()
-        self.coming.append((worker, Started(100 + worker, "here")))
+        pass
 
-    def send(self, worker: int, calls: list[Call]) -> None:
-        self.held[worker].extend(calls)
-        self.leases.append([call.number for call in calls])
-        self.most_held = max(self.most_held, len(self.held[worker]))
+    def send(self, worker: int, message: Load | Lease) -> None:
+        pass
 
     def receive(self, seconds: float) -> list[tuple[int, Message]]:
-        coming, self.coming = self.coming, []
-        for worker, held in self.held.items():
-            if worker in self.hanging:
-                continue
-            if held and self.deaths and self.lot.random() < 0.2:
-                self.deaths -= 1
-                coming.append((worker, Died("signal SIGKILL")))
-                held.clear()
-                continue
-            done = [held.popleft() for _ in range(min(len(held), self.answers))]
-            self.answered.update(call.number for call in done)
-            answers = [(call.number, Sampled([*call.ids, 7], True)) for call in done]
-            # What a worker says twice, or for another, counts once.
-            coming += [(worker, Finished(answers)), (0, Finished(answers[:1]))]
-        return coming
+        return []
 
     def end(self, worker: int) -> None:
-        self.hanging.remove(worker)
-        self.held[worker].clear()
+        raise AssertionError("a worker that never started is not silent")
 
     def close(self) -> None:
         self.closed = True
-
-
-def sampled(transport: Scripted, count: int, workers: int) -> list[Sampled]:
-    """Answers to ``count`` requests, the i-th from the ids [i]."""
-    model = Model("nowhere", "float32", 48, EngineConfig(max_num_seqs=16))
-    pool = Pool(transport, [model, model], workers, None)
-    answers: dict[int, Sampled] = {}
-
-    async def job(i: int) -> None:
-        answers[i] = await pool.engines[i % 2].sample(
-            [i], Sampler(), stop_ids=[2], max_tokens=4, seed=i
-        )
-
-    drive(pool.engines, [partial(job, i) for i in range(count)], lambda _: None, count)
-    assert sum(e.usage.generated for e in pool.engines) == 2 * count
-    pool.close()
-    assert transport.closed
-    return [answers[i] for i in range(count)]
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_every_request_is_answered_once_whoever_dies(
-    seed: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    transport = Scripted(Random(seed), deaths=DEATHS - 1)
-    found = sampled(transport, 200, 3)
-    assert [answer.ids for answer in found] == [[i, 7] for i in range(200)]
-    assert set(transport.answered.values()) == {1}
-    assert capsys.readouterr().err.count("WARNING: worker ") == DEATHS - 1 - transport.deaths
-
-
-def test_worker_that_hangs_is_ended_and_what_it_held_goes_to_others(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("data_gen.workers.pool.SILENT_SECONDS", 0.05)
-    transport = Scripted(Random(0))
-    transport.hanging = {1}
-    found = sampled(transport, 200, 3)
-    assert [answer.ids for answer in found] == [[i, 7] for i in range(200)]
-    assert set(transport.answered.values()) == {1}
-    assert not transport.hanging
-    said = capsys.readouterr().err
-    assert "WARNING: worker 1 died (silent for 0 minutes, ended); the " in said
-    assert said.count("WARNING") == 1
-
-
-def test_worker_that_says_it_is_alive_is_given_all_the_time_it_needs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("data_gen.workers.pool.SILENT_SECONDS", 0.05)
-    transport, started = Scripted(Random(0)), time.monotonic()
-    transport.hanging = {0}
-    inner = transport.receive
-
-    def receive(seconds: float) -> list[tuple[int, Message]]:
-        if time.monotonic() - started > 0.2:
-            transport.hanging.clear()
-        return [*inner(seconds), (0, Alive())]
-
-    monkeypatch.setattr(transport, "receive", receive)
-    assert len(sampled(transport, 20, 1)) == 20
-    assert "WARNING" not in capsys.readouterr().err
-
-
-def test_what_workers_have_in_work_is_known_before_anything_has_finished(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    transport = Scripted(Random(0))
-    said = iter([[(0, Started(1, "here")), (1, Started(2, "here"))], [(0, Alive((70,)))],
-                 [(1, Alive((30,)))]])  # fmt: skip
-    monkeypatch.setattr(transport, "receive", lambda _: next(said))
-    pool = Pool(transport, [Model("nowhere", "float32", 48, EngineConfig())], 2, None)
-    seen = []
-    for _ in range(3):
-        pool.step()
-        seen.append(pool.engines[0].in_flight)
-    assert seen == [0, 70, 100]
 
 
 def test_hours_hold_while_no_worker_has_started(
@@ -325,37 +238,12 @@ def test_hours_hold_while_no_worker_has_started(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    transport = Scripted(Random(0))
-    monkeypatch.setattr(transport, "start", lambda worker: None)
-
-    def open_pool(models: list[Model], count: int, ray: str | None, note: Path | None) -> Pool:
-        return Pool(transport, models, count, note)
-
-    monkeypatch.setattr("data_gen.engines.open_pool", open_pool)
+    # As on a cluster without room.
+    never = NeverStarted()
+    monkeypatch.setattr("data_gen.engines.transport", lambda *_: never)
     rollouts(replace(config, output=str(tmp_path / "run"), workers=2, hours=1e-4))
-    assert transport.closed
+    assert never.closed
     assert "stopped after 0.0001 hours: 0 of 2 rounds are complete" in capsys.readouterr().out
-
-
-def test_worker_holds_what_it_can_run_and_two_leases_and_leases_are_successive() -> None:
-    transport = Scripted(Random(0), answers=3)
-    sampled(transport, 200, 2)
-    # 16 sequences of each of two models, and leases of 2.
-    assert transport.most_held == 2 * (16 + 2 * 2)
-    assert {b - a for lease in transport.leases for a, b in pairwise(lease)} == {2}
-    assert max(map(len, transport.leases)) == 2
-
-
-def test_worker_that_dies_again_and_again_ends_the_run() -> None:
-    with pytest.raises(UserError, match=r"worker 0 died 3 times within 10 minutes, at last by sig"):
-        sampled(Scripted(Random(0), deaths=99, answers=0), 20, 1)
-
-
-def test_model_that_a_worker_cannot_load_ends_the_run_at_once() -> None:
-    transport = Scripted(Random(0))
-    transport.coming.append((0, Refused("vLLM cannot load 'x': no such file")))
-    with pytest.raises(UserError, match=r"worker 0: vLLM cannot load 'x'"):
-        sampled(transport, 20, 1)
 
 
 def test_workers_share_devices_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,25 +264,6 @@ def test_workers_share_devices_or_cores(monkeypatch: pytest.MonkeyPatch) -> None
     assert placement(EngineConfig(), 2, []) == [{"OMP_NUM_THREADS": "4"}] * 2
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert placement(EngineConfig(), 20, [])[0] == {"OMP_NUM_THREADS": "3"}
-
-
-def test_terminal_shows_a_line_per_worker(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    pool = Pool(Scripted(Random(0)), [Model("nowhere", "float32", 48, EngineConfig())], 2, None)
-    with Reporter("rollouts", 8, "solutions") as reporter:
-        reporter.update(3, "12 tokens/s", pool.engines[0].lines)
-        pool.step()
-        reporter.update(4, "15 tokens/s", pool.engines[0].lines)
-    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)  # colours
-    for part in (
-        "4/8",
-        "15 tokens/s",
-        "worker 0: 0 samples, 0 tokens/s, 0 held",
-        "worker 1: 0 sam",
-    ):
-        assert part in said
 
 
 def test_no_worker_is_refused(config: RolloutsConfig) -> None:

@@ -228,12 +228,14 @@ class Told:
     def __init__(self, clock: list[float], messages: list[tuple[float, Message]]) -> None:
         self.clock, self.messages = clock, messages
         self.ended: list[int] = []
+        self.jobs: list[int] = []
 
     def start(self, worker: int) -> None:
         pass
 
     def send(self, worker: int, message: Load | Lease) -> None:
-        pass
+        if isinstance(message, Load):
+            self.jobs.append(message.number)
 
     def receive(self, seconds: float) -> list[tuple[int, Message]]:
         if not self.messages or self.messages[0][0] > self.clock[0]:
@@ -275,6 +277,19 @@ def test_loading_and_a_long_item_are_not_taken_for_hanging(
     while not told.ended:
         pool.step()
     assert "worker 0 died (silent for 10 minutes, ended); the 0 items" in capsys.readouterr().err
+
+
+def test_worker_that_loads_for_hours_takes_the_next_job_when_it_is_done(clock: list[float]) -> None:
+    told = Told(clock, [(0.0, Alive()), (40_000.0, Started(0, 1, "here")),
+                        (40_100.0, Alive()), (40_200.0, Started(1, 1, "here"))])  # fmt: skip
+    pool = pool_of(told, 1)
+    pool.load(Named("a"))
+    pool.step()
+    assert pool.placed == 1
+    pool.load(Named("b"))
+    while not pool.ready:
+        pool.step()
+    assert told.jobs == [0, 1] and not told.ended
 
 
 def test_terminal_shows_a_line_per_worker(
