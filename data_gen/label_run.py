@@ -85,7 +85,7 @@ def read_run(directory: str | Path) -> Run:
     """
     where = Path(directory)
     manifest = read_manifest(where)
-    demand(manifest, SOURCES, f"{where}/manifest.json")
+    demand(manifest, (*SOURCES, "rollout_policies"), f"{where}/manifest.json")
     rows = read_rows(where)
     seconds, pace = 0.0, []
     for entry in rows.journal:

@@ -295,6 +295,18 @@ def test_damaged_labels_are_refused_by_training_and_by_the_tools(
     assert [p.name for p in tmp_path.iterdir()] == ["labels"]
 
 
+@pytest.mark.parametrize("tool", ["data_gen.show", "data_gen.status"])
+def test_labels_that_do_not_say_who_made_the_rollouts_are_refused_by_the_tools(
+    tool: str, labels: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    copied = tmp_path / "labels"
+    shutil.copytree(labels, copied)
+    without("rollout_policies")(copied)
+    given = f"[{copied}]" if tool == "data_gen.status" else str(copied)
+    said = refused(tool, "--labels", given)
+    assert "is no manifest of labels: it lacks 'rollout_policies'" in said
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -279,14 +279,17 @@ def trainer_of(
     if config.processes == 1:
         # One process is one process, also in a job of many tasks (SLURM_NTASKS).
         plugins.append(LightningEnvironment())
-    elif config.strategy == "fsdp":
+    elif SLURMEnvironment.detect():
+        # Its own checkpoint on SIGUSR1 is none that we go on from; ours come every few minutes.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    if config.processes > 1 and config.strategy == "fsdp":
         # Its defaults shard over nodes alone: nothing on one machine.
         strategy = ModelParallelStrategy(
             data_parallel_size=config.processes,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
         )
-    else:
+    elif config.processes > 1:
         strategy = DDPStrategy(gradient_as_bucket_view=True)
     try:
         trainer = L.Trainer(
@@ -327,9 +330,18 @@ def trainer_of(
 
 
 def _steps(config: TrainConfig, data: LabelData) -> int:
-    """Optimiser steps of the whole run."""
+    """Optimiser steps of the whole run.
+
+    Raises:
+        UserError: if it would end before its first epoch does.
+    """
     data.setup("fit")
     batches = len(data.train_dataloader())
     per_step = 1 if config.frozen else config.accumulate * config.processes
-    steps = -(-batches // per_step) * config.max_epochs
-    return min(steps, config.max_steps or steps)
+    epoch = -(-batches // per_step)
+    if config.max_steps and config.max_steps < epoch:
+        raise UserError(
+            f"max_steps is {config.max_steps}, less than the {epoch} steps of an epoch; a verifier "
+            "is validated and kept after an epoch: give more steps, or fewer labels"
+        )
+    return min(epoch * config.max_epochs, config.max_steps or epoch * config.max_epochs)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoModelForCausalLM
 
@@ -31,9 +32,10 @@ from pav.labels.tables import read_labels
 from pav.policy.inference import SCORE_SCALE, Read
 from pav.policy.policy import PolicyConfig, load_policy
 from pav.train.batches import MAX_WASTE, TraceLoader
+from pav.train.checkpoints import WholeCheckpoints
 from pav.train.command import train
 from pav.train.config import TrainConfig
-from pav.train.fit import prepare
+from pav.train.fit import prepare, trainer_of
 from pav.verifier.checkpoint import VerifierMeta, load_model, load_verifier, trunk_path
 from pav.verifier.forward import batches, padding_waste
 from pav.verifier.lora import Lora
@@ -334,6 +336,24 @@ def test_logger_without_its_package_is_an_error_that_names_it(
     monkeypatch.setattr(pav.train.command, "load_trunk", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=f"needs the package {package}.*pip install {package}"):
         train(replace(config, logger=logger))
+
+
+@pytest.mark.usefixtures("quick")
+def test_fewer_steps_than_an_epoch_are_refused(config: TrainConfig) -> None:
+    short = replace(config, trunk_mode="full", max_steps=1, warmup=0, tokens_per_batch=512)
+    with pytest.raises(UserError, match=r"max_steps is 1, less than the \d+ steps of an epoch"):
+        train(short)
+
+
+def test_slurm_writes_no_checkpoint_of_its_own(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "labels"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    two = replace(config, trunk_mode="full", devices=2, accelerator="cpu")
+    trainer = trainer_of(two, [], WholeCheckpoints())
+    environment = trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment) and not environment.auto_requeue
 
 
 def test_settings_that_contradict_each_other_are_refused(config: TrainConfig) -> None:
