@@ -19,9 +19,10 @@ from pav.verifier.score import Score
 from pav.verifier.scoring import StepScorer
 from search.methods.beam import Duplicates
 from search.run.config import SearchConfig
+from search.run.opening import load_checked, sibling_orm
 from search.run.oracle import by_oracle
 from search.run.records import Record
-from search.run.session import Session, load_checked, sibling_orm
+from search.run.session import Session
 from search.run.setup import (
     OpenedSearch,
     Row,

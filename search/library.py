@@ -22,8 +22,9 @@ from pav.verifier.score import Score
 from search.found import Found, found_in
 from search.methods.beam import Duplicates
 from search.methods.smc import Resampling, SmcSettings, Weight
+from search.run.opening import open_session
 from search.run.records import Record
-from search.run.session import Scoring, Session, open_session
+from search.run.session import Scoring, Session
 from search.run.solve import beam_record, beam_settings, smc_record, traces_record
 
 Question = str | Problem

@@ -34,8 +34,9 @@ from pav.verifier.pick import Pick
 from search.compare.plan import CompareConfig, Method, Selectable, Selection
 from search.compare.results import MethodResult
 from search.compare.run_searches import Comparison, prepared, search_results
+from search.run.opening import capped, load_checked, open_session, warn_few
 from search.run.records import MANIFEST, open_run
-from search.run.session import Scoring, capped, load_checked, open_session, warn_few
+from search.run.session import Scoring
 from search.run.setup import say_opening
 
 COARSE = (10.0, 5.0, 2.5, 1.25, 0.625, 0.3125)

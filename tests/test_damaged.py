@@ -19,6 +19,7 @@ import torch
 
 from data_gen.config import RolloutsConfig
 from data_gen.inspect.show import ShowConfig, show
+from data_gen.inspect.status import StatusConfig, status
 from data_gen.rollouts import rollouts
 from pav.cli.run import run
 from pav.core.errors import UserError
@@ -37,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, tuple[Any, type]] = {
     "data_gen.rollouts": (rollouts, RolloutsConfig),
     "data_gen.show": (show, ShowConfig),
+    "data_gen.status": (status, StatusConfig),
     "pav.train": (train, TrainConfig),
     "pav.sft": (sft, SftConfig),
     "search.beam": (beam, BeamConfig),

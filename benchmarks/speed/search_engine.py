@@ -39,8 +39,9 @@ from pav.tasks.base import Problem
 from pav.verifier.checkpoint import load_verifier
 from pav.verifier.score import Pick
 from pav.verifier.scoring import Scorer
+from search.run.opening import open_session
 from search.run.records import Record
-from search.run.session import Session, open_session
+from search.run.session import Session
 from search.run.solve import beam_record, beam_settings, traces_record
 
 COMMAND = (

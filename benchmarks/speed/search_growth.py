@@ -20,8 +20,8 @@ from pav.cli.run import run
 from pav.engine.loading import EngineConfig
 from pav.tasks.base import Problem
 from pav.verifier.checkpoint import load_verifier
+from search.run.opening import open_session
 from search.run.records import Record
-from search.run.session import open_session
 from search.run.solve import beam_record, beam_settings
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.search_growth"

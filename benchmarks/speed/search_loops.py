@@ -52,8 +52,9 @@ from pav.tasks.tape import Tape
 from pav.verifier.checkpoint import Verifier, load_model, load_verifier, trunk_path
 from pav.verifier.scoring import NO_LOGPROBS, PrefixScore, Scorer
 from pav.verifier.trunk import HeadedTrunk
+from search.run.opening import open_session
 from search.run.records import Record
-from search.run.session import Session, open_session
+from search.run.session import Session
 from search.run.solve import beam_record, beam_settings
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.speed.search_loops"

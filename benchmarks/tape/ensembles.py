@@ -48,8 +48,9 @@ from pav.verifier.score import Values, step_score
 from pav.verifier.trunk import HeadedTrunk, load_trunk
 from search.methods.beam import BeamSettings, beam_search, with_score
 from search.methods.expand import Prefix
+from search.run.opening import open_session
 from search.run.records import Record
-from search.run.session import Session, open_session
+from search.run.session import Session
 from search.run.solve import beam_settings, context_of, searched
 
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.tape.ensembles"

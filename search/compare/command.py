@@ -35,8 +35,9 @@ from search.compare.results import (
 )
 from search.compare.run_searches import Comparison, prepared, search_results
 from search.report.command import write_report
+from search.run.opening import capped, open_session, sibling_orm, warn_few
 from search.run.records import MANIFEST, open_run
-from search.run.session import Session, capped, open_session, sibling_orm, warn_few
+from search.run.session import Session
 from search.run.setup import say_opening
 from search.select import Choice, choose, print_choice, write_choice
 from search.select import manifest as selected

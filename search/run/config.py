@@ -15,7 +15,8 @@ from pav.policy.policy import PolicyConfig, Sampler, model_path, settled, weight
 from pav.tasks.base import Split, Task, task_spec
 from pav.verifier.checkpoint import Verifier
 from pav.verifier.pick import Pick
-from search.run.session import Scoring, capped
+from search.run.opening import capped
+from search.run.session import Scoring
 from search.scoring.text import RewardModelConfig
 
 

@@ -22,8 +22,9 @@ from pav.verifier.score import ScorerMeta
 from pav.verifier.scoring import StepScorer
 from search.report.command import write_report
 from search.run.config import SearchConfig, manifest, run_directory
+from search.run.opening import load_checked, open_session, plain_session, warn_few
 from search.run.records import MANIFEST, Record, open_run
-from search.run.session import Session, load_checked, open_session, plain_session, warn_few
+from search.run.session import Session
 from search.run.solve import beam_settings
 
 

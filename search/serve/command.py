@@ -15,7 +15,8 @@ from pav.grading.sandbox import DEFAULT_TIMEOUT, check_timeout
 from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.base import Task
 from pav.verifier.pick import Pick
-from search.run.session import Scoring, load_checked, open_session, sibling_orm
+from search.run.opening import load_checked, open_session, sibling_orm
+from search.run.session import Scoring
 from search.serve.served_models import ServedModels
 
 API_KEY = "PAV_API_KEY"

@@ -31,8 +31,9 @@ from pav.train.checkpoints import resume_or_refuse
 from pav.train.command import train
 from pav.train.config import TrainConfig
 from pav.verifier.checkpoint import load_verifier
+from search.run.opening import open_session
 from search.run.records import open_run
-from search.run.session import Session, open_session
+from search.run.session import Session
 from tests.conftest import CHATML, MakeVerifier
 
 TASK = Tape(n_ops=3)

@@ -348,7 +348,15 @@ def test_fewer_steps_than_an_epoch_are_refused(config: TrainConfig) -> None:
 def test_slurm_writes_no_checkpoint_of_its_own(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "labels"}.items():
+    for name, value in {
+        "NTASKS": "2",
+        "NTASKS_PER_NODE": "2",
+        "JOB_NAME": "labels",
+        "NODEID": "0",
+        "PROCID": "0",
+        "LOCALID": "0",
+        "NNODES": "1",
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     two = replace(config, trunk_mode="full", devices=2, accelerator="cpu")
     trainer = trainer_of(two, [], WholeCheckpoints())

@@ -26,7 +26,7 @@ from pav.tasks.tape import Tape
 from pav.train.command import TrainConfig, save, train
 from pav.verifier.checkpoint import Verifier, load_verifier, resolve_task, trunk_path
 from pav.verifier.trunk import HeadedTrunk, load_trunk
-from search.run.session import open_session
+from search.run.opening import open_session
 
 
 @pytest.fixture

@@ -35,8 +35,9 @@ from search.methods.beam import BeamSettings, Duplicates, beam_search, divided
 from search.methods.context import SearchContext
 from search.methods.expand import SearchResult
 from search.methods.sample_step import SampledStep
+from search.run.opening import open_session
 from search.run.records import Record, read
-from search.run.session import Session, open_session
+from search.run.session import Session
 from search.run.solve import beam_record
 from tests.search.scripted import EOS, PROBLEM, Scripted
 

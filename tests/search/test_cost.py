@@ -25,8 +25,8 @@ from pav.policy.policy import Sampler
 from pav.tasks.base import Problem
 from pav.verifier.checkpoint import load_verifier
 from search.run.flops import record_flops
+from search.run.opening import open_session
 from search.run.records import Record
-from search.run.session import open_session
 from search.run.solve import beam_record, beam_settings, traces_record
 
 ENGINE = EngineConfig(kv_gib=0.02, max_num_seqs=64)

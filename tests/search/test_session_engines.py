@@ -14,7 +14,8 @@ from pav.engine.loading import UTILIZATION, EngineConfig
 from pav.policy.policy import PolicyConfig, Sampler
 from pav.verifier.checkpoint import load_verifier
 from search.compare.command import CompareConfig, Method, _expect
-from search.run.session import Session, open_session
+from search.run.opening import open_session
+from search.run.session import Session
 
 SAMPLER = Sampler(max_length=128)
 

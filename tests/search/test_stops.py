@@ -19,8 +19,8 @@ from pav.engine.loading import EngineConfig
 from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
+from search.run.opening import plain_session
 from search.run.records import Record, open_run, read
-from search.run.session import plain_session
 
 PROBLEMS = list(islice(Tape().problems("test"), 12))
 
