@@ -38,8 +38,8 @@ def measure(config: StudyConfig, arms: Sequence[Arm], trunk: str) -> list[dict[s
     path = Path(config.directory) / f"quality-{trunk.replace(':', '_').replace('/', '_')}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     there = {(row["arm"], row["replicate"], row["share"]) for row in rows}
-    next_rollouts = {(arm.name, r, s) for arm in arms for r, s, _ in config.groups()}
-    if next_rollouts <= there:
+    wanted = {(arm.name, r, s) for arm in arms for r, s, _ in config.groups()}
+    if wanted <= there:
         return rows
     pool = read_labels([str(config.pool)])
     replays = replays_on(config, pool)

@@ -75,10 +75,10 @@ def token_ratio(arm: Curve, reference: Curve, seed: int = 0) -> tuple[float, lis
 
 def bound(arm: Curve, reference: Curve) -> str:
     """Whether the ratio is only a bound: ``at most``, ``at least`` or nothing."""
-    brier_S, next_rollouts = arm.whole[1], reference.whole[1][-1]
-    if brier_S[0] <= next_rollouts:
+    brier_S, wanted = arm.whole[1], reference.whole[1][-1]
+    if brier_S[0] <= wanted:
         return "at most "
-    return "" if (brier_S <= next_rollouts).any() else "at least "
+    return "" if (brier_S <= wanted).any() else "at least "
 
 
 def brier_difference(

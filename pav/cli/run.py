@@ -48,8 +48,7 @@ def quiet() -> None:
         "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", text)
-    for name in ("torch._library.triton", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     if "transformers" in sys.modules:  # else it obeys the variable
         from transformers.utils.logging import disable_progress_bar
 

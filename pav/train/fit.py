@@ -28,7 +28,7 @@ from pav.policy.policy import Policy
 from pav.train.batches import LabelData, PositionRows, Traces, class_weights
 from pav.train.checkpoints import BEST, LAST, LastCheckpoint, Stopped, Unwritten, WholeCheckpoints
 from pav.train.config import HEAD_RATE, TrainConfig
-from pav.train.lightning_internals import batches_done
+from pav.train.lightning_internals import batches_done, be_quiet
 from pav.train.loggers import logger_of
 from pav.train.losses import summed_loss
 from pav.train.progress import LightningProgress
@@ -274,6 +274,7 @@ def trainer_of(
     Raises:
         UserError: if it knows no such device or precision.
     """
+    be_quiet()
     strategy: Strategy | str = "auto"
     plugins: Any = [checkpoints]
     if config.processes == 1:

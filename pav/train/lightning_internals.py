@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 CHECKED = ">=2.6,<2.7"
+
+
+def be_quiet() -> None:
+    """Leave the word to our own lines: Lightning turns its logger up where it is imported."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def rank() -> int:

@@ -52,6 +52,7 @@ from pav.train.checkpoints import (
     WholeCheckpoints,
     whole_checkpoint,
 )
+from pav.train.lightning_internals import be_quiet
 from pav.train.progress import LightningProgress
 from pav.train.sft_config import SftConfig
 
@@ -205,6 +206,7 @@ def _sft(config: SftConfig, task: HasSolutions, output: Path) -> None:
         print(f"resuming at step {start}")
     module = SftModule(config, model)
     checkpoints = WholeCheckpoints()
+    be_quiet()
     trainer = L.Trainer(
         # Lightning counts a step per optimiser.
         max_steps=config.steps * 2,

@@ -52,12 +52,12 @@ def test_figure_2a_advantage_saves_the_progress_of_the_worse_state_iff_alpha_exc
 def test_scores_of_arrays_are_those_of_their_elements() -> None:
     q = np.array([q for _, q in Q.values()])
     before = np.array([V[state] for state, _ in Q.values()])
-    gather_or_cancel = effective_score(q, before, q, 0.5)
+    together = effective_score(q, before, q, 0.5)
     apart = [
         effective_score(float(a), float(b), float(a), 0.5) for a, b in zip(q, before, strict=True)
     ]
-    np.testing.assert_allclose(gather_or_cancel, apart)
-    np.testing.assert_allclose(gather_or_cancel[[0, 3]], [0.525, 0.6])
+    np.testing.assert_allclose(together, apart)
+    np.testing.assert_allclose(together[[0, 3]], [0.525, 0.6])
 
 
 def test_best_of_k_is_the_chance_of_one_right_rollout_in_k() -> None:

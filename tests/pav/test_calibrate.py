@@ -190,9 +190,9 @@ def test_rows_weigh_by_their_number_of_rollouts() -> None:
         np.repeat(logit, 3), None,
         np.concatenate([[1.0] * int(r) + [0.0] * (3 - int(r)) for r in k]), np.ones(9000),
     )  # fmt: skip
-    gather_or_cancel = fit_calibrator(logit, None, k, n)
-    assert apart.temperature == pytest.approx(gather_or_cancel.temperature, abs=1e-3)
-    assert apart.bias == pytest.approx(gather_or_cancel.bias, abs=1e-3)
+    together = fit_calibrator(logit, None, k, n)
+    assert apart.temperature == pytest.approx(together.temperature, abs=1e-3)
+    assert apart.bias == pytest.approx(together.bias, abs=1e-3)
 
 
 def test_constant_features_and_one_sided_labels_fit_without_trouble() -> None:

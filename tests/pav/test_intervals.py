@@ -74,7 +74,7 @@ def test_rows_of_one_problem_are_no_independent_evidence() -> None:
     rng = np.random.default_rng(0)
     q, counts, _ = made(rng, 1, 400)
     alone = np.array([f"p{i}" for i in range(400)])
-    gather_or_cancel = np.array([f"p{i // 100}" for i in range(400)])
+    together = np.array([f"p{i // 100}" for i in range(400)])
     right = np.repeat([0.0, 1.0, 0.0, 1.0], 100)
     counts = Counts(right, np.ones(400), counts.exact_N)
 
@@ -82,7 +82,7 @@ def test_rows_of_one_problem_are_no_independent_evidence() -> None:
         low, high = value_intervals(q, counts, problem)["mean_right"]
         return high - low
 
-    assert width(gather_or_cancel) > 5 * width(alone)
+    assert width(together) > 5 * width(alone)
 
 
 def test_nothing_is_known_of_no_rows() -> None:

@@ -312,14 +312,15 @@ SHELL = SRUN | {"SLURM_JOB_NAME": "bash", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER
 def test_two_processes_train_the_model_of_one(
     strategy: Any, tasks: list[dict[str, str]], config: TrainConfig, tmp_path: Path
 ) -> None:
-    gather_or_cancel = replace(config, devices=2, strategy=strategy, max_epochs=1)
-    for task in [start(gather_or_cancel, environment) for environment in tasks]:
+    together = replace(config, devices=2, strategy=strategy, max_epochs=1)
+    for task in [start(together, environment) for environment in tasks]:
         said, errors = task.communicate()
         assert task.returncode == 0, said + errors[-3000:]
+        assert not [line for line in errors.splitlines() if "GPU" in line or "Tip" in line]
     # An optimiser step of one process is as many batches, one after the other.
     alone = replace(config, output=str(tmp_path / "alone.ckpt"), accumulate=2, max_epochs=1)
     train(alone)
-    one, two = weights(alone), weights(gather_or_cancel)
+    one, two = weights(alone), weights(together)
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=1e-4)
@@ -434,9 +435,9 @@ def test_full_disk_ends_the_run_with_one_line_and_the_same_command_goes_on(
 
 
 def test_full_disk_ends_all_processes_with_one_line(config: TrainConfig, tmp_path: Path) -> None:
-    gather_or_cancel = replace(config, devices=2)
+    together = replace(config, devices=2)
     # In blocks of 512 bytes.
-    task = start(gather_or_cancel, {}, "ulimit -f 100;")
+    task = start(together, {}, "ulimit -f 100;")
     _, errors = task.communicate(timeout=300)
     assert task.returncode == 2, errors
     (line,) = [text for text in errors.splitlines() if "rror" in text or "Traceback" in text]

@@ -197,12 +197,12 @@ def test_values_do_not_depend_on_the_batch(
     # Of many lengths, one of them twice.
     solutions = [SOLUTION, "A1", "1+1=2\nA2", "\n".join(["2+2=4"] * 6) + "\nA4", "A1"]
     config = RewardModelConfig(path, layout=kind)
-    gather_or_cancel, _ = values(RewardModel(config, policy), policy, solutions)
+    together, _ = values(RewardModel(config, policy), policy, solutions)
     alone, _ = values(RewardModel(replace(config, batch=1), policy), policy, solutions)
-    for a, b in zip(gather_or_cancel, alone, strict=True):
+    for a, b in zip(together, alone, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
-    assert gather_or_cancel[1] == pytest.approx(gather_or_cancel[4], abs=1e-5)
-    assert len({round(v, 4) for row in gather_or_cancel for v in row}) > 5
+    assert together[1] == pytest.approx(together[4], abs=1e-5)
+    assert len({round(v, 4) for row in together for v in row}) > 5
 
 
 def test_no_text_is_read_twice_until_the_scores_are_forgotten(
@@ -305,9 +305,9 @@ def test_encoder_classifiers_work_too(policy: Policy, chat_tokenizer: Any, tmp_p
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     chat_tokenizer.save_pretrained(tmp_path)
     model = RewardModel(RewardModelConfig(str(tmp_path)), policy)
-    gather_or_cancel, _ = values(model, policy, ["A1", SOLUTION])
+    together, _ = values(model, policy, ["A1", SOLUTION])
     alone, _ = values(RewardModel(model.config, policy), policy, [SOLUTION])
-    assert gather_or_cancel[1] == pytest.approx(alone[0], abs=1e-5)
+    assert together[1] == pytest.approx(alone[0], abs=1e-5)
 
 
 def test_comparison_ranks_its_one_sample_set_by_reward_models_too(

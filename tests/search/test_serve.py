@@ -201,13 +201,13 @@ def test_concurrent_searches_share_the_engine_and_answer_as_alone(
 ) -> None:
     questions = [f"{10 + i}+23*4-15" for i in range(8)]
     alone = [ask(client, "pav-beam-2", q).choices[0].message.content for q in questions]
-    gather_or_cancel = 0
+    together = 0
     stop = threading.Event()
 
     def watch() -> None:
-        nonlocal gather_or_cancel
+        nonlocal together
         while not stop.is_set():
-            gather_or_cancel = max(gather_or_cancel, len(served[1].searches))
+            together = max(together, len(served[1].searches))
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
@@ -216,7 +216,7 @@ def test_concurrent_searches_share_the_engine_and_answer_as_alone(
         found = list(pool.map(lambda q: ask(client, "pav-beam-2", q), questions))
     stop.set()
     watcher.join()
-    assert gather_or_cancel >= 4
+    assert together >= 4
     # vLLM is not batch-invariant: now and then a completion differs between batches.
     same = [a.choices[0].message.content == b for a, b in zip(found, alone, strict=True)]
     assert sum(same) >= 6
