@@ -130,6 +130,7 @@ class Here:
 
     answers: Sequence[Sampled]
     usage: Usage = field(default_factory=Usage)
+    in_flight: int = 0
     waiting: list[tuple[asyncio.Future[Sampled], Sampled]] = field(default_factory=list)
 
     @property
