@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from pav.verifier.scoring import StepScorer
 from search.run.config import SearchConfig
 from search.run.setup import OpenedSearch, Row, create_run_dir, load_scorer, print_rows
 from search.run.solve import pick_again
 from search.run.workers import Search
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_tree(

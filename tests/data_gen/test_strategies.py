@@ -282,7 +282,7 @@ def test_old_manifests_and_merged_ones_name_their_plan() -> None:
         ({"max_labelled_prefixes": 1}, r"max_labelled_prefixes is 1; give 2 .+ or more"),
         ({"branches": 2, "n_mc": 1}, r"branches is 2; give a number from 0 to n_mc \(1\)"),
         ({"branches": 1, "n_mc": 4, "strategy": "adaptive"}, "needs strategy all_prefixes"),
-        ({"n_mc": -1}, "n_mc is -1; give at least one seed, and no negative number"),
+        ({"n_mc": -1}, "n_mc is -1; give at least one trace, and no negative number"),
     ],
 )
 def test_plans_that_cannot_be_are_refused(setting: dict[str, object], said: str) -> None:

@@ -225,7 +225,7 @@ def test_last_method_that_cannot_be_searched_is_found_before_the_first_is(
 
 
 def test_a_run_of_the_first_version_is_resumed(config: CompareConfig, tmp_path: Path) -> None:
-    """Its records lack the counts that FLOPs depend on, its manifest the later settings."""
+    """Its records lack checksums and counts of FLOPs, its manifest the later settings."""
     method = {"name": "beam", "kind": "beam", "verifier": config.methods[0].verifier, "pick": None,
               "alpha": None, "prover": None, "samples": 3, "n": None, "surprise": True,
               "scoring": "auto", "policy": None}  # fmt: skip
@@ -238,7 +238,7 @@ def test_a_run_of_the_first_version_is_resumed(config: CompareConfig, tmp_path: 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(old))
     later = {"policy_requests", "policy_prefilled", "policy_cached", "policy_context",
-             "verifier_context", "verifier_logits"}  # fmt: skip
+             "verifier_context", "verifier_logits", "crc"}  # fmt: skip
     for file in Path(config.output).glob("beam-*"):
         if file.suffix == ".jsonl":
             lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -265,7 +265,7 @@ def wait(*_):
     print("searching", flush=True)
     time.sleep(600)
 
-search.compare.command.search_points = wait
+search.compare.command.search_results = wait
 search.compare.command.main()
 """
 
