@@ -102,7 +102,6 @@ def beam(config: BeamConfig) -> None:
         rows = [Row(f"PAV beam ({rule})", config.n, records, seconds)]
         if orm is not None:
             rows += _baselines(config, session, orm, problems, records, directory)
-        session.shutdown()
         print_rows(rows, directory, config.split)
         session.check()
 

@@ -53,7 +53,6 @@ def best_of_n(config: BestOfNConfig) -> None:
             config.concurrency,
             f"best-of-{config.n}",
         )
-        session.shutdown()
         rows = [Row(f"best-of-N ({rule})", config.n, records, seconds)]
         rows.append(
             Row("majority vote", config.n, [pick_again(r, "majority") for r in records], seconds)

@@ -136,10 +136,9 @@ def select(config: SelectConfig) -> None:
     known[PROMPTS] = session.prompts()
     if not (output / MANIFEST).exists():
         session.check_models()
-    with open_run(output, known | manifest(config.select, config.selection)):
+    with open_run(output, known | manifest(config.select, config.selection)), session:
         say_opening(session, problems, "validation")
         choice = choose(comparison, method, config.select, config.selection)
-        session.shutdown()
         write_choice(choice, output)
         print_choice(choice, config.selection)
         flags = [f"--{k} {v}" for k, v in _chosen(choice).items()]

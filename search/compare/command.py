@@ -79,7 +79,7 @@ def compare(config: CompareConfig) -> None:
     if not (output / MANIFEST).exists():
         session.check_models()
     prompts = session.prompts() | _own_policies(comparison)
-    with open_run(output, manifest(config, digests) | {PROMPTS: prompts}):
+    with open_run(output, manifest(config, digests) | {PROMPTS: prompts}), session:
         say_opening(session, problems, config.split)
         comparison = with_choices(comparison)
         results: list[MethodResult] = []
@@ -87,7 +87,6 @@ def compare(config: CompareConfig) -> None:
             if method.kind != "best_of_n":
                 results += search_results(comparison, method)
         results += best_of_n_results(comparison, results)
-        session.shutdown()
         write_picks(results, [p.id for p in problems], config.seeds, output / PICKS)
         _report(config, results, invested, _following(verifiers))
         session.check()

@@ -30,7 +30,6 @@ def run_tree(
             config.concurrency,
             f"{label} N={config.n}",
         )
-        session.shutdown()
         rows = [Row(f"{label} ({opened.rule})", config.n, records, seconds)]
         voted = [pick_again(r, "majority") for r in records]
         rows.append(Row(f"{label} (majority)", config.n, voted, seconds))

@@ -61,6 +61,8 @@ Scoring = Literal["auto", "fused", "separate"]
 class Session:
     """Policy, task and engines; engines are loaded once, when something is to be searched.
 
+    Use it as a context manager: however that ends, devices are free again.
+
     Attributes:
         task: problems and grader.
         policy: the base policy.
@@ -369,6 +371,12 @@ class Session:
         """
         check_failures(self.failed)
         check_truncation(self.cut, self.sampler.max_length)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
 
     def shutdown(self) -> None:
         """Free all devices."""

@@ -141,7 +141,7 @@ def create_run_dir(config: SearchConfig, opened: OpenedSearch, name: str) -> Ite
     if not (directory / MANIFEST).exists():
         opened.session.check_models()
     prompts = {PROMPTS: opened.session.prompts()}
-    with open_run(directory, manifest(config, opened.verifier) | prompts):
+    with open_run(directory, manifest(config, opened.verifier) | prompts), opened.session:
         yield directory
 
 
