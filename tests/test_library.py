@@ -48,9 +48,11 @@ assert found.tree[0][0].kept and found.cost.policy_tokens > 0
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    # Without what an engine has set in this process.
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TORCH_"))}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300,
-        check=False,
+        check=False, env=plain,
     )  # fmt: skip
 
 

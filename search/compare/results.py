@@ -344,7 +344,7 @@ def shown_row(row: dict[str, Any]) -> dict[str, str]:
         float(row["verifier_tokens"]),
         float(row["seconds"]),
     ) | {
-        "verifier_score": f"{verifier_score:.3f}",
+        "believed": f"{verifier_score:.3f}",
         "MFLOPs policy + verifier": f"{policy / 1e6:.0f} + {verifier / 1e6:.0f}",
     }
 

@@ -22,7 +22,6 @@ from pav.engine.loading import EngineConfig
 from pav.engine.loop import PATIENCE, drive
 from pav.policy.cost import Cost
 from pav.policy.policy import Policy, PolicyConfig, Sampler, load_policy
-from pav.tasks.base import Problem
 from pav.verifier.pick import Candidate
 from pav.verifier.score import Score, check_prover, prover_q, step_score
 from search.alphallm import AlphaLlmConfig, alphallm
@@ -395,9 +394,9 @@ def test_pass_at_n_is_unbiased_and_counts_failures_as_wrong() -> None:
 
 
 def failing(real: Any, bad: Callable[[str], bool]) -> Any:
-    async def search(problem: Problem, *args: Any, **kwargs: Any) -> SearchResult:
-        found: SearchResult = await real(problem, *args, **kwargs)
-        if bad(problem.id):
+    async def search(context: SearchContext, *args: Any, **kwargs: Any) -> SearchResult:
+        found: SearchResult = await real(context, *args, **kwargs)
+        if bad(context.problem.id):
             raise ZeroDivisionError("by\nnothing")
         return found
 

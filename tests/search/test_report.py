@@ -269,7 +269,7 @@ def hostile(tmp_path: Path) -> Path:
     path = folder / "<img src=x onerror=y>.jsonl"
     append(path, record)
     # As earlier versions could write it.
-    path.write_text(path.read_text().replace("0.125", "NaN"))
+    path.write_text(path.read_text().rpartition(',"crc"')[0].replace("0.125", "NaN") + "}\n")
     (folder / "compare.png").write_bytes(b"\x89PNG")
     return folder
 
