@@ -58,7 +58,7 @@ class ServedModels:
 
     @property
     def kinds(self) -> list[str]:
-        """Kinds that can be cooked here."""
+        """Kinds that can be served here."""
         return [k for k in KINDS if self.orm is not None or not k.startswith("orm-")]
 
     def warm_up(self) -> None:
