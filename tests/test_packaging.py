@@ -164,6 +164,7 @@ ORDER = (
     {"evaluate"},
     {"export"},
     {"train"},
+    {"rl"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # The public API's module: it says where each name is, of searches, too, and imports none of them
