@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -42,6 +43,7 @@ from pav.verifier.trunk import HeadedTrunk, load_trunk
 # attention on CPUs knows no smaller ones.
 ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"tie_word_embeddings": False}),
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": False, "head_dim": 32}),
     "qwen3-tied": (Qwen3Config, {"tie_word_embeddings": True, "head_dim": 32}),
@@ -54,6 +56,11 @@ ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "gemma2-untied": (
         Gemma2Config,
         {"tie_word_embeddings": False, "head_dim": 32, "query_pre_attn_scalar": 32},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        {"tie_word_embeddings": True, "head_dim": 32, "query_pre_attn_scalar": 32,
+         "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
     ),
 }  # fmt: skip
 CHATML = (
@@ -97,6 +104,7 @@ SLOW = [
     "test_tensor_parallel",
     "test_train",
     "test_training_modes",
+    "test_weights",
     "test_beam",
     "test_compare",
     "test_cost",

@@ -89,8 +89,10 @@ class EngineConfig:
         return self.kv_gib is None and self.gpu_memory_utilization is None
 
 
-def engine_arguments(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> EngineArgs:
-    """What vLLM is told of an engine; see :class:`~pav.engine.vllm.Engine`."""
+def engine_arguments(
+    model: str, dtype: Dtype, max_length: int, config: EngineConfig, trained: bool = False
+) -> EngineArgs:
+    """What vLLM is told of an engine; see :class:`~pav.engine.vllm.VllmEngine`."""
     prepare_process()
     from vllm import EngineArgs
 
@@ -121,7 +123,9 @@ def engine_arguments(model: str, dtype: Dtype, max_length: int, config: EngineCo
         # Pickled weights, as a hub may hold, could run code.
         load_format="safetensors",
         enable_prefix_caching=True,
-        logprobs_mode="raw_logprobs",
+        # Processed ones are of the distribution that is sampled from. Raw ones are of temperature
+        # 1, and of all tokens: heads are read off them.
+        logprobs_mode="processed_logprobs" if trained else "raw_logprobs",
         tensor_parallel_size=config.tensor_parallel_size,
         enforce_eager=config.enforce_eager or cpu,
         seed=0,
@@ -165,7 +169,9 @@ def _ask(arguments: EngineArgs) -> None:
         )
 
 
-def load(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> LLMEngine:
+def load(
+    model: str, dtype: Dtype, max_length: int, config: EngineConfig, trained: bool = False
+) -> LLMEngine:
     """Start vLLM on a model.
 
     Raises:
@@ -188,7 +194,9 @@ def load(model: str, dtype: Dtype, max_length: int, config: EngineConfig) -> LLM
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import LLMEngine
 
-            return LLMEngine.from_engine_args(engine_arguments(model, dtype, max_length, config))
+            return LLMEngine.from_engine_args(
+                engine_arguments(model, dtype, max_length, config, trained)
+            )
     except Exception as error:  # vLLM, torch and the model's own code raise what they like
         memory = "lower" if on_cpu() else "set engine.gpu_memory_utilization or"
         hint = (

@@ -8,53 +8,47 @@ finished, so continuous batching mixes all problems, beams and stages.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
 
-from pav.core.errors import UserError
 from pav.core.steps import Stepper
+from pav.engine.answers import (
+    Answer,
+    answer_of,
+    heads_after,
+    last_logprob,
+    plain,
+    reading,
+    with_logprobs,
+    with_scores,
+)
 from pav.engine.loading import EngineConfig, load, on_cpu
 from pav.engine.read_check import check_reads
-from pav.engine.vllm_internals import shutdown, tokens_in_flight
-from pav.policy.inference import SCORE_SCALE, Read, Sampled, Usage
+from pav.engine.vllm_internals import (
+    replace_weights,
+    shutdown,
+    stamp_weights,
+    tokens_in_flight,
+)
+from pav.engine.weights import Shape, check_weights, served_shapes
+from pav.policy.inference import Read, Sampled, Usage
 from pav.policy.policy import Dtype, Sampler
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 SCORE_BIAS = -100.0
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What vLLM has of a request.
-
-    Attributes:
-        prompt: its ids.
-        cached: how many of them came from the prefix cache.
-        ids: sampled ones.
-        stopped: whether a stop token or a final step ended them, not the length.
-        logprobs: flat ones of every sampled token.
-        prompt_logprobs: flat ones of the prompt's, if they were asked for.
-    """
-
-    prompt: Sequence[int]
-    cached: int
-    ids: Sequence[int]
-    stopped: bool
-    logprobs: Any
-    prompt_logprobs: Any
-
-    @property
-    def prefilled(self) -> int:
-        """Tokens of the prompt that were computed."""
-        return len(self.prompt) - self.cached
-
+TORN = "an update of this engine's weights broke in its middle; start another one"
 
 # The future, what makes its result, and the rule by which a sample may stop before its end.
-_Waiting = tuple[asyncio.Future[Any], Callable[[_Answer], Any], Stepper | None]
+_Waiting = tuple[asyncio.Future[Any], Callable[[Answer], Any], Stepper | None]
 
 
 @dataclass
@@ -67,6 +61,12 @@ class VllmEngine:
         max_length: longest sequence.
         score_ids: ids of the head rows followed by the reference row, or empty for a plain model.
         config: device settings.
+        trained: it gets other weights while it runs (:meth:`load_weights`), and log-probabilities
+            of samples are of the distribution that was sampled from, whatever the sampler. Not
+            with score rows.
+
+    Attributes:
+        version: of its weights; 0 for those of the directory.
     """
 
     model: str
@@ -74,16 +74,28 @@ class VllmEngine:
     max_length: int
     score_ids: list[int] = field(default_factory=list)
     config: EngineConfig = field(default_factory=EngineConfig)
+    trained: bool = False
     usage: Usage = field(default_factory=Usage)
+    version: int = field(default=0, init=False)
     _engine: Any = field(default=None, init=False, repr=False)
+    _shapes: dict[str, Shape] = field(default_factory=dict, init=False, repr=False)
+    _torn: bool = field(default=False, init=False, repr=False)
     _futures: dict[str, _Waiting] = field(default_factory=dict, init=False, repr=False)
     _next: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.trained and self.score_ids:
+            raise ValueError(
+                "a verifier's heads are rows of this engine's output matrix and belong to its "
+                "weights: a policy that is trained is scored by a verifier of its own weights"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What crosses to a worker is what an engine is made with; it is one there, however often it
         # arrives.
         ids = tuple(self.score_ids)
-        return _shared, (self.model, self.dtype, self.max_length, ids, self.config)
+        made_with = (self.model, self.dtype, self.max_length, ids, self.config, self.trained)
+        return _shared, made_with
 
     def start(self) -> None:
         """Load the model, unless that is done.
@@ -93,7 +105,8 @@ class VllmEngine:
         """
         if self._engine is not None:
             return
-        self._engine = load(self.model, self.dtype, self.max_length, self.config)
+        self._engine = load(self.model, self.dtype, self.max_length, self.config, self.trained)
+        stamp_weights(self._engine, self.version)
         if self.score_ids and not on_cpu():
             # Which of vLLM's two model runners answers, and how, depends on device and version.
             check_reads(self)
@@ -117,13 +130,23 @@ class VllmEngine:
         max_tokens: int,
         seed: int,
         scores: bool = False,
+        logprobs: bool = False,
         until: Stepper | None = None,
     ) -> Sampled:
         """Sample up to ``max_tokens`` after ``ids``; score ids are never sampled.
 
-        With ``until``, ``ids`` end with a step, and the sample also stops after a step that is
-        final by its rule (:attr:`StepRule.final`).
+        With ``logprobs`` the log-probability of each token comes along. With ``until``, ``ids`` end
+        with a step, and the sample also stops after a step that is final by its rule
+        (:attr:`StepRule.final`).
+
+        Raises:
+            ValueError: if log-probabilities are asked for that this engine does not have.
         """
+        if logprobs and not self.trained and not _is_plain(sampler):
+            raise ValueError(
+                f"log-probabilities of {sampler} are asked of an engine that has those of "
+                "temperature 1 alone; make it with trained=True"
+            )
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -137,6 +160,8 @@ class VllmEngine:
             stop_token_ids=list(stop_ids),
             logit_bias={i: SCORE_BIAS for i in self.score_ids} or None,
             logprob_token_ids=self.score_ids if scores else None,
+            # The sampled token's alone.
+            logprobs=0 if logprobs and not scores else None,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -146,7 +171,8 @@ class VllmEngine:
             until = None
         if until is not None:
             parameters.output_kind = RequestOutputKind.CUMULATIVE
-        return await self._submit(ids, parameters, _scored if scores else _plain, until)
+        convert = with_scores if scores else with_logprobs if logprobs else plain
+        return await self._submit(ids, parameters, convert, until)
 
     async def read(self, ids: Sequence[int], *, logprobs_from: int | None = None) -> Read:
         """Heads at the last position of ``ids``, and the log-probability of the tokens from index
@@ -156,7 +182,7 @@ class VllmEngine:
         after a cached block, and of those in it, may be missing: a second reading that ends there
         computes the last cached block anew.
         """
-        read = await self._read(ids, self.score_ids, logprobs_from is not None, _heads)
+        read = await self._read(ids, self.score_ids, logprobs_from is not None, heads_after)
         if read.logprobs is None or logprobs_from is None:
             return read
 
@@ -169,7 +195,7 @@ class VllmEngine:
         gaps: list[Read] = []
         end = read.cached
         while end >= logprobs_from:
-            gap = await self._read(ids[:end], [ids[end]], True, _last)
+            gap = await self._read(ids[:end], [ids[end]], True, last_logprob)
             gaps.append(gap)
             known += [gap.heads, asked(gap)]
             end = gap.cached
@@ -203,17 +229,19 @@ class VllmEngine:
         return self._submit(
             ids,
             parameters,
-            lambda answer: _reading(answer, heads_of(answer.logprobs)),
+            lambda answer: reading(answer, heads_of(answer.logprobs)),
         )
 
     def _submit(
         self,
         ids: Sequence[int],
         parameters: Any,
-        convert: Callable[[_Answer], T],
+        convert: Callable[[Answer], T],
         until: Stepper | None = None,
     ) -> asyncio.Future[T]:
         self.start()
+        if self._torn:
+            raise RuntimeError(TORN)
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         key = str(self._next)
         self._next += 1
@@ -231,7 +259,7 @@ class VllmEngine:
         """One vLLM step; resolves what it finished."""
         for output in self._engine.step():
             future, convert, until = self._futures[output.request_id]
-            answer = _answer(output)
+            answer = answer_of(output, self.version)
             if until is not None and until.is_solution(answer.ids):
                 if not output.finished:
                     self._engine.abort_request([output.request_id])
@@ -245,6 +273,41 @@ class VllmEngine:
             if not future.done():
                 future.set_result(convert(answer))
 
+    def load_weights(self, state: Mapping[str, Tensor], version: int) -> None:
+        """Serve other weights of the same model from now on: in place, without a start.
+
+        Prefixes that the old weights cached are forgotten. vLLM copies, so ``state`` may change
+        afterwards.
+
+        Args:
+            state: a transformers ``state_dict()``, the tied output matrix included.
+            version: what samples are marked with; not below the last one.
+
+        Raises:
+            UserError: naming a tensor that is missing, unknown or of another shape; the engine goes
+                on with the weights that it has.
+            RuntimeError: if requests are in work, or an earlier update broke in its middle.
+        """
+        if not self.trained:
+            raise RuntimeError("this engine keeps its weights; make it with trained=True")
+        if self.busy:
+            raise RuntimeError(f"{self.busy} requests are in work; weights change between requests")
+        if version < self.version:
+            raise RuntimeError(f"weights of version {version} come after those of {self.version}")
+        self.start()
+        if self._torn:
+            raise RuntimeError(TORN)
+        if not self._shapes:
+            self._shapes = served_shapes(self.model)
+        check_weights(self.model, self._shapes, state)
+        # First: vLLM may refuse it. Nothing is cached between here and the new weights.
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM holds prefixes of requests; weights change between requests")
+        self._torn = True
+        replace_weights(self._engine, state)
+        stamp_weights(self._engine, version)
+        self.version, self._torn = version, False
+
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes, so that what a method costs does not depend on the one before."""
         if self._engine is not None:
@@ -257,80 +320,16 @@ class VllmEngine:
 
 @cache
 def _shared(
-    model: str, dtype: Dtype, max_length: int, score_ids: tuple[int, ...], config: EngineConfig
+    model: str,
+    dtype: Dtype,
+    max_length: int,
+    score_ids: tuple[int, ...],
+    config: EngineConfig,
+    trained: bool,
 ) -> VllmEngine:
-    return VllmEngine(model, dtype, max_length, list(score_ids), config)
+    return VllmEngine(model, dtype, max_length, list(score_ids), config, trained)
 
 
-def _answer(output: Any) -> _Answer:
-    completion = output.outputs[0]
-    return _Answer(
-        output.prompt_token_ids,
-        output.num_cached_tokens or 0,
-        completion.token_ids,
-        completion.finish_reason == "stop",
-        completion.logprobs,
-        output.prompt_logprobs,
-    )
-
-
-def _plain(answer: _Answer) -> Sampled:
-    return Sampled(
-        list(answer.ids), answer.stopped, prefilled=answer.prefilled, cached=answer.cached
-    )
-
-
-def _scored(answer: _Answer) -> Sampled:
-    logprobs, heads = _split(answer.logprobs)
-    return replace(_plain(answer), logprobs=logprobs, heads=heads)
-
-
-def _heads(flat: Any) -> np.ndarray:
-    """Head logits after the last token."""
-    return _split(flat)[1][0]
-
-
-def _last(flat: Any) -> np.ndarray:
-    """Log-probability of the one token that was asked for."""
-    return np.asarray(flat.logprobs, np.float32)[-1:]
-
-
-def _reading(answer: _Answer, heads: np.ndarray) -> Read:
-    logprobs = None if answer.prompt_logprobs is None else _computed(answer)
-    return Read(heads, logprobs, answer.prefilled, answer.cached)
-
-
-def _computed(answer: _Answer) -> np.ndarray:
-    """Log-probability of every token whose predecessor was computed: those from ``cached + 1`` on.
-
-    vLLM has two model runners. The first one (CPUs) answers with a row for every token but the
-    first, of which those of cached tokens are garbage; the second one (GPUs) with rows of computed
-    tokens alone. Both name each row's token.
-
-    Raises:
-        UserError: if the answer has another form, or is about other tokens.
-    """
-    ids, rows, cached = answer.prompt, answer.prompt_logprobs, answer.cached
-    known = len(ids) - cached - 1
-    start = len(rows.logprobs) - known
-    if len(rows.logprobs) not in (len(ids) - 1, known) or rows.token_ids[start:] != list(
-        ids[cached + 1 :]
-    ):
-        raise UserError(
-            f"vLLM answers with {len(rows.logprobs)} log-probabilities, the last of tokens "
-            f"{rows.token_ids[-3:]}, to a text of {len(ids)} tokens of which {cached} were cached "
-            f"and the last are {list(ids[-3:])}: scores would be wrong. Set "
-            "VLLM_USE_V2_MODEL_RUNNER=0 in the environment; if KV cache was short, lower "
-            "engine.max_num_seqs or raise engine.kv_gib"
-        )
-    return np.asarray(rows.logprobs[start:], np.float32)
-
-
-def _split(flat: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of an answer (sampled token, heads ..., reference row) -> log-probs and head logits.
-
-    The reference row is all zero: its log-probability is minus the normaliser, so a head's logit is
-    the difference to it.
-    """
-    rows = np.asarray(flat.logprobs, dtype=np.float32).reshape(len(flat), -1)
-    return rows[:, 0], (rows[:, 1:-1] - rows[:, -1:]) * np.float32(SCORE_SCALE)
+def _is_plain(sampler: Sampler) -> bool:
+    """Whether a sampler draws from the model's own distribution."""
+    return sampler == Sampler(max_length=sampler.max_length)

@@ -6,7 +6,15 @@ The classes and arguments that :mod:`pav.engine.loading` and :mod:`pav.engine.vl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from pav.engine.weights import OUTPUT
+
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKED = ">=0.32,<0.34"
 
@@ -39,6 +47,34 @@ def tokens_in_flight(engine: Any) -> int:
         return sum(s.detokenizer.num_output_tokens() for s in states if s.detokenizer)
     except AttributeError:  # only a progress line is less exact
         return 0
+
+
+def replace_weights(engine: Any, state: Mapping[str, Tensor]) -> None:
+    """Give an engine other weights, in place. vLLM copies them.
+
+    Args:
+        engine: vLLM's, without requests and with an empty prefix cache.
+        state: tensors by name, complete and of the right shapes (vLLM would not say).
+    """
+    # Gemma 2 reads its embedding instead, and its loader knows no such name.
+    tensors = dict(state)
+    if not all(engine.apply_model(_has_output_matrix)):
+        tensors.pop(OUTPUT, None)
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(tensors.items())})
+
+
+def _has_output_matrix(model: Any) -> bool:
+    return hasattr(model, OUTPUT.partition(".")[0])
+
+
+def stamp_weights(engine: Any, version: int) -> None:
+    """Have an engine mark what its weights sample with ``version``."""
+    engine.set_weight_version(str(version))
+
+
+def weight_versions(completion: Any) -> set[int]:
+    """Versions of the weights that sampled a completion; none where vLLM did not finish it."""
+    return {int(span.version) for span in completion.weight_versions or ()}
 
 
 def shutdown(engine: Any) -> None:

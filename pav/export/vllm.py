@@ -22,6 +22,7 @@ from torch import Tensor
 from pav.core.errors import UserError
 from pav.core.files import json_text, whole_directory
 from pav.engine.vllm import SCORE_BIAS
+from pav.engine.weights import INPUT, OUTPUT
 from pav.export.card import write_card
 from pav.policy.inference import SCORE_SCALE
 from pav.verifier.checkpoint import Verifier
@@ -29,7 +30,6 @@ from pav.verifier.lora import adapted, merged
 from pav.verifier.trunk import refuse_unservable
 
 STAMP = "pav.json"
-INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _CARRIED = (
     "tokenizer*",
     "special_tokens_map.json",

@@ -24,10 +24,11 @@ class Sampled:
         ids: the tokens, the stop token included.
         stopped: whether a stop token ended it (else the length cap did).
         logprobs: (tokens,) log-probability of each token in the served softmax (score rows
-            included); only where scores were asked for.
+            included); only where they or scores were asked for.
         heads: (tokens, heads) logit of every head at the position that predicts each token.
         prefilled: tokens of the given prefix that were computed.
         cached: tokens of it taken from the prefix cache.
+        version: of the weights that sampled it; 0 for those of the model's directory.
     """
 
     ids: list[int]
@@ -36,6 +37,7 @@ class Sampled:
     heads: np.ndarray | None = None
     prefilled: int = 0
     cached: int = 0
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Engine(Protocol):
         max_tokens: int,
         seed: int,
         scores: bool = False,
+        logprobs: bool = False,
         until: Stepper | None = None,
     ) -> Sampled:
         """Sample up to ``max_tokens`` after ``ids``."""

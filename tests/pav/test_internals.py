@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tomllib
+from inspect import signature
 from pathlib import Path
 
 import lightning as L
@@ -40,16 +41,30 @@ def test_a_gpu_takes_no_vllm_that_was_not_checked() -> None:
 
 def test_vllm_has_what_its_internals_use() -> None:
     prepare_process()  # as before every import of vLLM
+    from vllm.outputs import CompletionOutput, WeightVersionSpan
     from vllm.platforms import current_platform
     from vllm.v1.attention.backend import AttentionBackend
     from vllm.v1.engine.core_client import EngineCoreClient
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
 
     assert callable(AttentionBackend.supports_head_size), "attention says which heads it takes"
     assert callable(AttentionBackend.get_supported_head_sizes), "attention lists the heads it takes"
     assert callable(EngineCoreClient.shutdown), "engine_core.shutdown() frees the device"
     assert callable(IncrementalDetokenizer.num_output_tokens), "a request counts its tokens"
     assert callable(current_platform.get_device_total_memory), "a platform knows its memory"
+    assert callable(LLMEngine.collective_rpc), "an engine's workers are called by name"
+    assert callable(LLMEngine.apply_model), "the model itself can be asked"
+    assert callable(Worker.reload_weights), "a worker replaces weights"
+    taken = signature(GPUModelRunner.reload_weights).parameters
+    assert "weights_iterator" in taken, "new weights are pairs of name and tensor"
+    assert callable(LLMEngine.set_weight_version), "weights are given a version"
+    finished = CompletionOutput(
+        0, "", [], None, None, weight_versions=[WeightVersionSpan("7", 0, 1)]
+    )
+    assert vllm_internals.weight_versions(finished) == {7}, "samples name the weights' version"
     assert vllm_internals.load_kernels(), "import_kernels() registers torch.ops._C.rms_norm"
 
 

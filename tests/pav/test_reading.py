@@ -54,6 +54,9 @@ class ScriptedVllm:
     def reset_prefix_cache(self) -> None:
         self.asked.clear()
 
+    def set_weight_version(self, version: str) -> None:
+        assert version == "0"
+
     def _answer(self, key: str, ids: list[int], parameters: Any) -> Any:
         cached = self.cache(self, ids)
         assert 0 <= cached < len(ids)
@@ -71,13 +74,16 @@ class ScriptedVllm:
             rows = SimpleNamespace(token_ids=tokens[first:], logprobs=logprobs[first:])
         sampled = [0, *parameters.logprob_token_ids]
         flat = SampledRow(TRUTH[ids[-1], sampled].tolist())
+        completion = SimpleNamespace(
+            token_ids=[0], logprobs=flat, finish_reason="length", weight_versions=None
+        )
         return SimpleNamespace(
             request_id=key,
             finished=True,
             prompt_token_ids=ids,
             prompt_logprobs=rows,
             num_cached_tokens=cached,
-            outputs=[SimpleNamespace(token_ids=[0], logprobs=flat, finish_reason="length")],
+            outputs=[completion],
         )
 
 
