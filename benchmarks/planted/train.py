@@ -30,6 +30,8 @@ from benchmarks.planted.task import (
 )
 from pav.core.errors import UserError
 from pav.core.progress import Reporter
+from pav.rl.advantage import center, step_credit
+from pav.rl.loss import normaliser, policy_loss
 
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -120,7 +122,8 @@ def effective_rewards(
     """Outcome + alpha * A of the prover, per token (R, B, H): the bracket of Eq. 5.
 
     Q^pi is the outcome of the response, as in policy gradient. A is the difference of consecutive
-    values (Eq. 2); with ``rollouts`` each is an independent draw of Binomial(n, V) / n.
+    values (Eq. 2); with ``rollouts`` each is an independent draw of Binomial(n, V) / n. A token is
+    a step here, so what a step is credited with weighs its one token.
     """
     runs, batch, positions = states_RBH.shape
     index = torch.arange(positions) * v_RHS.shape[2] + states_RBH
@@ -128,7 +131,18 @@ def effective_rewards(
     if rollouts:
         v = torch.binomial(torch.full_like(v, rollouts), v, generator=generator) / rollouts
     outcome = (states_RBH[..., -1:] == RIGHT).to(v.dtype)
-    return outcome + alpha_R[:, None, None] * v.diff(dim=-1)
+    credit = torch.from_numpy(step_credit(v.diff(dim=-1).numpy(), credit_lambda=0.0)).to(v.dtype)
+    return outcome + alpha_R[:, None, None] * credit
+
+
+def centred(reward_RBH: Tensor, live_RBH: Tensor) -> Tensor:
+    """Effective rewards less their mean over the live tokens of a run's batch at each position."""
+    out = torch.zeros_like(reward_RBH)
+    for row_BH, reward_BH, live_BH in zip(out, reward_RBH, live_RBH, strict=True):
+        ends = live_BH.sum(1).tolist()
+        rewards = [r[:end] for r, end in zip(reward_BH.double().numpy(), ends, strict=True)]
+        row_BH[live_BH] = torch.from_numpy(np.concatenate(center(rewards, "step"))).to(out.dtype)
+    return out
 
 
 def train(settings: Settings, initial: Stack | None = None) -> tuple[Curves, Stack]:
@@ -140,6 +154,7 @@ def train(settings: Settings, initial: Stack | None = None) -> tuple[Curves, Sta
     v_RHS = torch.from_numpy(np.stack([values(prover(g)).v for g in settings.gammas])).float()
     alpha_R = torch.tensor(settings.alphas)
     right_TR = np.empty((settings.iterations, runs), dtype=np.uint8)
+    coefficient_B = torch.from_numpy(normaliser([LENGTH] * BATCH, "traces")).float()
     start, cpu_start = time.perf_counter(), time.process_time()
     # Adam's moments decay into denormal numbers where rewards are rare, and those are slow.
     torch.set_flush_denormal(True)
@@ -152,10 +167,10 @@ def train(settings: Settings, initial: Stack | None = None) -> tuple[Curves, Sta
             # EOS counts, what follows it does not.
             live = torch.from_numpy(is_live(tokens_RBH.numpy()))
             if settings.baseline:
-                mean = (reward * live).sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp(min=1)
-                reward = reward - mean
-            weight = torch.where(live, reward, 0.0)
-            _update(policy, optimiser, -(policy.log_probs(tokens_RBH) * weight).sum() / BATCH)
+                reward = centred(reward, live)
+            log_probs = policy.log_probs(tokens_RBH)
+            loss = policy_loss(log_probs, reward, live, log_probs)
+            _update(policy, optimiser, (loss * coefficient_B[:, None]).sum())
             reporter.update(t + 1)
     torch.set_flush_denormal(False)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start

@@ -66,13 +66,14 @@ def step_credit(gain_S: Array, credit_lambda: float) -> Array:
     """Credit of every step (S,): ``sum over j >= h of lambda^(j - h) * gain_j``.
 
     Args:
-        gain_S: what each step gained, e.g. A^mu = Q^mu after it minus Q^mu before it (Eq. 2).
+        gain_S: what each step gained, e.g. A^mu = Q^mu after it minus Q^mu before it (Eq. 2). Axes
+            before the last are of traces of equal length.
         credit_lambda: 0 credits a step with its own gain alone (Eq. 5); 1 with all later ones,
             too: advantages telescope to the last Q minus the Q before the step.
     """
     credit_S = np.array(gain_S, dtype=np.float64)
-    for h in range(len(credit_S) - 2, -1, -1):
-        credit_S[h] += credit_lambda * credit_S[h + 1]
+    for h in range(credit_S.shape[-1] - 2, -1, -1):
+        credit_S[..., h] += credit_lambda * credit_S[..., h + 1]
     return credit_S
 
 
@@ -89,13 +90,15 @@ def center(credits: Sequence[Array], how: Center) -> list[Array]:
     if how == "none" or not credits:
         return list(credits)
     all_N = np.concatenate(credits)
+    ends = np.cumsum([len(credit_S) for credit_S in credits])
     if how == "batch":
-        mean_N = np.full(len(all_N), all_N.mean() if len(all_N) else 0.0)
+        all_N = all_N - (all_N.mean() if len(all_N) else 0.0)
     else:
-        step_N = np.concatenate([np.arange(len(credit_S)) for credit_S in credits])
+        lengths = np.diff(ends, prepend=0)
+        step_N = np.arange(len(all_N)) - np.repeat(ends - lengths, lengths)
         mean_S = np.bincount(step_N, all_N) / np.maximum(np.bincount(step_N), 1)
-        mean_N = mean_S[step_N]
-    return np.split(all_N - mean_N, np.cumsum([len(credit_S) for credit_S in credits])[:-1])
+        all_N = all_N - mean_S[step_N]
+    return [all_N[end - len(c) : end] for c, end in zip(credits, ends.tolist(), strict=True)]
 
 
 def token_weights(length: int, ends: Sequence[int], outcome: float, credit_S: Array) -> Array:

@@ -30,9 +30,18 @@ from benchmarks.planted.task import (
     values,
 )
 from benchmarks.planted.theory import best_of, check, counterexample, random_case
-from benchmarks.planted.train import Settings, effective_rewards, saved_at, states, train, trained
+from benchmarks.planted.train import (
+    Settings,
+    centred,
+    effective_rewards,
+    saved_at,
+    states,
+    train,
+    trained,
+)
 from benchmarks.summary import read_results
 from pav.core.errors import UserError
+from pav.rl.advantage import step_credit, token_weights
 
 # Derived from the paper's description before this code was written; 0.0054 at gamma = 5 is also
 # where the curve of Fig. 3a starts.
@@ -112,6 +121,24 @@ def test_effective_reward_is_outcome_plus_the_provers_exact_advantage() -> None:
     for alpha in (0.0, 1.0, 0.3):
         reward = effective_rewards(torch.from_numpy(states_NH)[None], v, torch.tensor([alpha]))
         np.testing.assert_allclose(reward[0].numpy(), outcome_N[:, None] + alpha * a_NH, atol=1e-7)
+
+
+def test_a_token_weighs_what_pav_rl_says_of_a_step_of_one_token() -> None:
+    tokens = sample(prover(10), 64, np.random.default_rng(2))
+    live, path = is_live(tokens), torch.from_numpy(states_of(tokens))[None]
+    v_RHS = torch.from_numpy(values(prover(10)).v)[None]
+    reward = effective_rewards(path, v_RHS, torch.tensor([3.0]))
+    weights = []
+    for states_H, length in zip(path[0].numpy(), live.sum(1), strict=True):
+        gain = np.diff(v_RHS[0].numpy()[np.arange(length + 1), states_H[: length + 1]])
+        ends, outcome = range(1, length + 1), float(states_H[-1] == RIGHT)
+        weights.append(token_weights(length, ends, outcome, 3.0 * step_credit(gain, 0.0)))
+    for row, weight in zip(reward[0].numpy(), weights, strict=True):
+        np.testing.assert_allclose(row[: len(weight)], weight, atol=1e-6)
+    mean = [np.mean([w[h] for w in weights if len(w) > h]) for h in range(LENGTH)]
+    off = centred(reward, torch.from_numpy(live)[None])[0].numpy()
+    np.testing.assert_allclose(off[live], (reward[0].numpy() - mean)[live], atol=1e-6)
+    assert (off[~live] == 0).all() and (~live).any()
 
 
 def test_monte_carlo_advantages_are_noisy_and_right_on_average() -> None:
