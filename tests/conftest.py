@@ -101,6 +101,7 @@ SLOW = [
     "test_parity",
     "test_positions",
     "test_resume",
+    "test_rl",
     "test_tensor_parallel",
     "test_train",
     "test_training_modes",

@@ -55,3 +55,25 @@ def interruptible() -> Iterator[None]:
         for s in handled:
             signal.signal(s, before[s])
         interrupted.clear()
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, a signal waits: its handler is called at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.getsignal(s) for s in SIGNALS}
+    caught: list[tuple[int, Any]] = []
+    waiting = [s for s in SIGNALS if callable(before[s])]
+    for s in waiting:
+        signal.signal(s, lambda *received: caught.append(received))
+    try:
+        yield
+    finally:
+        for s in waiting:
+            signal.signal(s, before[s])
+    for number, frame in caught:
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)

@@ -126,12 +126,26 @@ def given_example(policy: Policy, problem: Problem, encoded: Encoded) -> tuple[E
     Returns:
         (the example, index among its ends of every given step's end).
     """
-    prompt = policy.encode(problem)
     ends = sorted({*policy.stepper.step_ends(encoded.ids), *encoded.ends})
+    example = unlabelled(policy, problem, encoded.ids, ends)
+    return example, [ends.index(end) for end in encoded.ends]
+
+
+def unlabelled(
+    policy: Policy, problem: Problem, ids: Sequence[int], ends: Sequence[int]
+) -> Example:
+    """A solution without labels, to be scored at step 0 and after every step.
+
+    Args:
+        policy: whose prompt stands before it.
+        problem: what it solves.
+        ids: its tokens.
+        ends: exclusive ends of its steps.
+    """
     none_P1 = np.zeros((len(ends) + 1, 1), dtype=np.float32)
     shares = [1.0] * len(none_P1)
-    example = _example(problem.id, prompt, encoded.ids, ends, none_P1, none_P1, shares)
-    return example, [ends.index(end) for end in encoded.ends]
+    prompt = policy.encode(problem)
+    return _example(problem.id, prompt, list(ids), list(ends), none_P1, none_P1, shares)
 
 
 def _prompt(

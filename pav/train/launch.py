@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from pav.train.config import TrainConfig
+from typing import Protocol
 
 # A job of such a name is a shell: Lightning starts the processes there itself.
 INTERACTIVE = ("bash", "interactive")
 
 
-def why_not(config: TrainConfig, environment: Mapping[str, str]) -> str:
+class Launched(Protocol):
+    """Settings of processes that train together."""
+
+    @property
+    def devices(self) -> int:
+        """Processes of a machine."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines."""
+
+    @property
+    def processes(self) -> int:
+        """Processes in all."""
+
+
+def why_not(config: Launched, environment: Mapping[str, str], program: str = "pav.train") -> str:
     """Why the processes that a launcher started are not those that ``config`` asks for.
 
     Lightning believes the launcher: with fewer it would train on less than was planned, with more
@@ -19,12 +34,13 @@ def why_not(config: TrainConfig, environment: Mapping[str, str]) -> str:
     Args:
         config: settings.
         environment: the process's.
+        program: the command that they belong to.
 
     Returns:
         One line that names the command to use; empty where they agree, or where Lightning starts
         them itself.
     """
-    command = f"pav.train --devices {config.devices} --num_nodes {config.num_nodes} ..."
+    command = f"{program} --devices {config.devices} --num_nodes {config.num_nodes} ..."
     asked = f"devices x num_nodes is {config.devices} x {config.num_nodes}"
     if "TORCHELASTIC_RUN_ID" in environment:
         started = environment.get("WORLD_SIZE", "1")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,12 +26,23 @@ if TYPE_CHECKING:  # imported where they are used: --help stays fast
 TOKENS_PER_BATCH = 8192
 
 
+class HasIds(Protocol):
+    """Anything in tokens."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and solution."""
+
+
+Item = TypeVar("Item", bound=HasIds)
+
+
 def batches(
-    examples: Sequence[Example],
+    examples: Sequence[Item],
     seed: int | None,
     tokens: int = TOKENS_PER_BATCH,
     max_waste: float = 1.0,
-) -> Iterator[list[Example]]:
+) -> Iterator[list[Item]]:
     """Batches of similar length; with a seed, traces of one length are mixed and batches shuffled.
 
     Args:
@@ -45,7 +56,7 @@ def batches(
     if seed is not None:
         rng.shuffle(mixed)
     ordered = sorted(mixed, key=lambda e: len(e.ids))
-    out: list[list[Example]] = [[]]
+    out: list[list[Item]] = [[]]
     real = 0
     for example in ordered:
         length = len(example.ids)
@@ -66,7 +77,7 @@ def padding_waste(parts: Sequence[Sequence[Example]]) -> float:
     return 1 - sum(len(e.ids) for part in parts for e in part) / max(1, padded)
 
 
-def pad(batch: Sequence[Example]) -> Tensor:
+def pad(batch: Sequence[HasIds]) -> Tensor:
     """Right-padded ids (B, T)."""
     import torch
 

@@ -239,15 +239,22 @@ class LoadedVerifier:
         self, questions: Sequence[str], solutions: Sequence[list[str]], complete: bool
     ) -> list[dict[str, NDArray[np.float64]]]:
         """Q of every state of every solution, by head."""
-        from pav.verifier.forward import score
-
-        if not questions:
-            return []
         encoded = [
             self._example(question, steps, complete)
             for question, steps in zip(questions, solutions, strict=True)
         ]
-        examples = [example for example, _ in encoded]
+        found = self.q_of([example for example, _ in encoded])
+        return [
+            {head: q_P[states] for head, q_P in q.items()}
+            for q, (_, states) in zip(found, encoded, strict=True)
+        ]
+
+    def q_of(self, examples: Sequence[Example]) -> list[dict[str, NDArray[np.float64]]]:
+        """Head -> (P,) Q at every scored position of every solution in tokens, in their order."""
+        from pav.verifier.forward import score
+
+        if not examples:
+            return []
         scored = score(
             self.model,
             examples,
@@ -265,10 +272,7 @@ class LoadedVerifier:
         # Batches are by length; the rows of one solution are in the order of its steps.
         order = np.argsort(scored.example_N, kind="stable")
         rows = np.split(order, np.cumsum([len(e.positions_P) for e in examples])[:-1])
-        return [
-            {head: values[mine[states]] for head, values in q_N.items()}
-            for mine, (_, states) in zip(rows, encoded, strict=True)
-        ]
+        return [{head: values[mine] for head, values in q_N.items()} for mine in rows]
 
 
 def load_verifier(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Literal, Protocol
 
-from pav.core.advantage import best_of_k, effective_score
+from pav.core.advantage import Real, best_of_k, effective_score
 from pav.core.errors import UserError
 from pav.core.heads import ORM
 
@@ -77,15 +77,24 @@ def check_prover(text: str, heads: Sequence[str]) -> None:
             raise UserError(f"prover {text!r} gives {name} the weight {weight}; give one above 0")
 
 
-def prover_q(text: str, base_head: str, values: Values) -> float:
-    """Q of a prover (Best-of-K in closed form), or the weighted mean of several provers' Q."""
+def prover_q(text: str, base_head: str, values: Mapping[str, Real]) -> Real:
+    """Q of a prover (Best-of-K in closed form), or the weighted mean of several provers' Q.
 
-    def one(name: str) -> float:
+    Args:
+        text: a head, ``bo<K>``, or a weighted mean of such.
+        base_head: head that ``bo<K>`` is made of.
+        values: Q by head, of one state or of many.
+    """
+
+    def one(name: str) -> Real:
         k = best_of(name)
         return values[name] if k is None else best_of_k(values[base_head], k)
 
-    parts = provers(text)
-    return sum(w * one(name) for name, w in parts) / sum(w for _, w in parts)
+    (first, weight), *others = provers(text)
+    total = one(first) * weight
+    for name, w in others:
+        total = total + one(name) * w
+    return total / sum(w for _, w in provers(text))
 
 
 def step_score(

@@ -1,0 +1,115 @@
+"""What a run leaves on disk: a checkpoint to go on from, and policies that others can load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pav.core.errors import UserError, unwritable
+from pav.core.files import damage, write_whole
+from pav.rl.learner import Learner
+
+FORMAT = 1
+LAST = "last.ckpt"
+
+
+@dataclass
+class State:
+    """Where a run is.
+
+    Attributes:
+        iteration: iterations that are done, each one version of the policy.
+        best: held-out accuracy of the best policy so far; below 0 where none was measured.
+        best_iteration: iterations behind it.
+    """
+
+    iteration: int = 0
+    best: float = -1.0
+    best_iteration: int = 0
+
+
+def save(path: Path, state: State, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        UserError: if it cannot be written; the one before is still there.
+    """
+    names = learner.trained()
+    plain = {
+        "format": FORMAT,
+        "state": asdict(state),
+        "learner": {k: v for k, v in learner.state_dict().items() if k in names},
+        "optimizer": optimizer.state_dict(),
+    }
+    try:
+        write_whole(path, lambda stream: torch.save(plain, stream))
+    except OSError as error:
+        raise unwritable(str(path), error) from error
+
+
+def load(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> State:
+    """Go on from a checkpoint; the state of a new run where there is none.
+
+    Raises:
+        UserError: if it is damaged, or of another format.
+    """
+    if not path.exists():
+        return State()
+    again = "restore it, or choose another output"
+    if wrong := damage(path):
+        raise UserError(f"checkpoint {str(path)!r} is damaged ({wrong}); {again}")
+    plain: dict[str, Any] = torch.load(path, "cpu", weights_only=True)
+    if plain.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {str(path)!r} has format {plain.get('format')}, this version reads "
+            f"{FORMAT}; {again}"
+        )
+    missing, unexpected = learner.load_state_dict(plain["learner"], strict=False)
+    if unexpected or set(missing) & set(learner.trained()):
+        raise UserError(f"checkpoint {str(path)!r} is of another policy; {again}")
+    optimizer.load_state_dict(plain["optimizer"])
+    return State(**plain["state"])
+
+
+def save_policy(
+    directory: Path,
+    learner: Learner,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write a policy as a transformers directory, in place of the one that is there.
+
+    Adapters that were trained lie in it too, as ``adapter``, in peft's layout.
+
+    Args:
+        directory: where.
+        learner: gives the config.
+        weights: :meth:`Learner.served`.
+        tokenizer: the policy's.
+    """
+    building = directory.with_name(f".{directory.name}.tmp")
+    old = directory.with_name(f".{directory.name}.old")
+    try:
+        for leftover in (building, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        learner.policy.save_pretrained(building, state_dict=weights)
+        tokenizer.save_pretrained(building)
+        for file in building.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        # A directory cannot replace one that is not empty.
+        if directory.exists():
+            directory.rename(old)
+        building.rename(directory)
+    except OSError as error:
+        raise unwritable(str(directory), error) from error
+    finally:
+        for leftover in (building, old):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,281 @@
+"""``pav.rl``: what a run is opened with, and what it ends by saying."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from pav.core.errors import UserError
+from pav.core.files import json_text, read_object, replace_file
+from pav.core.lock import LOCK, Lock
+from pav.core.manifest import PROMPTS, refuse_other
+from pav.core.seeds import seed_of
+from pav.core.signals import interruptible
+from pav.core.statistics import few
+from pav.engine.loading import check_model
+from pav.engine.vllm import VllmEngine
+from pav.grading.sandbox import GRADER_LOG, guarded
+from pav.policy.opening import print_opening, settle_cap, task_option
+from pav.policy.policy import (
+    Policy,
+    PolicyConfig,
+    Sampler,
+    asked,
+    like,
+    load_policy,
+    tokenizer_fingerprint,
+)
+from pav.policy.rendered import refuse_clock, rendered
+from pav.rl.checkpoint import LAST, load
+from pav.rl.config import RlConfig, check_sampler
+from pav.rl.learner import Learner, Reference
+from pav.rl.loop import Run, iterate, train
+from pav.rl.reward import Rewarder
+from pav.rl.rollout import Actor
+from pav.tasks.base import Problem, Task, task_spec
+from pav.train.launch import why_not
+from pav.train.lightning_internals import be_first, be_quiet, rank
+from pav.verifier.library import LoadedVerifier, load_verifier
+from pav.verifier.score import check_prover
+
+# What may change when a run goes on.
+FREE = (
+    "output", "engine", "accelerator", "devices", "num_nodes", "checkpoint_every",
+    "samples_every", "logger", "grade_timeout", "dry_run", "mismatch_limit", "truncation_limit",
+    "tokens_per_batch", "gradient_checkpointing", "trunk",
+)  # fmt: skip
+
+
+def rl(config: RlConfig) -> None:
+    """Train a policy (see :class:`RlConfig`).
+
+    Raises:
+        UserError: naming the setting that cannot be, and what to give.
+    """
+    if reason := why_not(config, os.environ, "pav.rl"):
+        # Of many processes the first says it.
+        raise SystemExit(2) if rank() else UserError(reason)
+    if config.processes == 1:
+        be_first()
+    if rank():
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            _rl(config)
+        return
+    output = Path(config.output)
+    if config.dry_run:
+        _rl(config)
+        return
+    with Lock(output / LOCK, output):
+        _rl(config)
+
+
+def _rl(config: RlConfig) -> None:
+    directory = Path(config.output)
+    rewarder, policy, task, sampler = opened(config)
+    problems, held_out = _problems(config, task)
+    sampler, cap = settle_cap(sampler, task, [policy], [*problems, *held_out])
+    print_opening(
+        task, f"{len(problems)} train, {len(held_out)} validation problems",
+        [("policy", policy)], problems[0], sampler, cap,
+    )  # fmt: skip
+    dense = f"dense reward {config.dense}, alpha {config.alpha:g}, prover {rewarder.prover}"
+    said = "outcome only" if config.dense == "none" else dense
+    print(f"verifier: {config.verifier} (frozen); {said}")
+    check_model(policy.path, policy.config.dtype, sampler.max_length, config.engine)
+    if not config.dry_run and not rank():
+        _refuse_other(config, directory, rewarder, policy, task, sampler)
+    be_quiet()
+    # The order matters: an engine makes a process group of its own, and takes torch's seed.
+    fabric = Fabric(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        precision=config.precision,
+    )
+    fabric.launch()
+    engine = VllmEngine(
+        policy.path, policy.config.dtype, sampler.max_length, config=config.engine, trained=True
+    )
+    with interruptible(), guarded(task, directory / GRADER_LOG, config.grade_timeout) as grader:
+        try:
+            engine.start()
+            actor = Actor(engine, policy, sampler, grader, config.seed)
+            run = _run(config, fabric, engine, actor, rewarder, problems, held_out)
+            if config.dry_run:
+                dry(run)
+                return
+            train(run)
+        finally:
+            engine.shutdown()
+    if run.is_first:
+        _say_end(run, task)
+
+
+def opened(config: RlConfig) -> tuple[Rewarder, Policy, Task, Sampler]:
+    """Verifier, policy, task and sampler, by what the verifier remembers.
+
+    Raises:
+        UserError: if they do not belong together.
+    """
+    verifier = load_verifier(config.verifier, task=config.task, trunk=config.trunk)
+    card, source = verifier.checkpoint.card, f"verifier {config.verifier!r}"
+    if config.dense != "none" and not card.base_head:
+        raise UserError(
+            f"{source} is an ORM, which says nothing of steps; give a verifier of recipe pav, or "
+            f"--dense none --orm {config.verifier}"
+        )
+    prover = config.prover or card.prover_head
+    if config.dense in ("pav", "record", "q_mu"):
+        check_prover(prover, card.heads)
+    remembered = card.policy_config()
+    chosen = remembered
+    if config.init is not None:
+        chosen = like(PolicyConfig(config.init, dtype=remembered.dtype), remembered)
+    policy = load_policy(asked(chosen, verifier.task), verifier.task.step_rule)
+    for who, tokens in (("policy", policy), ("trunk", verifier.trunk)):
+        if tokenizer_fingerprint(tokens.tokenizer) != card.tokenizer:
+            raise UserError(
+                f"{who} {tokens.config.model!r} has another tokenizer than {source}; give one of "
+                f"the tokenizer of {remembered.model!r}, or train a verifier for this one"
+            )
+    refuse_clock(policy)
+    sampler = config.sampler or card.sampler_config()
+    check_sampler(sampler, "sampler" if config.sampler else f"the sampler of {source}")
+    if not sampler.max_length:
+        sampler = replace(sampler, max_length=card.sampler["max_length"])
+    rewarder = Rewarder(verifier, config.dense, prover, _orm(config, card))
+    return rewarder, policy, verifier.task, sampler
+
+
+def _orm(config: RlConfig, card: Any) -> LoadedVerifier | None:
+    """The learned outcome reward, if one is named."""
+    if config.orm is None:
+        return None
+    orm = load_verifier(config.orm, task=config.task)
+    if orm.checkpoint.card.base_head:
+        raise UserError(f"orm {config.orm!r} is no ORM; give a checkpoint of recipe orm")
+    if orm.checkpoint.card.tokenizer != card.tokenizer:
+        raise UserError(
+            f"orm {config.orm!r} has another tokenizer than {config.verifier!r}; train an ORM on "
+            "the same labels"
+        )
+    return orm
+
+
+def _problems(config: RlConfig, task: Task) -> tuple[list[Problem], list[Problem]]:
+    problems = list(islice(task.problems("train"), config.problems))
+    if len(problems) < config.batch:
+        raise UserError(
+            f"task {task.name!r} has {len(problems)} training problems, fewer than batch "
+            f"({config.batch}); lower batch, or give more problems"
+        )
+    held_out = list(islice(task.problems("validation"), config.eval_problems))
+    if config.eval_problems and not held_out:
+        raise UserError(f"task {task.name!r} has no validation problems; set eval_problems 0")
+    if held_out and (warning := few(len(held_out), "validation", config.eval_problems)):
+        print(f"WARNING: {warning}", file=sys.stderr)
+    return problems, held_out
+
+
+def _refuse_other(
+    config: RlConfig,
+    directory: Path,
+    rewarder: Rewarder,
+    policy: Policy,
+    task: Task,
+    sampler: Sampler,
+) -> None:
+    """Write down what is trained; a run of another configuration is not resumed."""
+    settings = {k: v for k, v in asdict(config).items() if k not in FREE}
+    settings |= {
+        "task": task_spec(task),
+        "sampler": asdict(sampler),
+        "verifier_digest": rewarder.verifier.checkpoint.digest,
+        "policy": asdict(policy.config),
+        "policy_fingerprint": policy.fingerprint,
+        PROMPTS: {"the policy": rendered(policy)},
+    }
+    plain = json.loads(json_text(settings))
+    path = directory / "rl.json"
+    if (directory / LAST).exists() and path.exists():
+        found = read_object(path, "restore it, or choose another output")
+        refuse_other(f"the run in {str(directory)!r}", found, plain)
+        return
+    if any((directory / name).exists() for name in ("config.json", "manifest.json")):
+        raise UserError(f"output {str(directory)!r} holds something else; choose another directory")
+    replace_file(path, json_text(plain))
+
+
+def _run(
+    config: RlConfig,
+    fabric: Fabric,
+    engine: VllmEngine,
+    actor: Actor,
+    rewarder: Rewarder,
+    problems: list[Problem],
+    held_out: list[Problem],
+) -> Run:
+    """The run, at its start or where its checkpoint left it."""
+    directory = Path(config.output)
+    torch.manual_seed(seed_of(config.seed, "start") % 2**31)
+    learner = Learner(
+        actor.policy.path, actor.sampler.temperature, config.estimator == "value", config.lora,
+        config.gradient_checkpointing,
+    )  # fmt: skip
+    learner.to(fabric.device)
+    reference = Reference(learner) if config.kl else None
+    trained = learner.trained()
+    value = [p for name, p in trained.items() if name.startswith("value.")]
+    rest = [p for name, p in trained.items() if not name.startswith("value.")]
+    groups = [{"params": rest, "lr": config.lr, "peak": config.lr}]
+    if value:
+        groups.append({"params": value, "lr": config.value_lr, "peak": config.value_lr})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    state = load(directory / LAST, learner, optimizer)
+    if state.iteration:
+        print(f"resuming after iteration {state.iteration}")
+    wrapped, optimizer = fabric.setup(learner, optimizer)
+    return Run(
+        config, directory, fabric, engine, actor, rewarder, learner, wrapped, optimizer, reference,
+        problems, held_out, state,
+    )  # fmt: skip
+
+
+def dry(run: Run) -> None:
+    """One iteration, of which nothing is kept; says what it took."""
+    _, _, metrics = iterate(run)
+    total = sum(run.seconds.values())
+    parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in run.seconds.items())
+    hours = total * run.config.iterations / 3600
+    print(
+        f"dry run: one iteration of {run.config.batch} x {run.config.group} traces took "
+        f"{total:.1f} s ({parts}); right {metrics['train/accuracy']:.3f}, "
+        f"{metrics['train/tokens']:.0f} tokens and {metrics['train/steps']:.1f} steps a trace, "
+        f"truncated {metrics['train/truncated']:.3f}, groups all alike "
+        f"{metrics['train/dead_groups']:.3f}, log-probability mismatch "
+        f"{metrics['mismatch/mean']:.2g}; {run.config.iterations} iterations: about {hours:.1f} h; "
+        "nothing was written"
+    )
+
+
+def _say_end(run: Run, task: Task) -> None:
+    """Where the results are, and what to type next."""
+    directory, state = run.directory, run.state
+    best = directory / "best" if (directory / "best").exists() else directory / "last"
+    if state.best >= 0:
+        print(f"best held-out accuracy {state.best:.3f}, after iteration {state.best_iteration}")
+    print(
+        f"policies: {directory / 'last'}, {best}; metrics: {directory / 'metrics.jsonl'}\n"
+        f"next: search.beam --verifier {shlex.quote(run.config.verifier)} --policy "
+        f"{shlex.quote(str(best))}{task_option(task_spec(task))}"
+    )

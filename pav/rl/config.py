@@ -1,0 +1,205 @@
+"""The settings of ``pav.rl``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pav.core.errors import UserError
+from pav.engine.loading import EngineConfig
+from pav.policy.policy import Sampler
+from pav.tasks.base import Task
+from pav.train.config import Precision
+from pav.verifier.lora import Lora
+
+Dense = Literal["none", "pav", "record", "q_mu", "q_base"]
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    """Train a policy by online RL, with a frozen verifier as dense reward (PAV paper, Section 5).
+
+    Args:
+        verifier: checkpoint of pav.train, or a shipped one; it is never changed.
+        output: directory to write to: ``last`` and ``best`` (policies), metrics, samples, plots.
+            The same command resumes.
+        init: policy to start from; by default the verifier's base policy.
+        task: needed only where the verifier's task is not built in.
+        trunk: new place of the verifier's trunk, if it moved.
+        sampler: how solutions are sampled; by default as the verifier's labels were. The policy
+            trains at this temperature, with top_p 1 and top_k 0.
+        orm: checkpoint of an ORM whose Q of a whole solution is the outcome, in place of the
+            task's grader.
+        dense: reward of a step beside the outcome. ``pav``: the prover's advantage A (Eq. 5);
+            ``record``: what the step adds to the highest Q of the prover so far, never negative;
+            ``q_mu``: the prover's Q, and ``q_base``: the base policy's Q (both for ablations);
+            ``none``: outcome alone.
+        prover: whose Q: a head, ``bo<K>``, or a weighted mean such as ``q/a:0.5,q/b:0.5``; by
+            default the verifier's.
+        alpha: weight of the dense reward.
+        credit_lambda: share of later steps' dense reward in a step's credit: 0 is the paper's (a
+            step's own), 1 the sum of all.
+        center: what is taken off the credits: nothing, or their mean over the batch at the same
+            step index (``step``) or at all steps (``batch``).
+        estimator: baseline of the outcome: ``rloo`` (mean of the group's other traces),
+            ``group_mean``, or ``value`` (a head on the policy that predicts outcome and credit of
+            every token).
+        iterations: of sampling and updating.
+        problems: training problems, taken in a new order every epoch.
+        batch: problems of an iteration.
+        group: traces of each.
+        updates_per_batch: optimiser steps on the traces of an iteration; more than one needs
+            ``clip`` or ``importance_cap``.
+        clip: clipping range of the importance ratio, e.g. 0.2 (PPO).
+        importance_cap: upper limit of importance weights, e.g. 2.
+        normalization: what the loss is a mean over. ``traces``: tokens of a trace are added up
+            (Eq. 5); ``sequences``: of each trace the mean over its tokens; ``tokens``: of all.
+        length_penalty: taken off the outcome for every token of a solution.
+        kl: coefficient of the KL divergence from the start.
+        kl_estimator: ``k3`` in the loss (low variance, biased gradient) or ``k1`` in the reward of
+            every token and those before it (unbiased).
+        lr: peak learning rate (AdamW).
+        value_lr: that of the value head.
+        warmup: first share of the iterations, over which the rate rises.
+        schedule: what follows: ``cosine`` to zero, or ``constant``.
+        max_grad_norm: gradients of a larger norm are scaled down to it.
+        lora: train adapters of this kind in place of all weights.
+        tokens_per_batch: padded tokens of one forward pass.
+        gradient_checkpointing: recompute activations: less memory, a third more time.
+        precision: of training, as in Lightning, e.g. ``bf16-mixed``.
+        accelerator: Lightning accelerator.
+        devices: processes on this machine, each with an engine of its own.
+        num_nodes: machines.
+        engine: device settings of the policy's engine.
+        mismatch_limit: mean difference of log-probabilities between engine and trainer that ends
+            the run.
+        truncation_limit: share of traces cut by the length cap that ends the run.
+        eval_every: iterations between evaluations.
+        eval_problems: validation problems.
+        eval_samples: traces of each at the training temperature, beside a greedy one.
+        checkpoint_every: iterations between checkpoints to resume from.
+        samples_every: iterations between traces written to ``samples.jsonl``.
+        logger: where metrics go beside ``metrics.jsonl``.
+        grade_timeout: seconds for one answer, for graders of users.
+        seed: of problems, samples and the value head.
+        dry_run: open everything, sample and score one batch, say what it takes; writes nothing.
+    """
+
+    verifier: str
+    output: str = "runs/rl"
+    init: str | None = None
+    task: Task | None = None
+    trunk: str | None = None
+    sampler: Sampler | None = None
+    orm: str | None = None
+    dense: Dense = "pav"
+    prover: str | None = None
+    alpha: float = 3.0
+    credit_lambda: float = 0.0
+    center: Literal["none", "step", "batch"] = "none"
+    estimator: Literal["rloo", "group_mean", "value"] = "rloo"
+    iterations: int = 200
+    problems: int = 10_000
+    batch: int = 64
+    group: int = 4
+    updates_per_batch: int = 1
+    clip: float | None = None
+    importance_cap: float | None = None
+    normalization: Literal["traces", "sequences", "tokens"] = "traces"
+    length_penalty: float = 0.0
+    kl: float = 0.001
+    kl_estimator: Literal["k1", "k3"] = "k3"
+    lr: float = 1e-6
+    value_lr: float = 1e-3
+    warmup: float = 0.1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    max_grad_norm: float = 1.0
+    lora: Lora | None = None
+    tokens_per_batch: int = 8192
+    gradient_checkpointing: bool = False
+    precision: Precision = "32-true"
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    mismatch_limit: float = 0.1
+    truncation_limit: float = 0.2
+    eval_every: int = 10
+    eval_problems: int = 200
+    eval_samples: int = 4
+    checkpoint_every: int = 10
+    samples_every: int = 10
+    logger: Literal["none", "tensorboard", "wandb"] = "none"
+    grade_timeout: float | None = 10.0
+    seed: int = 0
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "iterations", "problems", "batch", "group", "updates_per_batch", "tokens_per_batch",
+            "devices", "num_nodes", "eval_every", "eval_samples", "checkpoint_every",
+            "samples_every",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("alpha", "kl", "length_penalty", "eval_problems"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; give 0 or more")
+        for name in ("lr", "value_lr", "max_grad_norm", "mismatch_limit"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("credit_lambda", "warmup", "truncation_limit"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
+        for name, least in (("clip", 0.0), ("importance_cap", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not least < value < float("inf"):
+                raise UserError(f"{name} is {value}; give a number above {least:g}")
+        if self.group == 1 and self.estimator != "value":
+            raise UserError(
+                f"group is 1, but the baseline of --estimator {self.estimator} is made of the "
+                "group's other traces; raise group, or use --estimator value"
+            )
+        if self.updates_per_batch > 1 and self.clip is None and self.importance_cap is None:
+            raise UserError(
+                f"updates_per_batch is {self.updates_per_batch}: traces are of an older policy "
+                "after the first update; add --clip 0.2 or --importance_cap 2"
+            )
+        if self.clip is not None and self.importance_cap is not None:
+            raise UserError("clip and importance_cap are both given; choose one of them")
+        if self.batch % self.processes:
+            raise UserError(
+                f"batch is {self.batch}, which {self.processes} processes cannot share equally; "
+                "give a multiple"
+            )
+        if self.problems < self.batch:
+            raise UserError(
+                f"problems is {self.problems}, fewer than a batch of {self.batch}; raise problems, "
+                "or lower batch"
+            )
+        sampler = self.sampler
+        if sampler is not None:
+            check_sampler(sampler, "sampler")
+
+    @property
+    def processes(self) -> int:
+        """Processes that train together."""
+        return self.devices * self.num_nodes
+
+
+def check_sampler(sampler: Sampler, where: str) -> None:
+    """Refuse a sampler whose distribution is not the one that is trained.
+
+    Args:
+        sampler: settings.
+        where: names them.
+
+    Raises:
+        UserError: naming what to change.
+    """
+    for name, neutral in (("top_p", 1.0), ("top_k", 0), ("repetition_penalty", 1.0)):
+        if (value := getattr(sampler, name)) != neutral:
+            raise UserError(
+                f"{where} has {name} {value}, but RL trains the distribution that it samples from: "
+                f"add --sampler.{name} {neutral:g}"
+            )

@@ -1,0 +1,266 @@
+"""The loop: sample, score, update, serve what came of it.
+
+One iteration, top to bottom, is :func:`iterate`; everything else here is about long runs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from pav.core.files import json_text, replace_file
+from pav.core.progress import Reporter
+from pav.core.seeds import seed_of
+from pav.core.signals import held_back
+from pav.engine.vllm import VllmEngine
+from pav.rl.checkpoint import LAST, State, save, save_policy
+from pav.rl.config import RlConfig
+from pav.rl.credit import is_idle, samples
+from pav.rl.learner import Learner, Reference
+from pav.rl.measure import Metrics, evaluate, training_metrics
+from pav.rl.reward import Reward, Rewarder
+from pav.rl.rollout import Actor, Trace, rollout
+from pav.rl.sync import check_mismatch
+from pav.rl.update import Sums, rate, update
+from pav.tasks.base import Problem
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class Run:
+    """A run in this process.
+
+    Attributes:
+        config: settings.
+        directory: what it writes to.
+        fabric: of the processes that train together.
+        engine: serves the policy.
+        actor: samples from it.
+        rewarder: frozen verifiers.
+        learner: the policy in training.
+        wrapped: the same, as set up by ``fabric``.
+        optimizer: likewise.
+        reference: the start; None without a KL coefficient.
+        problems: training problems.
+        held_out: validation problems.
+        state: where the run is.
+        seconds: of the parts of the iteration in work.
+        loggers: take metrics, beside ``metrics.jsonl``.
+    """
+
+    config: RlConfig
+    directory: Path
+    fabric: Fabric
+    engine: VllmEngine
+    actor: Actor
+    rewarder: Rewarder
+    learner: Learner
+    wrapped: Any
+    optimizer: Any
+    reference: Reference | None
+    problems: Sequence[Problem]
+    held_out: Sequence[Problem]
+    state: State
+    seconds: dict[str, float] = field(default_factory=dict)
+    loggers: Sequence[Any] = ()
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count what is done inside as ``part`` of the iteration."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and speaks."""
+        return bool(self.fabric.is_global_zero)
+
+    def batch(self) -> list[Problem]:
+        """Problems of this process in the iteration in work; a new order every epoch."""
+        size, count = self.config.batch, len(self.problems)
+        start = self.state.iteration * size
+        order: list[int] = []
+        for epoch in range(start // count, (start + size - 1) // count + 1):
+            shuffled = list(range(count))
+            Random(seed_of(self.config.seed, "order", epoch)).shuffle(shuffled)
+            order += shuffled
+        chosen = [self.problems[i] for i in order[start % count :][:size]]
+        share = size // self.fabric.world_size
+        return chosen[self.fabric.global_rank * share :][:share]
+
+
+def iterate(run: Run) -> tuple[list[Trace], list[Reward], Metrics]:
+    """One iteration: traces of the policy as it is, and an update on them."""
+    config, version = run.config, run.state.iteration
+    with run.timed("sync"):
+        run.engine.load_weights(run.learner.served(), version)
+    with run.timed("sample"):
+        traces = rollout(run.actor, run.batch(), config.group, ("train", version), version)
+    with run.timed("score"):
+        rewards = run.rewarder(traces)
+    found = samples(run.fabric, traces, rewards, config)
+    # A group whose traces all earned the same teaches nothing but the KL divergence.
+    used = found if config.kl else [s for s in found if not is_idle(s)]
+    with held_back():  # from here to the new version nothing may be torn
+        with run.timed("update"):
+            sums = _updates(run, used)
+        run.state.iteration += 1
+    return traces, rewards, training_metrics(run.fabric, traces, rewards, found, sums, config)
+
+
+def _updates(run: Run, used: Sequence[Any]) -> Sums:
+    """The optimiser steps of an iteration; what the first one adds up."""
+    config = run.config
+    scale = rate(run.state.iteration, config)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak"] * scale
+    # Dropout of adapters depends on the iteration alone: a resumed run draws the same.
+    torch.manual_seed(seed_of(config.seed, "update", run.state.iteration) % 2**31)
+    first: Sums | None = None
+    for _ in range(config.updates_per_batch):
+        sums = update(run.fabric, run.wrapped, run.optimizer, run.reference, used, config)
+        if first is None:
+            first = sums
+            check_mismatch(sums, config.mismatch_limit, run.engine.dtype)
+    assert first is not None
+    return first
+
+
+def train(run: Run) -> None:
+    """Iterate to the end; a signal leaves a checkpoint of the last whole iteration."""
+    config, state = run.config, run.state
+    if run.is_first:
+        keep_lines(run.directory / METRICS, state.iteration)
+        keep_lines(run.directory / "samples.jsonl", state.iteration)
+    saved = state.iteration
+    try:
+        if state.iteration == 0:
+            _evaluate(run, {})
+        with Reporter("RL", config.iterations, "iterations", not run.is_first) as reporter:
+            while state.iteration < config.iterations:
+                run.seconds.clear()
+                traces, rewards, metrics = iterate(run)
+                last = state.iteration == config.iterations
+                if state.iteration % config.samples_every == 0 or last:
+                    _write_samples(run, traces, rewards)
+                if state.iteration % config.eval_every == 0 or last:
+                    metrics |= _evaluate(run, metrics)
+                _log(run, metrics)
+                if state.iteration % config.checkpoint_every == 0 or last:
+                    _save(run)
+                    saved = state.iteration
+                reporter.update(state.iteration, _note(metrics), left=None)
+    except KeyboardInterrupt:
+        if state.iteration > saved:
+            _save(run)
+        raise
+    if run.is_first:
+        weights = run.learner.served()
+        save_policy(run.directory / "last", run.learner, weights, run.actor.policy.tokenizer)
+
+
+def _save(run: Run) -> None:
+    with held_back():
+        if run.is_first:
+            save(run.directory / LAST, run.state, run.learner, run.optimizer)
+        run.fabric.barrier()
+
+
+def _evaluate(run: Run, metrics: Metrics) -> Metrics:
+    """Held-out figures of the policy as it is; the best one so far is kept."""
+    if not run.held_out:
+        return {}
+    with run.timed("evaluate"):
+        run.engine.load_weights(run.learner.served(), run.state.iteration)
+        found = evaluate(run.fabric, run.actor, run.held_out, run.state.iteration, run.config)
+    if not metrics:
+        _log(run, {"iteration": run.state.iteration, **found})
+    if found["accuracy"] > run.state.best:
+        with held_back():
+            run.state.best, run.state.best_iteration = found["accuracy"], run.state.iteration
+            if run.is_first:
+                weights, tokenizer = run.learner.served(), run.actor.policy.tokenizer
+                save_policy(run.directory / "best", run.learner, weights, tokenizer)
+    return found
+
+
+def _log(run: Run, metrics: Metrics) -> None:
+    """One line of ``metrics.jsonl``; the loggers get the same."""
+    if not run.is_first:
+        return
+    total = sum(run.seconds.values())
+    split = {f"seconds/{part}": seconds for part, seconds in run.seconds.items()}
+    row = {**metrics, **split, "seconds/all": total}
+    with (run.directory / METRICS).open("a", encoding="utf-8") as stream:
+        stream.write(json_text(row, None) + "\n")
+    for logger in run.loggers:
+        numbers = {k: v for k, v in row.items() if isinstance(v, float | int)}
+        logger.log_metrics(numbers, step=run.state.iteration)
+
+
+def _note(metrics: Metrics) -> str:
+    """What stands at the end of a line of progress."""
+    parts = [
+        f"right {metrics['train/accuracy']:.3f}",
+        f"tokens {metrics['train/tokens']:.0f}",
+        f"steps {metrics['train/steps']:.1f}",
+    ]
+    if "accuracy" in metrics:
+        parts.append(f"held out {metrics['accuracy']:.3f}")
+    return ", ".join(parts)
+
+
+def _write_samples(run: Run, traces: Sequence[Trace], rewards: Sequence[Reward]) -> None:
+    """The traces of the first problem of the batch, with what every step earned."""
+    if not run.is_first:
+        return
+    policy = run.actor.policy
+    with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as stream:
+        pairs = zip(traces[: run.config.group], rewards, strict=False)
+        for trace, reward in pairs:
+            starts = [0, *trace.ends]
+            row = {
+                "iteration": run.state.iteration,
+                "problem_id": trace.problem.id,
+                "question": trace.problem.question,
+                "gold": trace.problem.gold,
+                "answer": trace.answer,
+                "correct": trace.correct,
+                "truncated": trace.truncated,
+                "version": trace.version,
+                "outcome": reward.outcome,
+                "steps": [
+                    policy.text(trace.ids[a:b]) for a, b in zip(starts, trace.ends, strict=False)
+                ],
+                "gain": [round(float(g), 5) for g in reward.gain_S],
+                "q": {h: [round(float(x), 5) for x in q_P] for h, q_P in reward.q.items()},
+            }
+            stream.write(json.dumps(row) + "\n")
+
+
+def keep_lines(path: Path, iteration: int) -> None:
+    """Drop lines of iterations that a resumed run does again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        if iteration and row["iteration"] <= iteration:
+            kept.append(line)
+    replace_file(path, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,106 @@
+"""Rewards: the outcome of a trace, and what a frozen verifier says of every step of it.
+
+Axes: S steps of a trace, P = S + 1 states (state 0 is the problem), T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pav.core.errors import UserError
+from pav.labels.examples import unlabelled
+from pav.rl.config import Dense
+from pav.rl.rollout import Trace
+from pav.verifier.library import LoadedVerifier
+from pav.verifier.score import prover_q
+
+Q = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a trace earns.
+
+    Attributes:
+        outcome: of the whole trace: 1 for a right answer, else 0; or an ORM's Q.
+        gain_S: of every complete step.
+        q: head -> (P,) Q of every state; empty where no verifier is asked.
+    """
+
+    outcome: float
+    gain_S: NDArray[np.float64]
+    q: Q
+
+
+@dataclass(frozen=True)
+class Rewarder:
+    """What is rewarded: outcome, and a dense reward of steps.
+
+    Attributes:
+        verifier: the frozen verifier.
+        dense: which dense reward (:class:`~pav.rl.config.RlConfig`).
+        prover: whose Q it is made of.
+        orm: takes the grader's place; None for the grader.
+    """
+
+    verifier: LoadedVerifier
+    dense: Dense
+    prover: str
+    orm: LoadedVerifier | None = None
+
+    def __call__(self, traces: Sequence[Trace]) -> list[Reward]:
+        """Rewards of ``traces``, in their order.
+
+        The same traces in the same order give the same bits: batches are made by length.
+        """
+        outcomes = [float(t.correct) for t in traces]
+        if self.orm is not None:
+            judged = q_of(self.orm, traces)
+            head = self.orm.heads[-1]
+            outcomes = [0.0 if t.truncated else float(q[head][-1])
+                        for t, q in zip(traces, judged, strict=True)]  # fmt: skip
+        if self.dense == "none":
+            return [Reward(o, np.zeros(len(t.ends)), {})
+                    for o, t in zip(outcomes, traces, strict=True)]  # fmt: skip
+        base = self.verifier.checkpoint.card.base_head
+        found = q_of(self.verifier, traces)
+        return [Reward(o, gains(q, self.dense, base, self.prover), q)
+                for o, q in zip(outcomes, found, strict=True)]  # fmt: skip
+
+
+def q_of(verifier: LoadedVerifier, traces: Sequence[Trace]) -> list[Q]:
+    """Q of every head at every state of every trace; one forward pass for all states of a trace."""
+    trunk = verifier.trunk
+    return verifier.q_of([unlabelled(trunk, t.problem, t.ids, t.ends) for t in traces])
+
+
+def gains(q: Q, dense: Dense, base_head: str, prover: str) -> NDArray[np.float64]:
+    """(S,) dense reward of every step.
+
+    Args:
+        q: head -> (P,) Q of every state.
+        dense: ``pav``: A of the prover (paper, Eq. 2), the change of its Q over the step.
+            ``record``: by how much the step raises the highest Q so far. It adds up to
+            ``max Q - Q_0`` at most, a step that says nothing new earns 0, and the mean step of any
+            policy earns at least that: such filler cannot beat it, whatever the prover.
+            ``q_mu`` and ``q_base``: Q after the step (Section 5's ablations).
+        base_head: head of the base policy's Q.
+        prover: see :func:`pav.verifier.score.prover_q`.
+
+    Raises:
+        UserError: if there is no such dense reward.
+    """
+    mu_P = prover_q(prover, base_head, q)
+    if dense == "pav":
+        return np.diff(mu_P)
+    if dense == "record":
+        return np.maximum(mu_P[1:] - np.maximum.accumulate(mu_P)[:-1], 0.0)
+    if dense == "q_mu":
+        return mu_P[1:]
+    if dense == "q_base":
+        return q[base_head][1:]
+    raise UserError(f"dense is {dense!r}; give pav, record, q_mu, q_base or none")
