@@ -82,7 +82,7 @@ def rl(config: RlConfig) -> None:
 def _rl(config: RlConfig) -> None:
     directory = Path(config.output)
     rewarder, policy, task, sampler = opened(config)
-    problems, held_out = _problems(config, task)
+    problems, held_out = problems_of(config, task)
     sampler, cap = settle_cap(sampler, task, [policy], [*problems, *held_out])
     print_opening(
         task, f"{len(problems)} train, {len(held_out)} validation problems",
@@ -110,7 +110,7 @@ def _rl(config: RlConfig) -> None:
         try:
             engine.start()
             actor = Actor(engine, policy, sampler, grader, config.seed)
-            run = _run(config, fabric, engine, actor, rewarder, problems, held_out)
+            run = assembled(config, fabric, engine, actor, rewarder, problems, held_out)
             if config.dry_run:
                 dry(run)
                 return
@@ -129,6 +129,8 @@ def opened(config: RlConfig) -> tuple[Rewarder, Policy, Task, Sampler]:
     """
     verifier = load_verifier(config.verifier, task=config.task, trunk=config.trunk)
     card, source = verifier.checkpoint.card, f"verifier {config.verifier!r}"
+    if torch.cuda.is_available():  # on a CPU single precision is the fast one
+        verifier = replace(verifier, dtype=card.dtype)
     if config.dense != "none" and not card.base_head:
         raise UserError(
             f"{source} is an ORM, which says nothing of steps; give a verifier of recipe pav, or "
@@ -172,7 +174,12 @@ def _orm(config: RlConfig, card: Any) -> LoadedVerifier | None:
     return orm
 
 
-def _problems(config: RlConfig, task: Task) -> tuple[list[Problem], list[Problem]]:
+def problems_of(config: RlConfig, task: Task) -> tuple[list[Problem], list[Problem]]:
+    """Training problems, and those that accuracy is measured on.
+
+    Raises:
+        UserError: if there are fewer than a batch, or none to measure on.
+    """
     problems = list(islice(task.problems("train"), config.problems))
     if len(problems) < config.batch:
         raise UserError(
@@ -216,7 +223,7 @@ def _refuse_other(
     replace_file(path, json_text(plain))
 
 
-def _run(
+def assembled(
     config: RlConfig,
     fabric: Fabric,
     engine: VllmEngine,

@@ -50,15 +50,64 @@ def surprise(
     Returns:
         (steps + 1, F) in the order of :data:`SURPRISE`; zeros for step 0.
     """
-    rows = np.zeros((len(ends) + 1, len(SURPRISE)), dtype=np.float32)
-    start = 0
-    for row, end in enumerate(ends, 1):
-        content = logprobs[start : end - 1]
-        result = stepper.result_start(ids[start : end - 1])
-        own = (content.sum(), content[result:].sum(), content.min(initial=0.0))
-        rows[row, :3] = np.maximum(own, _FLOOR)
-        rows[row, 3:] = np.minimum(rows[row, :3], rows[row - 1, 3:])
-        start = end
+    return surprises([logprobs], [ids], [ends], stepper)
+
+
+def surprises(
+    logprobs: Sequence[NDArray[np.float32]],
+    ids: Sequence[Sequence[int]],
+    ends: Sequence[Sequence[int]],
+    stepper: Stepper,
+) -> Array:
+    """:func:`surprise` of many solutions, one after the other, without a loop over steps.
+
+    Args:
+        logprobs: of each solution.
+        ids: likewise.
+        ends: likewise.
+        stepper: finds the result parts.
+    """
+    steps_N = np.array([len(e) for e in ends])
+    rows = np.zeros((int((steps_N + 1).sum()), len(SURPRISE)), dtype=np.float32)
+    if not steps_N.sum():
+        return rows
+    used = [(lp, i, e) for lp, i, e in zip(logprobs, ids, ends, strict=True) if e]
+    none = np.zeros(1, np.float32)
+    # Each solution up to its last step's end, whose own last token is in no step's surprise.
+    flat_T = np.concatenate([part for lp, _, e in used for part in (lp[: e[-1] - 1], none)])
+    ids_T = np.concatenate([np.asarray(i[: e[-1]]) for _, i, e in used])
+    offset_N = np.cumsum([0, *(e[-1] for _, _, e in used)])
+    end_S = np.concatenate(
+        [np.asarray(e) + at for (*_, e), at in zip(used, offset_N, strict=False)]
+    )
+    start_S = np.concatenate([[0], end_S[:-1]])
+    stop_S = end_S - 1
+    empty_S = start_S == stop_S
+
+    def over(reduce: np.ufunc, values_T: NDArray[Any], first_S: NDArray[Any]) -> NDArray[Any]:
+        """Reduce the tokens from ``first_S`` up to the last one of every step."""
+        return np.asarray(reduce.reduceat(values_T, np.stack([first_S, stop_S], 1).ravel())[::2])
+
+    opens_T = np.where(np.isin(ids_T, list(stepper.result_ids)), np.arange(len(ids_T)), -1)
+    after_S = over(np.maximum, opens_T, start_S) + 1
+    result_S = np.where((after_S > start_S) & (after_S < stop_S), after_S, start_S)
+    own_S3 = np.stack(
+        [
+            over(np.add, flat_T, start_S),
+            over(np.add, flat_T, result_S),
+            np.minimum(over(np.minimum, flat_T, start_S), 0),
+        ],
+        axis=1,
+    )
+    own_S3 = np.where(empty_S[:, None], 0, np.maximum(own_S3, _FLOOR))
+    # A row of its own for every solution, so that its worst step so far is not another's.
+    solution_S = np.repeat(np.arange(len(steps_N)), steps_N)
+    step_S = np.arange(len(end_S)) - np.repeat(np.cumsum(steps_N) - steps_N, steps_N) + 1
+    table = np.zeros((len(steps_N), steps_N.max() + 1, 3), dtype=np.float32)
+    table[solution_S, step_S] = own_S3
+    worst = np.minimum.accumulate(table, axis=1)
+    row_S = solution_S + np.arange(len(end_S)) + 1
+    rows[row_S, :3], rows[row_S, 3:] = own_S3, worst[solution_S, step_S]
     return rows
 
 

@@ -16,7 +16,7 @@ from pav.core.errors import UserError
 from pav.core.progress import Reporter
 from pav.labels.examples import Example
 from pav.policy.policy import Policy
-from pav.verifier.calibrate import SURPRISE, surprise
+from pav.verifier.calibrate import SURPRISE, surprises
 
 if TYPE_CHECKING:  # imported where they are used: --help stays fast
     from torch import Tensor
@@ -168,16 +168,14 @@ def _score(
             at = hidden[torch.as_tensor(rows), torch.as_tensor(columns)].float().cpu()
             features = np.zeros((len(rows), len(SURPRISE)), dtype=np.float32)
             if logprobs is not None:
-                features = np.concatenate(
+                features = surprises(
                     [
-                        surprise(
-                            lp[e.prompt_length - 1 - skip : len(e.ids) - 1 - skip],
-                            e.ids[e.prompt_length :],
-                            e.ends,
-                            policy.stepper,
-                        )
+                        lp[e.prompt_length - 1 - skip : len(e.ids) - 1 - skip]
                         for lp, e in zip(logprobs, batch, strict=True)
-                    ]
+                    ],
+                    [e.ids[e.prompt_length :] for e in batch],
+                    [e.ends for e in batch],
+                    policy.stepper,
                 )
             owner = np.concatenate([np.full(len(e.positions_P), number[id(e)]) for e in batch])
             step = np.concatenate([np.arange(len(e.positions_P)) for e in batch])

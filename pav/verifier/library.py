@@ -17,7 +17,7 @@ from pav.core.errors import UserError
 from pav.labels.examples import Example, given_example
 from pav.policy.encoding import Encoded, encode_steps
 from pav.policy.opening import positions
-from pav.policy.policy import Policy, PolicyConfig, load_policy
+from pav.policy.policy import Dtype, Policy, PolicyConfig, load_policy
 from pav.policy.rendered import warn_other_prompt
 from pav.tasks.base import Problem, Task, problem_id
 from pav.verifier import checkpoint
@@ -66,7 +66,7 @@ class StepScores:
 class LoadedVerifier:
     """A verifier that scores solutions which are given as text; see :func:`load_verifier`.
 
-    Its weights are loaded at the first score, in transformers and in float32.
+    Its weights are loaded at the first score, in transformers.
 
     Attributes:
         checkpoint: the file that pav.train wrote, and what it remembers (``checkpoint.card``).
@@ -74,6 +74,7 @@ class LoadedVerifier:
         trunk: the trunk as it is asked: its tokenizer, prompt and step rule.
         surprise: whether the calibrators that read the trunk's log-probabilities are used.
         device: where it computes, such as ``cuda`` or ``cpu``.
+        dtype: in which the trunk computes; heads compute in float32.
     """
 
     checkpoint: Verifier
@@ -81,6 +82,7 @@ class LoadedVerifier:
     trunk: Policy
     surprise: bool
     device: str
+    dtype: Dtype = "float32"
 
     def __repr__(self) -> str:
         heads = ", ".join(self.heads)
@@ -94,12 +96,15 @@ class LoadedVerifier:
     @cached_property
     def model(self) -> HeadedTrunk:
         """Trunk and heads in transformers, on ``device``."""
+        import torch
         from transformers.utils import logging
 
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            return checkpoint.load_model(self.checkpoint, self.trunk.path).to(self.device)
+            model = checkpoint.load_model(self.checkpoint, self.trunk.path)
+            model.trunk.to(dtype=getattr(torch, self.dtype))
+            return model.to(self.device)
         finally:
             if shown:
                 logging.enable_progress_bar()
@@ -243,13 +248,15 @@ class LoadedVerifier:
             self._example(question, steps, complete)
             for question, steps in zip(questions, solutions, strict=True)
         ]
-        found = self.q_of([example for example, _ in encoded])
+        found = self.q_of([example for example, _ in encoded], quiet=len(encoded) < SHOWN)
         return [
             {head: q_P[states] for head, q_P in q.items()}
             for q, (_, states) in zip(found, encoded, strict=True)
         ]
 
-    def q_of(self, examples: Sequence[Example]) -> list[dict[str, NDArray[np.float64]]]:
+    def q_of(
+        self, examples: Sequence[Example], quiet: bool = True
+    ) -> list[dict[str, NDArray[np.float64]]]:
         """Head -> (P,) Q at every scored position of every solution in tokens, in their order."""
         from pav.verifier.forward import score
 
@@ -261,7 +268,7 @@ class LoadedVerifier:
             self.trunk,
             "scoring",
             with_surprise=self.surprise,
-            quiet=len(examples) < SHOWN,
+            quiet=quiet,
         )
         features = scored.surprise_NF if self.surprise else None
         card = self.checkpoint.card
@@ -282,6 +289,7 @@ def load_verifier(
     trunk: str | None = None,
     surprise: bool = True,
     device: str | None = None,
+    dtype: Dtype = "float32",
 ) -> LoadedVerifier:
     """Load a verifier that scores steps; nothing but tensors and plain data is read from the file.
 
@@ -299,6 +307,7 @@ def load_verifier(
         surprise: use the calibrators that read the trunk's log-probabilities; they are better and
             need logits over the vocabulary.
         device: where to compute; by default a GPU if there is one, else the CPU.
+        dtype: in which the trunk computes.
 
     Returns:
         The verifier; its :meth:`~LoadedVerifier.score` scores, and ``pav.Search`` searches with it.
@@ -317,4 +326,4 @@ def load_verifier(
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LoadedVerifier(found, resolved, policy, surprise, device)
+    return LoadedVerifier(found, resolved, policy, surprise, device, dtype)

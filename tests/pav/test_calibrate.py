@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from pav.core.steps import Stepper, StepRule, compile_rule
 from pav.tasks.tape import tape_tokenizer
-from pav.verifier.calibrate import SURPRISE, Calibrator, fit_calibrator, surprise
+from pav.verifier.calibrate import (
+    SURPRISE,
+    Calibrator,
+    fit_calibrator,
+    surprise,
+    surprises,
+)
 
 TAPE = tape_tokenizer()
 EOS = TAPE.eos_token_id
@@ -229,3 +235,33 @@ def test_calibrator_with_surprise_refuses_to_guess_it() -> None:
     logit, features, k, n, _ = planted(np.random.default_rng(4), 300)
     with pytest.raises(ValueError, match="reads surprise, but none was given"):
         fit_calibrator(logit, features, k, n)(logit, None)
+
+
+def one_by_one(logprobs: np.ndarray, ids: list[int], ends: list[int], rule: Stepper) -> np.ndarray:
+    """Surprise by its definition, step by step."""
+    rows = np.zeros((len(ends) + 1, len(SURPRISE)), dtype=np.float32)
+    start = 0
+    for row, end in enumerate(ends, 1):
+        content = logprobs[start : end - 1]
+        result = rule.result_start(ids[start : end - 1])
+        own = (content.sum(), content[result:].sum(), content.min(initial=0.0))
+        rows[row, :3] = np.maximum(own, -25)
+        rows[row, 3:] = np.minimum(rows[row, :3], rows[row - 1, 3:])
+        start = end
+    return rows
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_surprise_of_many_solutions_is_that_of_each_by_its_definition(data: st.DataObject) -> None:
+    rule = stepper()
+    token = st.sampled_from(encoded("12=+\n") + [EOS])
+    solutions = data.draw(st.lists(st.lists(token, max_size=14), min_size=1, max_size=5))
+    ends = [rule.step_ends(ids) for ids in solutions]
+    seed = data.draw(st.integers(0, 99))
+    rng = np.random.default_rng(seed)
+    logprobs = [(-12 * rng.random(len(ids))).astype(np.float32) for ids in solutions]
+    found = surprises(logprobs, solutions, ends, rule)
+    parts = zip(logprobs, solutions, ends, strict=True)
+    expected = np.concatenate([one_by_one(*part, rule) for part in parts])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
