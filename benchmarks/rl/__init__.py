@@ -1,0 +1,1 @@
+"""What online RL with dense rewards buys on the calculator tape."""
