@@ -102,6 +102,7 @@ SLOW = [
     "test_positions",
     "test_resume",
     "test_rl",
+    "test_rl_learner",
     "test_tensor_parallel",
     "test_train",
     "test_training_modes",

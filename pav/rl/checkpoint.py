@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pav.core.errors import UserError, unwritable
 from pav.core.files import damage, write_whole
 from pav.rl.learner import Learner
+from pav.verifier.lora import save_adapter
 
 FORMAT = 1
 LAST = "last.ckpt"
@@ -86,7 +87,7 @@ def save_policy(
 ) -> None:
     """Write a policy as a transformers directory, in place of the one that is there.
 
-    Adapters that were trained lie in it too, as ``adapter``, in peft's layout.
+    Its weights have the adapters merged; they lie in ``adapter``, too, as peft loads them.
 
     Args:
         directory: where.
@@ -101,7 +102,9 @@ def save_policy(
             shutil.rmtree(leftover, ignore_errors=True)
         learner.policy.save_pretrained(building, state_dict=weights)
         tokenizer.save_pretrained(building)
-        for file in building.iterdir():
+        if learner.lora is not None:
+            save_adapter(building / "adapter", learner.policy, learner.lora)
+        for file in building.rglob("*.*"):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         # A directory cannot replace one that is not empty.

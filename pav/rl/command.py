@@ -91,9 +91,9 @@ def _rl(config: RlConfig) -> None:
     dense = f"dense reward {config.dense}, alpha {config.alpha:g}, prover {rewarder.prover}"
     said = "outcome only" if config.dense == "none" else dense
     print(f"verifier: {config.verifier} (frozen); {said}")
-    check_model(policy.path, policy.config.dtype, sampler.max_length, config.engine)
     if not config.dry_run and not rank():
         _refuse_other(config, directory, rewarder, policy, task, sampler)
+    check_model(policy.path, policy.config.dtype, sampler.max_length, config.engine)
     be_quiet()
     # The order matters: an engine makes a process group of its own, and takes torch's seed.
     fabric = Fabric(

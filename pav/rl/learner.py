@@ -94,7 +94,7 @@ class Learner(nn.Module):
         if self.value is None:
             return Said(logprob, entropy, torch.zeros_like(logprob))
         # Detached: the value is a baseline, and must not bend the policy.
-        value = self.value(hidden[:, :-1].detach().float())[..., 0]
+        value = self.value(hidden[:, :-1].detach().to(self.value.weight.dtype))[..., 0]
         return Said(logprob, entropy, value)
 
     def _read(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

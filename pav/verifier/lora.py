@@ -14,6 +14,8 @@ from pav.core.errors import UserError
 # Not typing's: jsonargparse would run that block, and --help would wait for its imports.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -86,6 +88,33 @@ def add_adapters(trunk: PreTrainedModel, lora: Lora) -> None:
         if parameter.requires_grad:
             assert ".lora_" in name
             parameter.data = parameter.data.float()
+
+
+def save_adapter(directory: Path, model: PreTrainedModel, lora: Lora) -> None:
+    """Write the adapters of an adapted model as ``PeftModel.from_pretrained`` reads them.
+
+    Args:
+        directory: where to.
+        model: adapted by :func:`add_adapters`; its ``name_or_path`` is what they are for.
+        lora: how it was adapted.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    adapters = adapters_of(model.state_dict())
+    directory.mkdir(parents=True, exist_ok=True)
+    config = LoraConfig(
+        base_model_name_or_path=model.name_or_path,
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=adapted(adapters),
+        inference_mode=True,
+    )
+    config.save_pretrained(str(directory))
+    named = {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in adapters.items()}
+    save_file(named, directory / "adapter_model.safetensors", {"format": "pt"})
 
 
 def adapters_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
