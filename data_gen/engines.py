@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from data_gen.config import RolloutsConfig
 from data_gen.labeler import RolloutPolicy
-from data_gen.remote_engine import Model, RemoteEngine, remote_engines
 from pav.engine.gpu_memory import share_gpu
 from pav.engine.pool import WORKERS, transport
+from pav.engine.remote import Model, RemoteEngine, remote_engines
 from pav.engine.vllm import VllmEngine
 from pav.policy.policy import Policy
 

@@ -17,7 +17,6 @@ from time import monotonic
 from typing import Any
 
 from data_gen.inspect.watch import Watch, minutes_left, tokens_per_solution
-from data_gen.remote_engine import RemoteEngine
 from data_gen.store import Store
 from data_gen.strategies import Plan, Request, next_rollouts
 from pav.core.errors import UserError
@@ -25,6 +24,7 @@ from pav.core.progress import Reporter
 from pav.core.seeds import seed_of
 from pav.core.steps import Stepper
 from pav.engine.loop import drive
+from pav.engine.remote import RemoteEngine
 from pav.engine.vllm import VllmEngine
 from pav.grading.sandbox import GuardedGrader
 from pav.labels.tables import Completion, Trace, prefix_key

@@ -28,11 +28,11 @@ from typing import Any
 from benchmarks.speed.results import metric, result, write
 from data_gen.label_run import Run, base_policy, read_run, task_of
 from data_gen.labeler import Labeler, PlannedTrace, RolloutPolicy, label
-from data_gen.remote_engine import Call, Model, remote_engines
 from data_gen.store import Store
 from data_gen.strategies import plan_of
 from pav.cli.run import run
 from pav.engine.loading import EngineConfig
+from pav.engine.remote import Call, Model, remote_engines
 from pav.engine.worker import Finished, Lease, Load, Message, Started
 from pav.grading.sandbox import GuardedGrader
 from pav.policy.inference import Sampled, Usage

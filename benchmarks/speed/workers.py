@@ -22,10 +22,10 @@ from benchmarks.speed.results import metric, result, write
 from data_gen.config import RolloutsConfig
 from data_gen.engines import loaded
 from data_gen.labeler import Labeler, RolloutPolicy, label
-from data_gen.remote_engine import RemoteEngine
 from data_gen.rollouts import _rounds as rounds_of
 from data_gen.store import Store
 from pav.cli.run import run
+from pav.engine.remote import RemoteEngine
 from pav.grading.sandbox import GuardedGrader
 from pav.labels.tables import Completion, Trace, prefix_key
 from pav.policy.policy import PolicyConfig, Sampler, load_policy

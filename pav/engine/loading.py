@@ -109,6 +109,8 @@ def engine_arguments(
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization or UTILIZATION
     if config.block_size or cpu:
         arguments["block_size"] = config.block_size or 32
+    if trained and not cpu:
+        arguments["enable_sleep_mode"] = True  # the trainer may be on the same device
     if cpu:
         # A prefill cut in two rewinds the request's generator, which CPU generators cannot.
         arguments["enable_chunked_prefill"] = False

@@ -34,7 +34,7 @@ from pav.engine.vllm_internals import (
     stamp_weights,
     tokens_in_flight,
 )
-from pav.engine.weights import Shape, check_weights, served_shapes
+from pav.engine.weights import check_weights, served_shapes
 from pav.policy.inference import Read, Sampled, Usage
 from pav.policy.policy import Dtype, Sampler
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SCORE_BIAS = -100.0
 TORN = "an update of this engine's weights broke in its middle; start another one"
+ASLEEP = "this engine is asleep and has no weights; load_weights wakes it"
 
 # The future, what makes its result, and the rule by which a sample may stop before its end.
 _Waiting = tuple[asyncio.Future[Any], Callable[[Answer], Any], Stepper | None]
@@ -78,8 +79,8 @@ class VllmEngine:
     usage: Usage = field(default_factory=Usage)
     version: int = field(default=0, init=False)
     _engine: Any = field(default=None, init=False, repr=False)
-    _shapes: dict[str, Shape] = field(default_factory=dict, init=False, repr=False)
-    _torn: bool = field(default=False, init=False, repr=False)
+    # TORN or ASLEEP, or empty.
+    _unusable: str = field(default="", init=False, repr=False)
     _futures: dict[str, _Waiting] = field(default_factory=dict, init=False, repr=False)
     _next: int = field(default=0, init=False, repr=False)
 
@@ -240,8 +241,8 @@ class VllmEngine:
         until: Stepper | None = None,
     ) -> asyncio.Future[T]:
         self.start()
-        if self._torn:
-            raise RuntimeError(TORN)
+        if self._unusable:
+            raise RuntimeError(self._unusable)
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         key = str(self._next)
         self._next += 1
@@ -277,7 +278,8 @@ class VllmEngine:
         """Serve other weights of the same model from now on: in place, without a start.
 
         Prefixes that the old weights cached are forgotten. vLLM copies, so ``state`` may change
-        afterwards.
+        afterwards. An engine that sleeps wakes: its KV cache comes last, when a copy of the weights
+        on the same device may be gone.
 
         Args:
             state: a transformers ``state_dict()``, the tied output matrix included.
@@ -285,28 +287,46 @@ class VllmEngine:
 
         Raises:
             UserError: naming a tensor that is missing, unknown or of another shape; the engine goes
-                on with the weights that it has.
+                on as it was.
             RuntimeError: if requests are in work, or an earlier update broke in its middle.
         """
+        self._check_idle()
+        if version < self.version:
+            raise RuntimeError(f"weights of version {version} come after those of {self.version}")
+        check_weights(self.model, served_shapes(self.model), state)
+        # First: vLLM may refuse it. Nothing is cached between here and the new weights.
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM holds prefixes of requests; weights change between requests")
+        asleep, self._unusable = bool(self._unusable), TORN
+        if asleep:
+            self._engine.wake_up(tags=["weights"])
+        replace_weights(self._engine, state)
+        if asleep:
+            self._engine.wake_up(tags=["kv_cache"])
+        stamp_weights(self._engine, version)
+        self.version, self._unusable = version, ""
+
+    def sleep(self) -> None:
+        """Give the memory of weights and KV cache back, until :meth:`load_weights`.
+
+        For a trainer on the same GPU. On a CPU vLLM keeps its memory.
+
+        Raises:
+            RuntimeError: if requests are in work.
+        """
+        self._check_idle()
+        if not self._unusable:
+            self._engine.sleep(level=2)
+            self._unusable = ASLEEP
+
+    def _check_idle(self) -> None:
         if not self.trained:
             raise RuntimeError("this engine keeps its weights; make it with trained=True")
         if self.busy:
             raise RuntimeError(f"{self.busy} requests are in work; weights change between requests")
-        if version < self.version:
-            raise RuntimeError(f"weights of version {version} come after those of {self.version}")
-        self.start()
-        if self._torn:
+        if self._unusable == TORN:
             raise RuntimeError(TORN)
-        if not self._shapes:
-            self._shapes = served_shapes(self.model)
-        check_weights(self.model, self._shapes, state)
-        # First: vLLM may refuse it. Nothing is cached between here and the new weights.
-        if not self._engine.reset_prefix_cache():
-            raise RuntimeError("vLLM holds prefixes of requests; weights change between requests")
-        self._torn = True
-        replace_weights(self._engine, state)
-        stamp_weights(self._engine, version)
-        self.version, self._torn = version, False
+        self.start()
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes, so that what a method costs does not depend on the one before."""

@@ -1,8 +1,9 @@
-"""New weights for an engine that runs: what is checked before vLLM sees a tensor."""
+"""New weights for an engine that runs: what is checked before vLLM sees a tensor, and their way."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pav.core.errors import UserError
@@ -72,7 +73,7 @@ def check_weights(model: str, shapes: Mapping[str, Shape], state: Mapping[str, T
         if name not in state:
             hint = (
                 "; named_parameters() leaves out a tied one: send state_dict()"
-                if name == OUTPUT
+                if name == OUTPUT and INPUT in state
                 else "; send the whole state_dict(), adapters merged"
             )
             raise UserError(f"the new weights of {model!r} lack {name!r}{hint}")
@@ -87,3 +88,41 @@ def check_weights(model: str, shapes: Mapping[str, Shape], state: Mapping[str, T
                 f"the new weights of {model!r} have {name!r}, which its files do not; save the "
                 "model with save_pretrained and serve that directory, and merge adapters"
             )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights on their way to another process.
+
+    Attributes:
+        version: of the weights.
+        tensors: a safetensors file.
+        tied: names of tensors that are not in it -> names of those that they are.
+    """
+
+    version: int
+    tensors: bytes
+    tied: dict[str, str]
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        from safetensors.torch import load
+
+        found: dict[str, Tensor] = load(self.tensors)
+        return found | {name: found[of] for name, of in self.tied.items()}
+
+
+def packed(state: Mapping[str, Tensor], version: int) -> Packed:
+    """A copy of a ``state_dict()``, on whatever device; tensors that are tied go once."""
+    from safetensors.torch import save
+
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[tuple[int, Shape], str] = {}
+    for name, tensor in state.items():
+        first = names.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
+        if first == name:
+            kept[name] = tensor.detach().contiguous()
+        else:
+            tied[name] = first
+    return Packed(version, save(kept), tied)

@@ -113,22 +113,24 @@ Send = Callable[[Message], None]
 
 def serve(inbox: Inbox, send: Send) -> None:
     """What a worker does until its process ends."""
-    load = inbox.get()
+    following: list[Load | Lease] = [inbox.get()]
     try:
         while True:
-            assert isinstance(load, Load)
-            load = _work(load, inbox, send)
+            # Given away: a job may hold weights, which nobody needs once they are loaded.
+            following.append(_work(following.pop(), inbox, send))
     except UserError as error:
         send(Refused(str(error)))
 
 
-def _work(load: Load, inbox: Inbox, send: Send) -> Load:
+def _work(load: Load | Lease, inbox: Inbox, send: Send) -> Load:
     """Answer the items of a job; the next job."""
+    assert isinstance(load, Load)
     send(Alive())
-    loaded = load.job.load()
+    loaded, beat = load.job.load(), load.beat
     send(Started(load.number, os.getpid(), socket.gethostname()))
+    del load
     following: list[Load] = []
-    drive(loaded.engines, [partial(_answer, loaded, load.beat, inbox, send)], following.append, 1)
+    drive(loaded.engines, [partial(_answer, loaded, beat, inbox, send)], following.append, 1)
     return following[0]
 
 

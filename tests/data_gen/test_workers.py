@@ -19,7 +19,6 @@ import pytest
 
 from data_gen.config import RolloutsConfig
 from data_gen.inspect.status import StatusConfig, status
-from data_gen.remote_engine import Model, RemoteEngine, remote_engines
 from data_gen.rollouts import rollouts
 from pav.core.errors import UserError
 from pav.core.journal import JOURNAL, journal_lines
@@ -28,6 +27,7 @@ from pav.engine.loading import EngineConfig
 from pav.engine.loop import drive
 from pav.engine.pool import WORKERS, Pool, transport
 from pav.engine.processes import placement
+from pav.engine.remote import Model, RemoteEngine, remote_engines
 from pav.engine.vllm import VllmEngine
 from pav.engine.worker import Lease, Load, Message
 from pav.policy.inference import Sampled

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_gen import engines, remote_engine
+from data_gen import engines
 from data_gen.config import RolloutsConfig
-from data_gen.remote_engine import Model, Models
 from pav.core.errors import UserError
-from pav.engine import gpu_memory
+from pav.engine import gpu_memory, remote
 from pav.engine.gpu_memory import GIB, Planned, gpu_shares, planned, share_gpu
 from pav.engine.loading import UTILIZATION, EngineConfig, engine_arguments
+from pav.engine.remote import Model, Models
 from pav.policy.policy import PolicyConfig, load_policy
 from pav.tasks.tape import Tape
 
@@ -124,20 +124,32 @@ def test_vllm_is_told_the_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert told(kv_gib=2.0) == (0.05, 2 * GIB)
 
 
+def test_engine_that_is_trained_can_sleep_on_a_gpu_and_no_other_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def told(trained: bool) -> bool:
+        asked = engine_arguments(str(tmp_path), "float32", 160, EngineConfig(), trained)
+        return bool(asked.enable_sleep_mode)
+
+    assert not told(True)
+    monkeypatch.setattr("pav.engine.loading.on_cpu", lambda: False)
+    assert told(True) and not told(False)
+
+
 def test_engines_of_a_label_run_get_shares_here_and_in_workers(
     on_gpu: None, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tiny_model("llama"))
     made: list[float | None] = []
 
-    def engine(*_: Any, config: EngineConfig) -> Any:
+    def engine(*_: Any, config: EngineConfig, **__: Any) -> Any:
         made.append(config.gpu_memory_utilization)
         if len(made) == 2:
             raise UserError("enough")  # a worker that serves would never end
         return SimpleNamespace(start=lambda: None, shutdown=lambda: None)
 
     monkeypatch.setattr(engines, "VllmEngine", engine)
-    monkeypatch.setattr(remote_engine, "VllmEngine", engine)
+    monkeypatch.setattr(remote, "VllmEngine", engine)
     config = RolloutsConfig(
         output="unused",
         task=Tape(),
@@ -151,4 +163,5 @@ def test_engines_of_a_label_run_get_shares_here_and_in_workers(
     models = [Model(p.path, "float32", 160, EngineConfig()) for p in loaded]
     with pytest.raises(UserError, match="enough"):
         Models(models).load()
+    remote._engine.cache_clear()
     assert here == made == [pytest.approx(UTILIZATION / 2)] * 2

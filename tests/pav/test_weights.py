@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from pav.core.errors import UserError
 from pav.core.seeds import seed_of
 from pav.engine.loading import EngineConfig
 from pav.engine.loop import drive
+from pav.engine.pool import transport
+from pav.engine.remote import Model, RemoteEngine, remote_engines
 from pav.engine.vllm import VllmEngine
 from pav.engine.vllm_internals import stamp_weights
 from pav.engine.weights import served_shapes
@@ -37,7 +42,7 @@ SMALL = EngineConfig(kv_gib=0.02)
 class Served:
     """An engine and the trainer's model, on which the engine's weights are."""
 
-    engine: VllmEngine
+    engine: Any
     model: PreTrainedModel
 
     def sampled(self, **settings: Any) -> list[Sampled]:
@@ -62,9 +67,7 @@ class Served:
         )
 
 
-def samples(
-    engine: VllmEngine, temperature: float = 1.0, max_tokens: int = LENGTH - 40
-) -> list[Sampled]:
+def samples(engine: Any, temperature: float = 1.0, max_tokens: int = LENGTH - 40) -> list[Sampled]:
     """One solution of every prompt, with log-probabilities."""
     sampler = Sampler(temperature=temperature)
     found: dict[int, Sampled] = {}
@@ -194,6 +197,21 @@ def test_weights_do_not_change_under_a_sample(served: Served) -> None:
     assert served.difference(served.sampled()) < 1e-4
 
 
+def test_engine_that_slept_wakes_with_the_new_weights(served: Served) -> None:
+    engine, version = served.engine, served.engine.version
+    served.change()
+    engine.sleep()
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="asleep and has no weights; load_weights wakes it"):
+        served.sampled()
+    with pytest.raises(UserError, match=r"lack '.*send the whole"):
+        engine.load_weights({}, version + 1)
+    served.load()
+    found = served.sampled()
+    assert {sample.version for sample in found} == {version + 1}
+    assert served.difference(found) < 1e-4
+
+
 def test_engine_says_what_it_cannot_do(tmp_path: Path) -> None:
     plain = VllmEngine("nowhere", "float32", LENGTH)
     with pytest.raises(RuntimeError, match="make it with trained=True"):
@@ -206,3 +224,66 @@ def test_engine_says_what_it_cannot_do(tmp_path: Path) -> None:
     pickled = VllmEngine(str(tmp_path), "float32", LENGTH, trained=True)
     with pytest.raises(UserError, match="holds no"):
         served_shapes(pickled.model)
+
+
+RAY = pytest.param(
+    "local", marks=pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+)
+
+
+@pytest.mark.parametrize("ray", [None, RAY])
+def test_worker_samples_with_the_weights_that_it_was_sent_also_after_its_death(
+    ray: str | None, tiny_model: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tiny_model("llama-tied"))
+    model = Model(path, "float32", LENGTH, SMALL, trained=True)
+    (engine,) = remote_engines(transport(SMALL, 1, ray), [model], 1)
+    trainer = Served(engine, load_trunk(path).eval())
+    torch.manual_seed(7)
+    try:
+        assert trainer.difference(trainer.sampled()) < 1e-4
+        state = trainer.change()
+        assert trainer.difference(trainer.sampled()) > 0.05
+        trainer.load()
+        found = trainer.sampled()
+        assert {sample.version for sample in found} == {1}
+        assert trainer.difference(found) < 1e-4
+        name = "model.layers.0.mlp.up_proj.weight"
+        with pytest.raises(UserError, match=f"have {name!r} of shape"):
+            engine.load_weights({**state, name: state[name][1:]}, 2)
+        if ray is None:  # a death is one for the pool, wherever it is
+            worker = engine.pool._workers[0].started
+            assert worker is not None
+            os.kill(worker.process, signal.SIGKILL)
+            found = trainer.sampled()
+            assert "worker 0 died" in capfd.readouterr().err
+        assert {sample.version for sample in found} == {1}
+        assert trainer.difference(found) < 1e-4
+    finally:
+        engine.shutdown()
+
+
+def test_answer_of_a_worker_with_other_weights_is_refused(tiny_model: Callable[..., Path]) -> None:
+    class Late:
+        """A pool whose worker has not heard of the new weights."""
+
+        busy, jobs = False, 0
+
+        def load(self, job: Any) -> None:
+            self.jobs += 1
+
+        def submit(self, call: Any, answered: Any, *, queue: int) -> None:
+            answered(Sampled([5], False, version=0))
+
+    path = str(tiny_model("llama-tied"))
+    pool: Any = Late()
+    engine = RemoteEngine(pool, [Model(path, "float32", LENGTH, SMALL, trained=True)], 0)
+    ask = partial(engine.sample, [5], Sampler(), stop_ids=[], max_tokens=1, seed=0)
+    assert asyncio.run(ask()).ids == [5]
+    engine.load_weights(load_trunk(path).state_dict(), 4)
+    assert pool.jobs == 1
+    with pytest.raises(RuntimeError, match="weights of version 0, not 4"):
+        asyncio.run(ask())
+    pool.busy = True
+    with pytest.raises(RuntimeError, match="requests are in work"):
+        engine.load_weights({}, 5)
