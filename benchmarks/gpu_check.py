@@ -6,9 +6,11 @@
 2. ``commands``: a label run with a prover, and a beam search whose accuracy hangs on the trunk's
    log-probabilities, with the engine settings that a user gets who sets none.
 3. ``shared_device``: policy and verifier engines side by side on one device, in planned shares.
-4. ``first_runner``: the scores again with vLLM's first model runner, where it picks the second.
-5. ``graphs``: greedy sampling with CUDA graphs against ``enforce_eager``.
-6. ``devices``: where there are two, ``tensor_parallel_size=2`` and an engine on the second device.
+4. ``weights``: an engine that gives its memory back, wakes with other weights and samples with
+   their log-probabilities, as when its policy is trained beside it.
+5. ``first_runner``: the scores again with vLLM's first model runner, where it picks the second.
+6. ``graphs``: greedy sampling with CUDA graphs against ``enforce_eager``.
+7. ``devices``: where there are two, ``tensor_parallel_size=2`` and an engine on the second device.
 
 bfloat16 rounds, and kernels round differently. What is allowed is therefore measured, not guessed:
 vLLM may be off from transformers by ``SLACK`` times what transformers in bfloat16 is off from
@@ -21,6 +23,7 @@ check breaks, 2 if there is no GPU.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import os
@@ -60,16 +63,20 @@ from pav.policy.policy import (
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape
 from pav.verifier.checkpoint import Verifier, VerifierMeta
+from pav.verifier.shape import GIB
 from pav.verifier.trunk import HeadedTrunk, load_trunk
 from search.run.records import read as read_records
 
-Check = Literal["scores", "commands", "shared_device", "first_runner", "graphs", "devices"]
+Check = Literal[
+    "scores", "commands", "shared_device", "weights", "first_runner", "graphs", "devices"
+]
 Row = dict[str, Any]
 # What is most likely to fail comes first.
 CHECKS: tuple[Check, ...] = (
     "scores",
     "commands",
     "shared_device",
+    "weights",
     "first_runner",
     "graphs",
     "devices",
@@ -250,7 +257,7 @@ def _card(trunk: Path) -> VerifierMeta:
 
 
 def sample(engine: VllmEngine, prompts: list[list[int]], *, greedy: bool = False) -> list[Sampled]:
-    """``NEW_TOKENS`` after every prompt, with scores."""
+    """``NEW_TOKENS`` after every prompt, with what the engine has: scores or log-probabilities."""
     sampler = Sampler(top_k=1 if greedy else 0, max_length=256)
 
     def job(i: int) -> Callable[[], Any]:
@@ -263,6 +270,7 @@ def sample(engine: VllmEngine, prompts: list[list[int]], *, greedy: bool = False
                 max_tokens=NEW_TOKENS,
                 seed=seed,
                 scores=bool(engine.score_ids),
+                logprobs=engine.trained,
             )
 
         return one
@@ -502,6 +510,55 @@ def check_shared_device(output: Path, report: Report) -> None:
     verifier.shutdown()
 
 
+def check_weights(output: Path, report: Report) -> None:
+    """An engine that sleeps, wakes with other weights and samples with them."""
+    for subject in subjects(output):
+        config = EngineConfig(kv_gib=KV_GIB)
+        engine = VllmEngine(subject.trunk, "bfloat16", 256, config=config, trained=True)
+        engine.start()
+        old = sample(engine, subject.prompts)
+        exact = subject.reference(torch.float32)
+        with torch.no_grad():
+            for weights in exact.trunk.parameters():
+                weights += 0.1 * weights.std() * torch.randn_like(weights)
+        rounded = copy.deepcopy(exact).to(torch.bfloat16)
+        if torch.cuda.is_available():
+            free = torch.cuda.mem_get_info()[0]
+            engine.sleep()
+            freed = (torch.cuda.mem_get_info()[0] - free) / GIB
+            report.add(f"{subject.name}: GiB that sleep frees", freed, ">=", 0.9 * KV_GIB)
+        else:
+            engine.sleep()
+        engine.load_weights(rounded.trunk.state_dict(), 1)
+        new = sample(engine, subject.prompts)
+        versions = {s.version for s in old}, {s.version for s in new}
+        report.add(f"{subject.name}: versions", float(versions == ({0}, {1})), ">=", 1.0)
+        pairs = list(zip(subject.prompts, new, strict=True))
+        near = [_logprobs(rounded, prompt, out.ids) for prompt, out in pairs]
+        truth = [_logprobs(exact, prompt, out.ids) for prompt, out in pairs]
+        allowed = SLACK * _mean_gap(near, truth)
+        what = f"{subject.name}: log-probability of new weights, mean difference"
+        report.add(what, _mean_gap([out.logprobs for out in new], near), "<=", allowed)
+        then = zip(subject.prompts, old, strict=True)
+        moved = [_logprobs(rounded, prompt, out.ids) for prompt, out in then]
+        stale = _mean_gap([out.logprobs for out in old], moved)
+        report.add(f"{what} of old samples", stale, ">=", allowed)
+        engine.shutdown()
+
+
+def _logprobs(model: HeadedTrunk, prompt: list[int], ids: list[int]) -> np.ndarray:
+    """Log-probabilities of ``ids`` after a prompt, of the model without its heads."""
+    logits = torch.tensor(forward(model, [*prompt, *ids]).logits[len(prompt) - 1 : -1])
+    of_all = logits.float().log_softmax(-1)
+    chosen: np.ndarray = of_all.gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
+    return chosen
+
+
+def _mean_gap(left: list[Any], right: list[np.ndarray]) -> float:
+    """Mean absolute difference."""
+    return float(np.abs(np.concatenate(left) - np.concatenate(right)).mean())
+
+
 def check_devices(output: Path, report: Report) -> None:
     """Tensor parallelism over two devices; an engine on the second one."""
     if torch.cuda.device_count() < 2:
@@ -599,6 +656,7 @@ CHECK_FUNCTIONS: dict[Check, Callable[[Path, Report], None]] = {
     "scores": check_scores,
     "commands": check_commands,
     "shared_device": check_shared_device,
+    "weights": check_weights,
     "first_runner": check_first_runner,
     "graphs": check_graphs,
     "devices": check_devices,

@@ -17,6 +17,10 @@ def test_scores_of_the_gpu_check_are_as_expected_here(
     monkeypatch.setattr(gpu_check, "NEW_TOKENS", 40)
     monkeypatch.setattr(gpu_check, "KV_GIB", 0.05)
     monkeypatch.setattr(gpu_check, "asset", lambda _: tmp_path)  # the random model alone
+    gpu_check.run_check("weights", tmp_path)
+    rows = json.loads((tmp_path / "weights.json").read_text())
+    assert len(rows) == 3
+    assert [row["metric"] for row in rows if not gpu_check.met(row)] == []
     gpu_check.run_check("scores", tmp_path)
     rows = json.loads((tmp_path / "scores.json").read_text())
     assert [row["metric"] for row in rows if not gpu_check.met(row)] == []
