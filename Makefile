@@ -83,9 +83,9 @@ demo-gsm8k: setup
 	$(BIN)/pav.train --config configs/gsm8k_smollm2/orm.yaml
 	$(BIN)/search.compare --config configs/gsm8k_smollm2/compare.yaml
 
-# A file's tests stay together: they share what its fixtures made.
+# A file's tests stay together: they share what its fixtures made. tests/conftest.py orders files.
 TEST_JOBS ?= 2
-PYTEST = $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test quick: export OMP_NUM_THREADS ?= 1
 test: setup

@@ -5,8 +5,9 @@ All are session-scoped: build once, never write into what they return (copy the 
 
 from __future__ import annotations
 
+import gc
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,6 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from pav.engine import loading, vllm, vllm_internals
 from pav.policy.policy import (
     PolicyConfig,
     Prompt,
@@ -73,64 +75,105 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores it, and so would all that tests send it to.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Files that start engines, train or run whole commands; `make quick` leaves them out.
+# Files that start engines, train or run whole commands, longest first; `make quick` leaves them
+# out.
 SLOW = [
+    "test_search_workers",
+    "test_workers",
+    "test_library",
+    "test_methods",
+    "test_serve",
+    "test_crash",
+    "test_select",
+    "test_planted",
+    "test_beam",
+    "test_rollouts",
+    "test_compare",
+    "test_tools",
+    "test_strategies",
+    "test_provers",
+    "test_next_commands",
+    "test_user_task",
+    "test_reward_models",
+    "test_resume",
+    "test_training_modes",
+    "test_errors",
+    "test_train",
+    "test_likelihood",
+    "test_verifier",
+    "test_sft",
+    "test_launch",
+    "test_parity",
     "test_gpu_check",
     "test_labels",
     "test_likelihood_head",
-    "test_planted",
-    "test_verifier",
     "test_verifier_consistency",
     "test_verifier_gsm8k",
     "test_verifier_lora",
     "test_verifier_study",
-    "test_crash",
-    "test_likelihood",
-    "test_provers",
-    "test_rollouts",
-    "test_strategies",
-    "test_tools",
-    "test_workers",
     "test_final_step",
     "test_grading_kinds",
     "test_guarded",
     "test_internals",
-    "test_launch",
     "test_loading",
     "test_model_card",
-    "test_parity",
     "test_positions",
-    "test_resume",
     "test_rl",
     "test_rl_learner",
     "test_tensor_parallel",
-    "test_train",
-    "test_training_modes",
     "test_weights",
-    "test_beam",
-    "test_compare",
     "test_cost",
-    "test_methods",
-    "test_reward_models",
-    "test_search_workers",
-    "test_select",
-    "test_serve",
     "test_stops",
-    "test_errors",
-    "test_library",
     "test_first_run",
-    "test_next_commands",
     "test_packaging",
-    "test_sft",
-    "test_user_task",
 ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of slow files."""
+    """Mark the tests of slow files, and begin with the longest: processes then end together."""
+    order = {name: i for i, name in enumerate(["test_docs", *SLOW])}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engines_that_start_fast() -> Iterator[None]:
+    """Spare every engine but the first what the first has done for the whole process.
+
+    vLLM collects garbage seven times where an engine starts and ends, each time among a million
+    objects, and looks through all modules for kernels to replace. That is most of what a tiny
+    engine costs. Here modules are left out of collections, of which one at the end frees as much.
+    """
+    kernels = pytest.MonkeyPatch()
+
+    def load(*arguments: Any) -> Any:
+        from vllm import LLMEngine  # noqa: F401 (a part of the heap that stays)
+        from vllm.triton_utils import dispatcher
+
+        if not gc.get_freeze_count():
+            gc.collect()
+            gc.freeze()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gc, "collect", lambda *_: 0)
+            patch.setattr(gc, "freeze", lambda: None)
+            engine = loading.load(*arguments)
+        kernels.setattr(dispatcher, "register_kernels", lambda _: None)
+        return engine
+
+    def shutdown(engine: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gc, "collect", lambda *_: 0)
+            patch.setattr(gc, "unfreeze", lambda: None)
+            vllm_internals.shutdown(engine)
+        gc.collect()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm, "load", load)
+        patch.setattr(vllm, "shutdown", shutdown)
+        yield
+    kernels.undo()
 
 
 def build_chat_tokenizer() -> PreTrainedTokenizerFast:

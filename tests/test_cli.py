@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -148,6 +149,25 @@ def test_help_and_version_of_no_command_wait_for_a_model_library() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == len(SCRIPTS)
     assert done.stdout.count(": pav-engine ") == len(SCRIPTS)
+
+
+def test_command_whose_output_nobody_reads_ends_quietly() -> None:
+    unread, output = os.pipe()
+    os.close(unread)
+    done = subprocess.run(
+        [sys.executable, "-m", "search.beam", "--help"], stdout=output, stderr=subprocess.PIPE,
+        check=False,
+    )  # fmt: skip
+    os.close(output)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_not_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    def break_pipe(config: BeamConfig) -> None:
+        raise BrokenPipeError("a worker's")
+
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        run(break_pipe, BeamConfig, "search.beam", [])
 
 
 Command = tuple[Callable[..., Any], Any, str]

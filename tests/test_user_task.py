@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from pav.train.command import TrainConfig, train
 from pav.verifier.checkpoint import load_verifier
 from search.beam import BeamConfig, beam
 from search.run.records import read
-from tests.following import printed
+from tests.following import follow, printed
 
 REPOSITORY = Path(__file__).parents[1]
 MY_TASK = '''
@@ -66,6 +66,9 @@ SMALL = ["--ignore_warnings", "true", "--sampler.max_length", "88", "--engine.kv
          "--n_traces", "3", "--problems", "24", "--validation_problems", "12"]  # fmt: skip
 
 
+Command = Callable[..., "Done"]
+
+
 @pytest.fixture
 def directory(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -89,16 +92,41 @@ def directory(
     return tmp_path
 
 
-def command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Done:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
 
 
-def test_users_own_task_and_chat_model_go_from_rollouts_to_search(directory: Path) -> None:
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs a command as its console script does: the directory is on no path, no task imported."""
+
+    def perform(*words: str) -> Done:
+        with monkeypatch.context() as patch:
+            here = {"", os.getcwd(), str(REPOSITORY)}
+            patch.setattr(sys, "path", [place for place in sys.path if place not in here])
+            patch.delitem(sys.modules, "my_task", raising=False)
+            code = 0
+            capfd.readouterr()
+            try:
+                follow(list(words))
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            said = capfd.readouterr()
+            return Done(code, said.out, said.err)
+
+    return perform
+
+
+def test_users_own_task_and_chat_model_go_from_rollouts_to_search(
+    directory: Path, command: Command
+) -> None:
     made = command("data_gen.rollouts", *TASK, *CHAT, *SMALL, "--output", "labels")
-    assert made.returncode == 0, made.stderr
+    assert made.code == 0, made.err
     labels = read_labels(["labels"])
     assert any(len(t.step_ends) > 1 for t in labels.traces)
     assert {0, 1} <= {k for k, _ in labels.counts.values()}
@@ -107,19 +135,19 @@ def test_users_own_task_and_chat_model_go_from_rollouts_to_search(directory: Pat
         starts = [0, *t.step_ends]
         assert all(b - a <= 8 for a, b in zip(starts, t.step_ends, strict=False))
     # The start says how the model is asked; every command prints the next one, task included.
-    assert "policy: ./chat (chat prompt), float32\nfirst prompt of policy:\n" in made.stdout
-    assert "  | <|im_start|>system\n  | Add.<|im_end|>\n" in made.stdout
-    (training,) = printed(made.stdout)
+    assert "policy: ./chat (chat prompt), float32\nfirst prompt of policy:\n" in made.out
+    assert "  | <|im_start|>system\n  | Add.<|im_end|>\n" in made.out
+    (training,) = printed(made.out)
     trained = command(*training, "--max_epochs", "2")
-    assert trained.returncode == 0, trained.stderr
+    assert trained.code == 0, trained.err
     card = load_verifier("pav.ckpt").card
     assert card.heads == ["q/chat", "orm"] and card.prompt["system"] == "Add."
-    (search,) = printed(trained.stdout)
+    (search,) = printed(trained.out)
     searched = command(*search, "--n", "2", "--problems", "3", "--engine.kv_gib", "0.05")
-    said = searched.stderr.splitlines()
+    said = searched.err.splitlines()
     errors = [line for line in said if line.startswith("search.beam: error:")]
-    assert searched.returncode == (2 if errors else 0), searched.stderr
-    assert "PAV beam" in searched.stdout
+    assert searched.code == (2 if errors else 0), searched.err
+    assert "PAV beam" in searched.out
     # A random model often runs into the length cap, and that is said; nothing else is out of place.
     warned = [line for line in said if "WARNING" in line]
     assert all("hit sampler.max_length" in line for line in warned + errors)
@@ -135,8 +163,8 @@ def test_users_own_task_and_chat_model_go_from_rollouts_to_search(directory: Pat
         ("search.beam", ["--verifier", "pav.ckpt"]),
     ):
         refused = command(module, *arguments)
-        assert refused.returncode == 2
-        (error,) = refused.stderr.splitlines()
+        assert refused.code == 2
+        (error,) = refused.err.splitlines()
         assert error.startswith(f"{module}: error: ")
         assert "names the task 'my_task.MyTask', which is not built in" in error
         assert "add --task my_task.MyTask and its settings" in error

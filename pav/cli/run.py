@@ -6,10 +6,12 @@ import dataclasses
 import logging
 import os
 import platform
+import select
 import sys
 import warnings
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from importlib import import_module, metadata
 from inspect import isabstract
@@ -32,6 +34,8 @@ class Dataclass(Protocol):
 
 
 Config = TypeVar("Config", bound=Dataclass)
+# What a shell reports of a program that SIGPIPE ended.
+UNREAD = 141
 
 
 def quiet() -> None:
@@ -80,6 +84,23 @@ def _print_help(parser: ArgumentParser, config_type: type) -> None:
                 print(fields.format_help())
 
 
+@contextmanager
+def _quiet_when_unread() -> Iterator[None]:
+    """End without a word once nobody reads the output any more, as in ``... --help | head -1``."""
+    try:
+        yield
+    except BrokenPipeError:
+        poll = select.poll()
+        with suppress(OSError):  # captured, it is no file
+            poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):
+            raise  # another pipe broke
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(UNREAD) from None
+
+
+@_quiet_when_unread()
 def run(
     function: Callable[[Config], Any],
     config_type: type[Config],
@@ -89,7 +110,7 @@ def run(
     """Parse ``argv`` into ``config_type`` and call ``function`` with it.
 
     A :class:`~pav.core.errors.UserError`, and what the parser refuses, becomes one line on stderr
-    and exit code 2; Ctrl-C exits 130.
+    and exit code 2; Ctrl-C exits 130, and 141 is quiet: nobody read on.
     """
     # Stdlib default is block-buffered when output is a file: a night's log must be readable live.
     if hasattr(sys.stdout, "reconfigure"):

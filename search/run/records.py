@@ -22,7 +22,8 @@ from pav.core.signals import interruptible
 from pav.verifier.pick import Candidate
 
 MANIFEST = "manifest.json"
-_CRC = re.compile(rb',"crc":"([0-9a-f]{8})"}\n\Z')
+# The last key of a line and its value, damaged ones too: no other key and value are so long.
+_CRC = re.compile(rb',"([^"]{3})":"([^"]{8})"}\n\Z')
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,12 @@ def line_of(record: Record) -> bytes:
         # JSON has no infinity.
         candidate["score"] = None if candidate["score"] == -math.inf else candidate["score"]
     body = json.dumps(plain, separators=(",", ":"), allow_nan=False).encode()
-    return b'%b,"crc":"%08x"}\n' % (body[:-1], crc32(body))
+    return b'%b,"%b":"%b"}\n' % (body[:-1], *_checksum(body))
+
+
+def _checksum(body: bytes) -> tuple[bytes, bytes]:
+    """The key and the value that follow a record."""
+    return b"crc", b"%08x" % crc32(body)
 
 
 def append(path: Path, record: Record) -> None:
@@ -167,7 +173,7 @@ def _whole(path: Path) -> tuple[list[Record], list[bytes]]:
             continue
         # Earlier versions wrote none.
         kept = _CRC.search(line)
-        if not line.endswith(b"\n") or (kept and crc32(body) != int(kept[1], 16)):
+        if not line.endswith(b"\n") or (kept and kept.groups() != _checksum(body)):
             continue
         try:
             records.append(_record(plain))

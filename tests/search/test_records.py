@@ -168,6 +168,20 @@ def test_a_bit_that_flipped_is_found_said_and_searched_again(
     assert capsys.readouterr().err == ""
 
 
+def test_any_bit_that_flips_costs_its_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    for name in ("a", "b"):
+        append(path, record(name))
+    line, other = path.read_bytes().splitlines(keepends=True)
+    for bit in range(8 * len(line)):
+        flipped = bytearray(line)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(flipped) + other)
+        # Without its end it is one with the line behind it.
+        lost = not flipped.endswith(b"\n")
+        assert [r.problem_id for r in peek(path)] == ([] if lost else ["b"])
+
+
 def test_damaged_line_costs_no_other(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     for name in ("a", "b", "c"):

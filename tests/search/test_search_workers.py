@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from pav.core.errors import UserError
-from pav.engine import pool
 from pav.engine.loading import EngineConfig
 from pav.engine.pool import Pool
 from pav.engine.processes import Processes
@@ -81,29 +80,26 @@ def without_floats(value: Any) -> Any:
     return None if isinstance(value, float) else value
 
 
-def stop_and_kill(patch: pytest.MonkeyPatch) -> list[int]:
-    """Stops worker 1 in the first search and kills worker 0 in the last, while they hold problems.
+def kill_a_worker(patch: pytest.MonkeyPatch) -> list[int]:
+    """Kills worker 0 in the last search, while it holds problems.
 
     Nothing waits for the one in its place then.
     """
-    gone: list[int] = []
+    killed: list[int] = []
     give = Pool._give
-    ends = {0: (1, signal.SIGSTOP), 3: (0, signal.SIGKILL)}
 
     def given(self: Pool, queue: int) -> None:
         give(self, queue)
-        number, how = ends.get(self._job.number, (0, None))
-        worker = self._workers[number]
-        if how is not None and worker.started and worker.holds:
-            del ends[self._job.number]
-            gone.append(worker.started.process)
-            os.kill(worker.started.process, how)
+        worker = self._workers[0]
+        if self._job.number == 3 and not killed and worker.started and worker.holds:
+            killed.append(worker.started.process)
+            os.kill(worker.started.process, signal.SIGKILL)
 
     patch.setattr(Pool, "_give", given)
-    return gone
+    return killed
 
 
-def test_stopped_and_killed_worker_and_another_number_of_workers_make_the_records_of_one_process(
+def test_killed_worker_and_another_number_of_workers_make_the_records_of_one_process(
     config: CompareConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Plots are others' business.
@@ -119,19 +115,15 @@ def test_stopped_and_killed_worker_and_another_number_of_workers_make_the_record
             started.append(worker)
             start(self, worker)
 
-        patch.setattr(pool, "SILENT_SECONDS", 8.0)
         patch.setattr(Processes, "start", counted)
-        gone = stop_and_kill(patch)
+        killed = kill_a_worker(patch)
         compare(two)
-    said = capfd.readouterr().err
-    assert "WARNING: worker 1 died (silent for 0 minutes, ended); the " in said
-    assert "WARNING: worker 0 died (signal SIGKILL); the " in said
-    # All searches are those of two workers and of one in the place of each.
-    assert started == [0, 1, 1, 0]
-    assert len(gone) == 2
-    for process in gone:
-        with pytest.raises(ProcessLookupError):
-            os.kill(process, 0)
+    assert "WARNING: worker 0 died (signal SIGKILL); the " in capfd.readouterr().err
+    # All searches are those of two workers and of one in the place of the first.
+    assert started == [0, 1, 0]
+    (process,) = killed
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
     assert records(two) == wanted
 
     # Another number of workers goes on; what is there is not searched again.
@@ -163,14 +155,14 @@ def test_comparison_on_a_ray_cluster_makes_the_records_of_one_process_and_loads_
 
     monkeypatch.setattr(Actors, "start", counted)
     monkeypatch.setattr(Pool, "_take_in", noted)
-    ray = replace(config, output=str(Path(config.output).with_name("ray")), workers=2, ray="local")
+    ray = replace(config, output=str(Path(config.output).with_name("ray")), ray="local")
     compare(ray)
     assert records(ray) == records(config)
-    assert started == {0: 1, 1: 1}
-    # A beam, two sets of samples and their scores, all by two processes beside this one.
+    assert started == {0: 1}
+    # A beam, two sets of samples and their scores, all by one process beside this one.
     assert len(loaded) == 4
-    (processes,) = set(map(frozenset, loaded.values()))
-    assert len(processes) == 2 and os.getpid() not in processes
+    ((process,),) = set(map(frozenset, loaded.values()))
+    assert process != os.getpid()
 
 
 def test_an_engine_that_arrives_with_every_search_is_one_engine() -> None:
