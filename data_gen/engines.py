@@ -17,14 +17,14 @@ from pav.policy.policy import Policy
 @contextmanager
 def loaded(config: RolloutsConfig, policies: list[Policy]) -> Iterator[list[RolloutPolicy]]:
     """An engine for each policy, shut down at the end, however that comes."""
-    rollers: list[RolloutPolicy] = []
+    rollout_policies: list[RolloutPolicy] = []
     try:
         for p, engine in zip(policies, _engines(config, policies), strict=True):
-            rollers.append(RolloutPolicy(p, engine, config.sampler))
-        yield rollers
+            rollout_policies.append(RolloutPolicy(p, engine, config.sampler))
+        yield rollout_policies
     finally:
-        for roller in rollers:
-            roller.engine.shutdown()
+        for rollout_policy in rollout_policies:
+            rollout_policy.engine.shutdown()
 
 
 def _engines(config: RolloutsConfig, policies: list[Policy]) -> Iterator[VllmEngine | RemoteEngine]:

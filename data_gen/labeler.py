@@ -106,7 +106,7 @@ class Labeler:
 
     Attributes:
         grader: the task's.
-        rollers: rollout policies, the base first.
+        rollout_policies: rollout policies, the base first.
         plan: how rollouts are spent; names the same policies.
         seed: run seed; every request's seed is a hash of it and of the request's key.
         store: where finished solutions and rollouts go.
@@ -115,7 +115,7 @@ class Labeler:
     """
 
     grader: GuardedGrader
-    rollers: list[RolloutPolicy]
+    rollout_policies: list[RolloutPolicy]
     plan: Plan
     seed: int
     store: Store
@@ -130,14 +130,14 @@ class Labeler:
         if planned.given is not None:
             ids, truncated = planned.given
         else:
-            roller = next(r for r in self.rollers if r.name == planned.writer)
+            rollout_policy = next(r for r in self.rollout_policies if r.name == planned.writer)
             key = prefix_key(problem.id, [])
-            ids, truncated = await roller.finish(
-                roller.policy.encode(problem),
+            ids, truncated = await rollout_policy.finish(
+                rollout_policy.policy.encode(problem),
                 [],
                 seed_of(self.seed, "seed", planned.writer, key, planned.index),
             )
-        policy = self.rollers[0].policy
+        policy = self.rollout_policies[0].policy
         grade = self.grader.grade(policy.text(ids), problem)
         trace = Trace(
             trace_id=planned.trace_id,
@@ -160,24 +160,34 @@ class Labeler:
 
     async def rollouts(self, trace: Trace, problem: Problem) -> None:
         """Rollouts from the prefixes of ``trace`` until the plan wants no more."""
-        stepper = self.rollers[0].policy.stepper
+        stepper = self.rollout_policies[0].policy.stepper
         # Once per solution: encoding for every rollout took 5% of a run.
-        rollers = {r.name: (r, r.policy.encode(problem)) for r in self.rollers}
+        rollout_policies = {r.name: (r, r.policy.encode(problem)) for r in self.rollout_policies}
         while requests := next_rollouts(self.plan, trace, self.store.completions, stepper):
-            await asyncio.gather(*(self._rollout(r, problem, *rollers[r.policy]) for r in requests))
+            await asyncio.gather(
+                *(self._rollout(r, problem, *rollout_policies[r.policy]) for r in requests)
+            )
 
     async def _rollout(
-        self, request: Request, problem: Problem, roller: RolloutPolicy, prompt: list[int]
+        self, request: Request, problem: Problem, rollout_policy: RolloutPolicy, prompt: list[int]
     ) -> None:
         key, prefix, index = request.key, request.prefix, request.index
-        ids, truncated = await roller.finish(
-            prompt, prefix, seed_of(self.seed, "rollout", roller.name, key, index)
+        ids, truncated = await rollout_policy.finish(
+            prompt, prefix, seed_of(self.seed, "rollout", rollout_policy.name, key, index)
         )
-        grade = self.grader.grade(roller.policy.text(prefix + ids), problem)
+        grade = self.grader.grade(rollout_policy.policy.text(prefix + ids), problem)
         # A truncated rollout is a failure, whatever its text says.
         correct = grade.correct and not truncated
         completion = Completion(
-            key, problem.id, roller.name, index, prefix, ids, grade.answer, correct, truncated
+            key,
+            problem.id,
+            rollout_policy.name,
+            index,
+            prefix,
+            ids,
+            grade.answer,
+            correct,
+            truncated,
         )
         self.store.add(completion)
         self.watch.see(completion)
@@ -250,7 +260,7 @@ def label(labeler: Labeler, rounds: list[list[PlannedTrace]], concurrency: int) 
         UserError: if the store cannot be written.
     """
     store = labeler.store
-    todo = missing(rounds, labeler.plan, store, labeler.rollers[0].policy.stepper)
+    todo = missing(rounds, labeler.plan, store, labeler.rollout_policies[0].policy.stepper)
     turns = _Turns([len(traces) for traces in todo])
 
     async def job(number: int, planned: PlannedTrace) -> Exception | None:
@@ -272,10 +282,10 @@ def label(labeler: Labeler, rounds: list[list[PlannedTrace]], concurrency: int) 
     ]
     total = sum(map(len, rounds))
     done = before = total - len(jobs)
-    engines = [r.engine for r in labeler.rollers]
+    engines = [r.engine for r in labeler.rollout_policies]
     watch, started = labeler.watch, monotonic()
     sampled_before = sum(e.usage.generated for e in engines)
-    room = max(r.sampler.max_length for r in labeler.rollers)
+    room = max(r.sampler.max_length for r in labeler.rollout_policies)
     with Reporter("rollouts", total, "solutions") as reporter:
         reporter.update(done)
 

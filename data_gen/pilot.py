@@ -54,8 +54,8 @@ def print_plan(
     config: RolloutsConfig, policies: list[Policy], rounds: list[list[PlannedTrace]]
 ) -> None:
     """Run a pilot in a temporary directory and print what the whole run would take."""
-    with loaded(config, policies) as rollers:
-        pilot = _pilot(config, rollers, _first_of_each_writer(rounds))
+    with loaded(config, policies) as rollout_policies:
+        pilot = _pilot(config, rollout_policies, _first_of_each_writer(rounds))
     traces = sum(map(len, rounds))
     problems = len({t.problem.id for traces in rounds for t in traces})
     # Step 0 is shared by the solutions of a problem; what else they share is left out of account.
@@ -132,7 +132,7 @@ def _first_of_each_writer(rounds: list[list[PlannedTrace]]) -> list[list[Planned
 
 
 def _pilot(
-    config: RolloutsConfig, rollers: list[RolloutPolicy], rounds: list[list[PlannedTrace]]
+    config: RolloutsConfig, rollout_policies: list[RolloutPolicy], rounds: list[list[PlannedTrace]]
 ) -> Pilot:
     plan, factor = config.plan, 1
     # What a strategy spends depends on outcomes; without one, a rollout tells what many cost.
@@ -145,18 +145,18 @@ def _pilot(
             guarded(config.task, None, config.grade_timeout) as grader,
         ):
             started = monotonic()
-            labeler = Labeler(grader, rollers, plan, config.seed, store)
+            labeler = Labeler(grader, rollout_policies, plan, config.seed, store)
             label(labeler, rounds, config.concurrency)
             seconds = monotonic() - started
             journal_bytes = (directory / JOURNAL).stat().st_size
-            store.seal({r.name: "" for r in rollers})
+            store.seal({r.name: "" for r in rollout_policies})
             table_bytes = sum(p.stat().st_size for p in directory.glob("*/*.parquet"))
         return Pilot(
             list(store.traces.values()),
             list(store.completions.values()),
             factor,
             seconds,
-            sum(r.engine.usage.generated for r in rollers),
+            sum(r.engine.usage.generated for r in rollout_policies),
             journal_bytes,
             table_bytes,
         )

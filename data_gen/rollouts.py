@@ -77,11 +77,11 @@ def rollouts(config: RolloutsConfig) -> None:
                 watch.recall([*store.traces.values(), *store.completions.values()], fingerprints)
                 store.announce(sum(map(len, rounds)))
                 with (
-                    loaded(config, policies) as rollers,
+                    loaded(config, policies) as rollout_policies,
                     guarded(config.task, log, config.grade_timeout) as grader,
                 ):
                     labeler = Labeler(
-                        grader, rollers, config.plan, config.seed, store, deadline, watch
+                        grader, rollout_policies, config.plan, config.seed, store, deadline, watch
                     )
                     label(labeler, rounds, config.concurrency * config.workers)
             except OutOfTime:

@@ -43,13 +43,15 @@ def fill(config: StudyConfig, arms: Sequence[Arm] = ARMS) -> None:
     manifest = _manifest(config, policy)
     with interruptible(), Store(config.pool, manifest) as store:
         name = policy.config.label
-        with loaded(run_config, [policy]) as rollers:
+        with loaded(run_config, [policy]) as rollout_policies:
             replays = Replays(name, store.traces, store.completions)
 
             def sample(arm: Arm, problems: Sequence[Problem], number: int) -> None:
                 seeds = [PlannedTrace("train", problem, name, number) for problem in problems]
                 plan = replays.plan(arm)
-                labeler = Labeler(GuardedGrader(config.task), rollers, plan, config.seed, store)
+                labeler = Labeler(
+                    GuardedGrader(config.task), rollout_policies, plan, config.seed, store
+                )
                 label(labeler, [seeds], CONCURRENCY)
 
             for number in range(REFERENCE_SEEDS):

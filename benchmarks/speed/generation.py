@@ -108,14 +108,14 @@ def generation(config: GenerationConfig) -> None:
     metrics: list[dict[str, Any]] = []
     labels = RolloutsConfig(output="", policy=config.policy, sampler=SAMPLER, engine=config.engine)
     policies = [load_policy(config.policy, labels.task.step_rule)]
-    with loaded(labels, policies) as rollers:
+    with loaded(labels, policies) as rollout_policies:
         for n_mc, (least, n_traces) in CASES.items():
             labels = RolloutsConfig(
                 output="", policy=config.policy, sampler=SAMPLER, validation_problems=0,
                 n_mc=n_mc, n_traces=n_traces,
                 problems=config.problems // 2 if n_traces == 1 else config.problems,
             )  # fmt: skip
-            turns = _case(labels, rollers[0], rounds_of(labels, policies), config)
+            turns = _case(labels, rollout_policies[0], rounds_of(labels, policies), config)
             metrics += _metrics(n_mc, least, turns)
             rows += [
                 {"n_mc": n_mc, "turn": i, "way": way, "tokens": turn.tokens, "steps": turn.steps,
@@ -128,33 +128,35 @@ def generation(config: GenerationConfig) -> None:
 
 def _case(
     labels: RolloutsConfig,
-    roller: RolloutPolicy,
+    rollout_policy: RolloutPolicy,
     rounds: list[list[PlannedTrace]],
     config: GenerationConfig,
 ) -> list[dict[str, Turn]]:
-    engine = roller.engine
+    engine = rollout_policy.engine
     assert isinstance(engine, VllmEngine)
     first = {seed.problem.id for seed in rounds[0][: config.usual_problems * len(rounds) // 2]}
     turns = []
     for number in range(config.turns):
         ways = {}
         with TemporaryDirectory() as name, Store(Path(name), {}) as store:
-            labeler = Labeler(GuardedGrader(labels.task), [roller], labels.plan, labels.seed, store)
+            labeler = Labeler(
+                GuardedGrader(labels.task), [rollout_policy], labels.plan, labels.seed, store
+            )
 
             def work(labeler: Labeler = labeler, store: Store = store) -> int:
                 before = engine.usage.generated
                 label(labeler, rounds, labels.concurrency)
-                store.seal({roller.name: ""})
+                store.seal({rollout_policy.name: ""})
                 return engine.usage.generated - before
 
             ways["data_gen"] = _time(engine, work)
-            calls = _calls(labels.plan, labeler, roller, rounds)
+            calls = _calls(labels.plan, labeler, rollout_policy, rounds)
             asked = sum(len(call.samples) for call in calls)
             if asked != len(store.traces) + len(store.completions):
                 raise RuntimeError("raw vLLM would not be given the requests of the label run")
         own = [call for call in calls if call.problem in first]
-        ways["raw vLLM"] = _time(engine, partial(_raw, engine, roller, calls))
-        ways["usual loop"] = _time(engine, partial(_one_by_one, engine, roller, own))
+        ways["raw vLLM"] = _time(engine, partial(_raw, engine, rollout_policy, calls))
+        ways["usual loop"] = _time(engine, partial(_one_by_one, engine, rollout_policy, own))
         turns.append(ways)
         for way, turn in ways.items():
             print(
@@ -183,13 +185,13 @@ def _time(engine: VllmEngine, work: Callable[[], int]) -> Turn:
 
 
 def _calls(
-    plan: Plan, labeler: Labeler, roller: RolloutPolicy, rounds: list[list[PlannedTrace]]
+    plan: Plan, labeler: Labeler, rollout_policy: RolloutPolicy, rounds: list[list[PlannedTrace]]
 ) -> list[Call]:
     """The requests that a label run made, in the order of the usual loop within a round."""
-    most, name, seen = roller.sampler.max_length, roller.name, set()
+    most, name, seen = rollout_policy.sampler.max_length, rollout_policy.name, set()
     calls = []
     for seed in (seed for seeds in rounds for seed in seeds):
-        prompt, pid = roller.policy.encode(seed.problem), seed.problem.id
+        prompt, pid = rollout_policy.policy.encode(seed.problem), seed.problem.id
         key = prefix_key(pid, [])
         number = seed_of(labeler.seed, "seed", name, key, seed.index)
         calls.append(Call(pid, prompt, [(most - len(prompt), number)]))
@@ -203,12 +205,12 @@ def _calls(
     return calls
 
 
-def _one_by_one(engine: VllmEngine, roller: RolloutPolicy, calls: Sequence[Call]) -> int:
+def _one_by_one(engine: VllmEngine, rollout_policy: RolloutPolicy, calls: Sequence[Call]) -> int:
     """Tokens of the calls, each when the one before has ended."""
-    return sum(_raw(engine, roller, [call]) for call in calls)
+    return sum(_raw(engine, rollout_policy, [call]) for call in calls)
 
 
-def _raw(engine: VllmEngine, roller: RolloutPolicy, calls: Sequence[Call]) -> int:
+def _raw(engine: VllmEngine, rollout_policy: RolloutPolicy, calls: Sequence[Call]) -> int:
     """Tokens that vLLM makes of ``calls``, all given at once."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -217,12 +219,12 @@ def _raw(engine: VllmEngine, roller: RolloutPolicy, calls: Sequence[Call]) -> in
     for call in calls:
         for most, seed in call.samples:
             parameters = SamplingParams(
-                temperature=roller.sampler.temperature,
-                top_p=roller.sampler.top_p,
-                top_k=roller.sampler.top_k,
+                temperature=rollout_policy.sampler.temperature,
+                top_p=rollout_policy.sampler.top_p,
+                top_k=rollout_policy.sampler.top_k,
                 seed=seed,
                 max_tokens=most,
-                stop_token_ids=sorted(roller.policy.stepper.eos_ids),
+                stop_token_ids=sorted(rollout_policy.policy.stepper.eos_ids),
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )

@@ -106,9 +106,13 @@ def _simulated(made: Run, workers: int, problems: int, rate: float) -> dict[str,
         )
         (engine,) = remote_engines(simulation, [model], workers)
     with TemporaryDirectory() as name, Store(Path(name), {}) as store:
-        roller = RolloutPolicy(policy, engine, sampler)
+        rollout_policy = RolloutPolicy(policy, engine, sampler)
         labeler = Labeler(
-            GuardedGrader(task), [roller], plan_of(made.manifest), made.manifest["seed"], store
+            GuardedGrader(task),
+            [rollout_policy],
+            plan_of(made.manifest),
+            made.manifest["seed"],
+            store,
         )
         simulation.started = started = time.process_time()
         label(labeler, rounds, 256 * max(1, workers))

@@ -104,22 +104,24 @@ def workers(config: WorkersConfig) -> None:
     _plot(rows, result("workers", "png"))
 
 
-def _wait(roller: RolloutPolicy) -> None:
+def _wait(rollout_policy: RolloutPolicy) -> None:
     """Until all workers have loaded their models."""
-    engine = roller.engine
+    engine = rollout_policy.engine
     assert isinstance(engine, RemoteEngine)
     while any("starting" in line for line in engine.lines):
         engine.step()
 
 
-def _made(config: RolloutsConfig, rollers: list[RolloutPolicy]) -> Made:
-    engine = rollers[0].engine
+def _made(config: RolloutsConfig, rollout_policies: list[RolloutPolicy]) -> Made:
+    engine = rollout_policies[0].engine
     if not isinstance(engine, RemoteEngine):  # workers keep a few blocks of the turn before
         engine.start()
         engine.reset_prefix_cache()
-    rounds = rounds_of(config, [roller.policy for roller in rollers])
+    rounds = rounds_of(config, [rollout_policy.policy for rollout_policy in rollout_policies])
     with TemporaryDirectory() as name, Store(Path(name), {}) as store:
-        labeler = Labeler(GuardedGrader(config.task), rollers, config.plan, config.seed, store)
+        labeler = Labeler(
+            GuardedGrader(config.task), rollout_policies, config.plan, config.seed, store
+        )
         before, started = engine.usage.generated, time.perf_counter()
         label(labeler, rounds, config.concurrency * config.workers)
         seconds = time.perf_counter() - started

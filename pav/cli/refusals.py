@@ -211,14 +211,14 @@ def _plain(message: str) -> str:
     tried = re.search(r"Errors:\n(.*)\n\s*Given value type:", rest, re.DOTALL)
     if tried:
         items = [i for i in re.split(r"^\s*- ", tried[1], flags=re.MULTILINE) if i.strip()]
-        told = [i for i in items if "NoneType" not in i]
+        reasons = [i for i in items if "NoneType" not in i]
         value = rest.rpartition("Given value: ")[2]
         nested = re.fullmatch(r"NestedArg\(key='(.*?)', val=(.*)\)\s*", value, re.DOTALL)
         if nested and key:
             said = f"--{key[1]}.{nested[1]} is {nested[2]}"
         else:
             said = f"--{key[1]} is {value!r}" if key else json.dumps(value)
-        text = f"{said}: {'; '.join(told)}"
+        text = f"{said}: {'; '.join(reasons)}"
     elif got := re.search(r"(.*)\. Got value: (.*)", rest, re.DOTALL):
         text = f"--{key[1]} is {got[2]!r}: {got[1]}" if key else rest
     else:

@@ -24,18 +24,18 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def few(count: int, split: str, asked: int | None = None) -> str | None:
+def few(count: int, split: str, wanted: int | None = None) -> str | None:
     """What to warn of where figures of a split stand on too few problems; None where they do not.
 
     Args:
         count: problems that there are.
         split: what they are called.
-        asked: how many were asked for, where that is known.
+        wanted: how many were asked for, where that is known.
     """
-    wanted = f" ({asked} were asked for)" if asked is not None and asked > count else ""
-    said = f"{count} {split} problem{'s' * (count != 1)}{wanted}"
+    more = f" ({wanted} were asked for)" if wanted is not None and wanted > count else ""
+    said = f"{count} {split} problem{'s' * (count != 1)}{more}"
     if count >= FEW:
-        return said if wanted else None
+        return said if more else None
     return f"{said}, fewer than {FEW}: figures of so few say little"
 
 

@@ -187,18 +187,18 @@ class VllmEngine:
         if read.logprobs is None or logprobs_from is None:
             return read
 
-        def asked(part: Read) -> np.ndarray:
+        def wanted(part: Read) -> np.ndarray:
             # A reading knows the tokens from the second computed one on.
             assert part.logprobs is not None
             return part.logprobs[max(logprobs_from - 1 - part.cached, 0) :]
 
-        known = [asked(read)]
+        known = [wanted(read)]
         gaps: list[Read] = []
         end = read.cached
         while end >= logprobs_from:
             gap = await self._read(ids[:end], [ids[end]], True, last_logprob)
             gaps.append(gap)
-            known += [gap.heads, asked(gap)]
+            known += [gap.heads, wanted(gap)]
             end = gap.cached
         return replace(read, logprobs=np.concatenate(known[::-1]), gaps=tuple(gaps))
 

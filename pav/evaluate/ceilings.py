@@ -48,14 +48,14 @@ def ceilings(counts: Counts, seed: int = 0) -> dict[str, float]:
 
     From prefixes with two rollouts and more. ``brier`` is :func:`irreducible_brier`.
     """
-    told = counts[counts.telling_N]
-    noisy = ~told.exact_N
-    if len(told) < max(MIN_ROWS, _MOST * len(counts)):
-        return {"rows": len(told)} | dict.fromkeys(NAMES, NAN)
+    telling = counts[counts.telling_N]
+    noisy = ~telling.exact_N
+    if len(telling) < max(MIN_ROWS, _MOST * len(counts)):
+        return {"rows": len(telling)} | dict.fromkeys(NAMES, NAN)
     if not noisy.any():  # the truth itself
-        return value_metrics(told.share_N, told)
-    found = value_metrics(draw_q(told, np.random.default_rng(seed)), told)
-    found["brier"] = irreducible_brier(told)
+        return value_metrics(telling.share_N, telling)
+    found = value_metrics(draw_q(telling, np.random.default_rng(seed)), telling)
+    found["brier"] = irreducible_brier(telling)
     found["resolution"] = found["reliability"] + found["brier_constant"] - found["brier"]
     return found
 
@@ -119,11 +119,11 @@ def advantage_ceilings(before: Counts, after: Counts, seed: int = 0) -> dict[str
     that all sizes of change are as likely before the counts are seen, ``sign_low`` that half of
     the steps change nothing. They bracket the truth, or nearly, and meet as n grows.
     """
-    told = before.telling_N & after.telling_N
-    if told.sum() < max(MIN_ROWS, _MOST * len(told)):
+    telling_N = before.telling_N & after.telling_N
+    if telling_N.sum() < max(MIN_ROWS, _MOST * len(telling_N)):
         undefined = dict.fromkeys(("sign", "sign_low", "correlation"), NAN)
-        return {"rows": int(told.sum())} | undefined
-    before, after = before[told], after[told]
+        return {"rows": int(telling_N.sum())} | undefined
+    before, after = before[telling_N], after[telling_N]
     if (before.exact_N & after.exact_N).all():
         known = advantage_metrics(after.share_N - before.share_N, before, after)
         return known | {"sign_low": known["sign"]}

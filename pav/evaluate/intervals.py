@@ -124,8 +124,8 @@ def ends(by_name: Mapping[str, Array]) -> Intervals:
     """[low, high] of every figure, draws that do not define it left out; NaN where none does."""
     found = {}
     for name, draws_R in by_name.items():
-        told = draws_R[np.isfinite(draws_R)]
-        low, high = np.quantile(told, [0.025, 0.975]) if len(told) else (np.nan, np.nan)
+        defined = draws_R[np.isfinite(draws_R)]
+        low, high = np.quantile(defined, [0.025, 0.975]) if len(defined) else (np.nan, np.nan)
         found[name] = [float(low), float(high)]
     return found
 

@@ -150,8 +150,8 @@ def _picks(
     accuracies: dict[str, float] = {
         rule: float(np.mean(right[rule])) if right[rule] else 0.0 for rule in PICKS
     }
-    told = {p: bootstrap(np.array([right[p]], dtype=float).T) for p in PICKS if right[p]}
-    ci95 = {rule: [interval.low, interval.high] for rule, interval in told.items()}
+    intervals = {p: bootstrap(np.array([right[p]], dtype=float).T) for p in PICKS if right[p]}
+    ci95 = {rule: [interval.low, interval.high] for rule, interval in intervals.items()}
     return {**accuracies, "problems": float(len(groups)), "ci95": ci95}
 
 
@@ -231,12 +231,12 @@ def print_metrics(metrics: dict[str, Any], title: str, verbose: bool) -> None:
         # An advantage's correlation stands beside its sign; that of Q is in the file.
         values = m | {"sign": np.nan, "correlation": np.nan} | advantage.get(name, {})
         values["rows"] = m["rows"]
-        told = m.get("ci95", {})
+        ci95 = m.get("ci95", {})
         if name in advantage:
-            told = told | {
+            ci95 = ci95 | {
                 k: advantage[name].get("ci95", {}).get(k, []) for k in ("sign", "correlation")
             }
-        cells = {k: _shown(values[k], told.get(k), "\n") for k in columns}
+        cells = {k: _shown(values[k], ci95.get(k), "\n") for k in columns}
         if "sign" in cells and "sign_low" in values and values["sign"] == values["sign"]:
             cells["sign"] = f"{values['sign_low']:.2f} to {values['sign']:.2f}"
         table.add_row(cell(name), *cells.values())
@@ -340,7 +340,7 @@ def _print_steps(console: Console, metrics: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _print_slips(console: Console, slips: dict[str, Any], told: dict[str, Any]) -> None:
+def _print_slips(console: Console, slips: dict[str, Any], intervals: dict[str, Any]) -> None:
     if not slips:
         return
     names = list(next(iter(slips.values())))
@@ -349,6 +349,6 @@ def _print_slips(console: Console, slips: dict[str, Any], told: dict[str, Any]) 
     for column in slips:
         table.add_column(cell(column))
     for name in names:
-        told_of = [(by[name], told.get(of, {}).get(name)) for of, by in slips.items()]
-        table.add_row(cell(name), *(_shown(value, ci95, "\n") for value, ci95 in told_of))
+        shares = [(by[name], intervals.get(of, {}).get(name)) for of, by in slips.items()]
+        table.add_row(cell(name), *(_shown(value, ci95, "\n") for value, ci95 in shares))
     console.print(table)

@@ -53,7 +53,7 @@ def measure(scores: ScoredLabels, q: Values, held: Held, fitted: Rows) -> dict[s
             of_steps = _by_step(
                 steps, _STEP_COLUMNS, lambda s, v=values, c=labelled: value_metrics(v[s], c[s])
             )
-            told = [
+            step_intervals = [
                 value_intervals(values[s], labelled[s], problem[s])
                 for s in (steps == number for number in of_steps["step"])
             ]
@@ -63,7 +63,7 @@ def measure(scores: ScoredLabels, q: Values, held: Held, fitted: Rows) -> dict[s
                 "bins": {name: _short(column) for name, column in bins.items()},
                 "steps": of_steps
                 | {
-                    f"{name}_ci95": [_short(interval[name]) for interval in told]
+                    f"{name}_ci95": [_short(interval[name]) for interval in step_intervals]
                     for name in ("auc", "calibration_error")
                 },
             }
@@ -164,9 +164,9 @@ def _slip_tables(
             for kind in sorted(set(kind_N) - {""}):
                 slipped = scope & (kind_N == kind)
                 compared[kind] = clean, slipped & (first_N | (head == ORM))
-            told = {k: _auc_of(values, *rows, problem_N) for k, rows in compared.items()}
-            table[f"{head}/{mode}"] = {k: value for k, (value, _) in told.items()}
-            intervals[f"{head}/{mode}"] = {k: interval for k, (_, interval) in told.items()}
+            areas = {k: _auc_of(values, *rows, problem_N) for k, rows in compared.items()}
+            table[f"{head}/{mode}"] = {k: value for k, (value, _) in areas.items()}
+            intervals[f"{head}/{mode}"] = {k: interval for k, (_, interval) in areas.items()}
     return table, intervals
 
 

@@ -303,7 +303,7 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
     warnings: list[str] = []
     all_sealed = True
     likelihoods: dict[tuple[str, str], float] = {}
-    asked: dict[str, dict[str, Any]] = {}
+    askers: dict[str, dict[str, Any]] = {}
     for directory in map(Path, directories):
         path = directory / "manifest.json"
         if not path.exists():
@@ -324,13 +324,13 @@ def read_labels(directories: Sequence[str]) -> LabelSet:
         completions |= rows.completions
         for row in likelihood_rows(directory):
             name = row["policy"]
-            known = asked.get(name, row)
+            known = askers.get(name, row)
             if differ := two_askers(known, row):
                 raise UserError(
                     f"labels {list(directories)} hold likelihoods of two policies called {name!r} "
                     f"({differ}); leave one of the runs out"
                 )
-            asked[name] = known if known.get("prompt_ids") else row
+            askers[name] = known if known.get("prompt_ids") else row
             likelihoods[row["prefix_key"], name] = row["logprob"]
     if not traces:
         raise UserError(f"labels {list(directories)} hold no traces; let data_gen.rollouts finish")

@@ -316,9 +316,9 @@ def heads_of(config: TrainConfig, labels: LabelSet, base: str) -> list[str]:
     Raises:
         UserError: if nothing is known of the base policy, or the loss does not fit the labels.
     """
-    told, likely = labels.policies, labels.likelihood_policies
-    provers = [] if config.recipe == "pqv" else [name for name in told if name != base]
-    heads = [q_head(name) for name in [base, *provers] if name in told]
+    rolled_out, likely = labels.policies, labels.likelihood_policies
+    provers = [] if config.recipe == "pqv" else [name for name in rolled_out if name != base]
+    heads = [q_head(name) for name in [base, *provers] if name in rolled_out]
     if config.recipe == "pav":
         heads += [LIK + name for name in sorted(likely, key=lambda name: (name != base, name))]
     if not heads or heads[0] not in (q_head(base), LIK + base):

@@ -41,7 +41,7 @@ def why_not(config: Launched, environment: Mapping[str, str], program: str = "pa
         them itself.
     """
     command = f"{program} --devices {config.devices} --num_nodes {config.num_nodes} ..."
-    asked = f"devices x num_nodes is {config.devices} x {config.num_nodes}"
+    requested = f"devices x num_nodes is {config.devices} x {config.num_nodes}"
     if "TORCHELASTIC_RUN_ID" in environment:
         started = environment.get("WORLD_SIZE", "1")
         if started == str(config.processes):
@@ -49,7 +49,7 @@ def why_not(config: Launched, environment: Mapping[str, str], program: str = "pa
         line = (
             f"torchrun --nnodes={config.num_nodes} --nproc-per-node={config.devices} -m {command}"
         )
-        return f"{asked}, but torchrun started {started} processes; start it with: {line}"
+        return f"{requested}, but torchrun started {started} processes; start it with: {line}"
     name = environment.get("SLURM_JOB_NAME")
     # One process is one process, also in a job of many tasks.
     if config.processes == 1 or "SLURM_NTASKS" not in environment or name in INTERACTIVE:
@@ -69,8 +69,8 @@ def why_not(config: Launched, environment: Mapping[str, str], program: str = "pa
         f"--ntasks-per-node={config.devices} {command}"
     )
     if differ:
-        return f"{asked}, but SLURM started {' '.join(differ)}; start it with: {line}"
+        return f"{requested}, but SLURM started {' '.join(differ)}; start it with: {line}"
     # A batch script has a job's variables, but is a single process of no step.
     if "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
-        return f"{asked}, but the batch script runs one process; start it with: {line}"
+        return f"{requested}, but the batch script runs one process; start it with: {line}"
     return ""

@@ -168,6 +168,12 @@ def checkpoint_path(name: str) -> Path:
     return path
 
 
+def checkpoint_name(path: Path) -> str:
+    """The name by which a checkpoint is given: of a shipped one not where it lies."""
+    name = f"{ASSET_PREFIX}{path.stem}"
+    return name if path == asset(f"verifiers/{path.stem}.ckpt") else str(path)
+
+
 def load_verifier(name: str) -> Verifier:
     """Load a checkpoint; nothing but tensors and plain data is ever unpickled.
 

@@ -34,6 +34,7 @@ from pav.tasks.base import Problem, Split, Task
 from pav.verifier.checkpoint import (
     Verifier,
     VerifierMeta,
+    checkpoint_name,
     load_verifier,
     prompt_from,
     trunk_path,
@@ -254,7 +255,8 @@ class Session:
     def prompts(self) -> dict[str, Rendering]:
         """How policy, trunks and reward models in service are asked, for a run's manifest."""
         found = {"the policy": rendered(self.policy)}
-        found |= {f"the trunk of {str(p)!r}": rendered(t) for (p, _), t in self.trunks.items()}
+        for (path, _), trunk in self.trunks.items():
+            found[f"the trunk of {checkpoint_name(path)!r}"] = rendered(trunk)
         return found | {f"the model {m!r}": r.rendered for m, r in self.readers.items()}
 
     def reward_model(self, config: RewardModelConfig) -> RewardModel:

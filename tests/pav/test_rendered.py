@@ -270,3 +270,19 @@ def test_prompts_of_equal_text_and_other_tokens_are_told_apart(chat_tokenizer: A
     assert said == f"base reads a prompt of other tokens (ids 0 there, {now['ids']} now)"
     assert not other_prompt({"base": now, "prover": now}, {"base": now})
     assert load_policy(PolicyConfig("pav:base"), StepRule()).fingerprint
+
+
+def test_a_shipped_verifier_is_named_as_it_is_given_wherever_the_package_lies(
+    tmp_path: Path,
+) -> None:
+    verifier = load_verifier("pav:reference")
+    session = open_session(verifier, None, None, None, EngineConfig())
+    session.trunk(verifier)
+    prompts = session.prompts()
+    assert set(prompts) == {"the policy", "the trunk of 'pav:reference'"}
+    # Earlier versions named the file.
+    old = {"the policy": prompts["the policy"], f"the trunk of {str(verifier.path)!r}": {}}
+    with open_run(tmp_path / "run", {"n": 1, PROMPTS: old}):
+        (tmp_path / "run" / "beam.jsonl").write_text("{}\n")
+    with open_run(tmp_path / "run", {"n": 1, PROMPTS: prompts}):
+        pass
