@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -131,10 +132,13 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert getattr(pav, name).__doc__
 
 
-def test_ten_lines_work_as_they_are_written(executed: Path) -> None:
-    done = python(TEN_LINES, executed)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+def test_ten_lines_work_as_they_are_written(
+    executed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(executed)
+    Path("ten_lines.py").write_text(TEN_LINES)
+    runpy.run_path("ten_lines.py")
+    assert capfd.readouterr().out == ""
 
 
 def test_the_notebook_runs_in_its_kernels_loop_and_finds_the_answer(executed: Path) -> None:
