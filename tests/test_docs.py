@@ -150,7 +150,7 @@ def test_every_option_of_a_command_that_a_page_shows_exists(page: Path) -> None:
         words = shlex.split(code.replace("'", "")) if code.startswith(tuple(SCRIPTS)) else []
         known = settings_of(words[0]) if words and words[0] in SCRIPTS else all_settings()
         for option in re.findall(r"(?<![\w-])--[a-z][\w.]*", code):
-            if code.startswith(("pip ", "python ", "hf ", "srun ")):
+            if code.startswith(("pip ", "python ", "hf ", "srun ", "torchrun ")):
                 continue
             if not is_known(option, known, own_tasks(page)):
                 wrong.append(code)
