@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pav.core.errors import UserError, unwritable
 from pav.core.files import damage, write_whole
 from pav.rl.learner import Learner
+from pav.rl.refresh import Refreshed
 from pav.verifier.lora import save_adapter
 
 FORMAT = 1
@@ -29,11 +30,13 @@ class State:
         iteration: iterations that are done, each one version of the policy.
         best: held-out accuracy of the best policy so far; below 0 where none was measured.
         best_iteration: iterations behind it.
+        refreshed: the verifier's base head, where it was fitted anew.
     """
 
     iteration: int = 0
     best: float = -1.0
     best_iteration: int = 0
+    refreshed: Refreshed | None = None
 
 
 def save(path: Path, state: State, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
@@ -45,7 +48,7 @@ def save(path: Path, state: State, learner: Learner, optimizer: torch.optim.Opti
     names = learner.trained()
     plain = {
         "format": FORMAT,
-        "state": asdict(state),
+        "state": {**vars(state), "refreshed": state.refreshed and vars(state.refreshed)},
         "learner": {k: v for k, v in learner.state_dict().items() if k in names},
         "optimizer": optimizer.state_dict(),
     }
@@ -76,7 +79,10 @@ def load(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> Stat
     if unexpected or set(missing) & set(learner.trained()):
         raise UserError(f"checkpoint {str(path)!r} is of another policy; {again}")
     optimizer.load_state_dict(plain["optimizer"])
-    return State(**plain["state"])
+    state = State(**plain["state"])
+    if state.refreshed is not None:
+        state.refreshed = Refreshed(**plain["state"]["refreshed"])
+    return state
 
 
 def save_policy(

@@ -10,7 +10,6 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -40,13 +39,15 @@ from pav.rl.checkpoint import LAST, load
 from pav.rl.config import RlConfig, check_sampler
 from pav.rl.learner import Learner, Reference
 from pav.rl.loop import Run, iterate, train
+from pav.rl.refresh import refreshed
 from pav.rl.reward import Rewarder
 from pav.rl.rollout import Actor
 from pav.tasks.base import Problem, Task, task_spec
 from pav.train.launch import why_not
 from pav.train.lightning_internals import be_first, be_quiet, rank
+from pav.verifier.checkpoint import VerifierMeta
 from pav.verifier.library import LoadedVerifier, load_verifier
-from pav.verifier.score import check_prover
+from pav.verifier.score import best_of, check_prover, provers
 
 # What may change when a run goes on.
 FREE = (
@@ -150,6 +151,8 @@ def opened(config: RlConfig) -> tuple[Rewarder, Policy, Task, Sampler]:
                 f"{who} {tokens.config.model!r} has another tokenizer than {source}; give one of "
                 f"the tokenizer of {remembered.model!r}, or train a verifier for this one"
             )
+    if config.refresh_labels_every:
+        check_refreshable(config, prover, card)
     refuse_clock(policy)
     sampler = config.sampler or card.sampler_config()
     check_sampler(sampler, "sampler" if config.sampler else f"the sampler of {source}")
@@ -159,7 +162,22 @@ def opened(config: RlConfig) -> tuple[Rewarder, Policy, Task, Sampler]:
     return rewarder, policy, verifier.task, sampler
 
 
-def _orm(config: RlConfig, card: Any) -> LoadedVerifier | None:
+def check_refreshable(config: RlConfig, prover: str, card: VerifierMeta) -> None:
+    """Refuse to refresh labels that no reward is made of.
+
+    Raises:
+        UserError: naming the prover.
+    """
+    made_of = {name for name, _ in provers(prover)} - {card.base_head}
+    if config.dense == "none" or any(best_of(name) is None for name in made_of):
+        raise UserError(
+            f"refresh_labels_every makes labels of the policy itself, and the reward is dense "
+            f"{config.dense} of prover {prover!r}; give --prover bo4 or {card.base_head}, or leave "
+            "it out"
+        )
+
+
+def _orm(config: RlConfig, card: VerifierMeta) -> LoadedVerifier | None:
     """The learned outcome reward, if one is named."""
     if config.orm is None:
         return None
@@ -249,6 +267,8 @@ def assembled(
         groups.append({"params": value, "lr": config.value_lr, "peak": config.value_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     state = load(directory / LAST, learner, optimizer)
+    if state.refreshed is not None:
+        rewarder = replace(rewarder, verifier=refreshed(rewarder.verifier, state.refreshed))
     if state.iteration:
         print(f"resuming after iteration {state.iteration}")
     wrapped, optimizer = fabric.setup(learner, optimizer)

@@ -44,6 +44,9 @@ class RlConfig:
         estimator: baseline of the outcome: ``rloo`` (mean of the group's other traces),
             ``group_mean``, or ``value`` (a head on the policy that predicts outcome and credit of
             every token).
+        refresh_labels_every: iterations between new labels of the policy as it is, on which the
+            base policy's head is fitted again; ``prover`` must be made of it (``bo<K>``).
+        refresh_rollouts: rollouts from every prefix of one new trace per problem of the batch.
         iterations: of sampling and updating.
         problems: training problems, taken in a new order every epoch.
         batch: problems of an iteration.
@@ -98,6 +101,8 @@ class RlConfig:
     credit_lambda: float = 0.0
     center: Literal["none", "step", "batch"] = "none"
     estimator: Literal["rloo", "group_mean", "value"] = "rloo"
+    refresh_labels_every: int | None = None
+    refresh_rollouts: int = 4
     iterations: int = 200
     problems: int = 10_000
     batch: int = 64
@@ -138,7 +143,7 @@ class RlConfig:
         for name in (
             "iterations", "problems", "batch", "group", "updates_per_batch", "tokens_per_batch",
             "devices", "num_nodes", "eval_every", "eval_samples", "checkpoint_every",
-            "samples_every",
+            "samples_every", "refresh_rollouts",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give 1 or more")
@@ -164,6 +169,16 @@ class RlConfig:
             raise UserError(
                 f"updates_per_batch is {self.updates_per_batch}: traces are of an older policy "
                 "after the first update; add --clip 0.2 or --importance_cap 2"
+            )
+        if self.refresh_labels_every is not None and self.refresh_labels_every < 1:
+            raise UserError(
+                f"refresh_labels_every is {self.refresh_labels_every}; give 1 or more iterations, "
+                "or leave it out"
+            )
+        if self.refresh_labels_every and self.processes > 1:
+            raise UserError(
+                f"refresh_labels_every is given, and devices x num_nodes is {self.processes}: "
+                "heads are fitted in one process; set both to 1, or leave it out"
             )
         if self.clip is not None and self.importance_cap is not None:
             raise UserError("clip and importance_cap are both given; choose one of them")

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,6 +27,7 @@ from pav.rl.config import RlConfig
 from pav.rl.credit import is_idle, samples
 from pav.rl.learner import Learner, Reference
 from pav.rl.measure import Metrics, evaluate, training_metrics
+from pav.rl.refresh import refresh, refreshed
 from pav.rl.reward import Reward, Rewarder
 from pav.rl.rollout import Actor, Trace, rollout
 from pav.rl.sync import check_mismatch
@@ -152,7 +153,9 @@ def train(run: Run) -> None:
         with Reporter("RL", config.iterations, "iterations", not run.is_first) as reporter:
             while state.iteration < config.iterations:
                 run.seconds.clear()
+                news = _refresh(run) if _is_stale(run) else {}
                 traces, rewards, metrics = iterate(run)
+                metrics |= news
                 last = state.iteration == config.iterations
                 if state.iteration % config.samples_every == 0 or last:
                     _write_samples(run, traces, rewards)
@@ -170,6 +173,31 @@ def train(run: Run) -> None:
     if run.is_first:
         weights = run.learner.served()
         save_policy(run.directory / "last", run.learner, weights, run.actor.policy.tokenizer)
+
+
+def _is_stale(run: Run) -> bool:
+    """Whether the verifier's base head is to be fitted to the policy as it is."""
+    every, state = run.config.refresh_labels_every, run.state
+    known = state.refreshed.version if state.refreshed else 0
+    return bool(every) and state.iteration % (every or 1) == 0 and known != state.iteration
+
+
+def _refresh(run: Run) -> Metrics:
+    """Fit the verifier's base head to the policy as it is, on a new trace of every problem."""
+    state = run.state
+    with run.timed("refresh"):
+        run.engine.load_weights(run.learner.served(), state.iteration)
+        traces = rollout(run.actor, run.batch(), 1, ("refreshing",), state.iteration)
+        verifier, count = run.rewarder.verifier, run.config.refresh_rollouts
+        found = refresh(run.actor, verifier, traces, count, state.iteration)
+        with held_back():
+            run.rewarder = replace(run.rewarder, verifier=refreshed(verifier, found))
+            state.refreshed = found
+    return {
+        "verifier/version": found.version,
+        "verifier/staleness": found.staleness,
+        "verifier/brier": found.brier,
+    }
 
 
 def _save(run: Run) -> None:
@@ -241,6 +269,7 @@ def _write_samples(run: Run, traces: Sequence[Trace], rewards: Sequence[Reward])
                 "correct": trace.correct,
                 "truncated": trace.truncated,
                 "version": trace.version,
+                "verifier_version": run.state.refreshed.version if run.state.refreshed else None,
                 "outcome": reward.outcome,
                 "steps": [
                     policy.text(trace.ids[a:b]) for a, b in zip(starts, trace.ends, strict=False)

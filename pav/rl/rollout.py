@@ -68,29 +68,35 @@ class Actor:
     seed: int
 
     async def trace(
-        self, problem: Problem, index: int, key: Sequence[object], version: int, greedy: bool
+        self,
+        problem: Problem,
+        index: int,
+        key: Sequence[object],
+        version: int,
+        greedy: bool = False,
+        prefix: Sequence[int] = (),
     ) -> Trace:
-        """One solution, graded."""
+        """One solution, graded; what follows ``prefix`` is sampled, without log-probabilities."""
         stepper, prompt = self.policy.stepper, self.policy.encode(problem)
         sampler = replace(self.sampler, top_k=GREEDY) if greedy else self.sampler
-        room = max(0, sampler.max_length - len(prompt))
-        ids: list[int] = []
+        room = max(0, sampler.max_length - len(prompt) - len(prefix))
+        ids = list(prefix)
         logprobs, stopped = np.zeros(0, np.float32), False
         if room:
             out = await self.engine.sample(
-                prompt,
+                [*prompt, *prefix],
                 sampler,
                 stop_ids=sorted(stepper.eos_ids),
                 max_tokens=room,
                 seed=seed_of(self.seed, *key, problem.id, index),
                 until=stepper,
-                logprobs=not greedy,
+                logprobs=not greedy and not prefix,
             )
             if out.version != version:
                 raise RuntimeError(
                     f"a trace of policy version {out.version} came where {version} was expected"
                 )
-            ids, stopped = out.ids, out.stopped
+            ids, stopped = [*ids, *out.ids], out.stopped
             logprobs = logprobs if out.logprobs is None else out.logprobs
         ends = stepper.step_ends(ids)
         truncated = not stopped or (not stepper.rule.score_cut and ends[-1:] != [len(ids)])

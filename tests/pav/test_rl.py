@@ -138,6 +138,25 @@ def test_two_processes_make_the_update_of_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(a["update/loss"], b["update/loss"], rtol=1e-5)
 
 
+def test_refreshed_labels_follow_the_policy_and_survive_a_kill(tmp_path: Path) -> None:
+    output = tmp_path / "refreshed"
+    options = ("--refresh_labels_every", "2", "--prover", "bo4", "--eval_problems", "0")
+    killed = start([sys.executable, str(HERE / "rl_killed.py"), "update", "3"], output, *options)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = start(PAV_RL, output, *options)
+    assert again.returncode == 0, again.stderr
+    found = rows(output)
+    assert [row.get("verifier/version") for row in found] == [None, None, 2, None]
+    assert 0 < found[2]["verifier/brier"] < 1
+    assert {row["verifier_version"] for row in rows(output, "samples.jsonl")} == {None, 2}
+
+
+def test_refreshed_labels_of_another_prover_are_refused(tmp_path: Path) -> None:
+    done = start(PAV_RL, tmp_path / "rl", "--refresh_labels_every", "2")
+    assert done.returncode == 2
+    assert "give --prover bo4 or q/base" in done.stderr
+
+
 def test_another_setting_on_resume_is_refused(unbroken: Path) -> None:
     done = start(PAV_RL, unbroken, "--alpha", "1")
     assert done.returncode == 2

@@ -17,10 +17,12 @@ from pav.policy.policy import PolicyConfig, load_policy
 from pav.rl.checkpoint import save_policy
 from pav.rl.config import RlConfig
 from pav.rl.learner import Learner, Reference
+from pav.rl.refresh import fit_row
 from pav.rl.reward import q_of
 from pav.rl.rollout import Trace
 from pav.rl.update import Sample, update
 from pav.tasks.tape import Tape
+from pav.verifier.forward import Scored
 from pav.verifier.library import load_verifier
 from pav.verifier.lora import Lora
 
@@ -138,3 +140,21 @@ def test_scores_of_a_frozen_verifier_are_the_same_bits_after_ten_updates() -> No
     for a, b in zip(before, after, strict=True):
         for head in a:
             np.testing.assert_array_equal(a[head], b[head])
+
+
+def test_a_refreshed_row_follows_a_policy_whose_q_has_changed() -> None:
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(800, 16)).astype(np.float32)
+    row, moved = rng.normal(size=16) * 0.5, rng.normal(size=16) * 0.7
+    q_N = 1 / (1 + np.exp(-(hidden @ (row + moved) - 1.0)))
+    k_NH = rng.binomial(8, q_N)[:, None].astype(np.float32)
+    logit = (hidden @ row).astype(np.float32)
+    scored = Scored(
+        torch.as_tensor(hidden), logit[:, None], np.zeros((800, 6), np.float32), k_NH,
+        np.full((800, 1), 8, np.float32), np.arange(800), np.zeros(800, int),
+    )  # fmt: skip
+    half = np.arange(800) % 2 == 0
+    weight, bias = fit_row(scored, logit, half, torch.as_tensor(row, dtype=torch.float32))
+    after = 1 / (1 + np.exp(-(hidden[~half] @ weight.numpy() + bias)))
+    before = 1 / (1 + np.exp(-logit[~half]))
+    assert np.abs(after - q_N[~half]).mean() < 0.05 < np.abs(before - q_N[~half]).mean()
