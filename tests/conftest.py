@@ -121,6 +121,7 @@ SLOW = [
     "test_loading",
     "test_model_card",
     "test_positions",
+    "test_rl_memory",
     "test_tensor_parallel",
     "test_cost",
     "test_stops",

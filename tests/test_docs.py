@@ -312,6 +312,8 @@ SMALL = {
     "data_gen.rollouts": ["--problems", "6", "--validation_problems", "6", "--n_traces", "2",
                           "--ignore_warnings", "true", "--engine.kv_gib", "0.05"],
     "pav.train": ["--max_epochs", "2"],
+    "pav.rl": ["--iterations", "1", "--batch", "2", "--group", "2", "--eval_problems", "2",
+               "--engine.kv_gib", "0.05"],
     "search.beam": ["--problems", "2", "--n", "2", "--engine.kv_gib", "0.05"],
     "search.compare": ["--problems", "2", "--n", "[1, 2]", "--seeds", "[0]",
                        "--engine.kv_gib", "0.05"],

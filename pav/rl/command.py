@@ -39,6 +39,7 @@ from pav.rl.checkpoint import LAST, load
 from pav.rl.config import RlConfig, check_sampler
 from pav.rl.learner import Learner, Reference
 from pav.rl.loop import Run, iterate, train
+from pav.rl.memory import settle
 from pav.rl.refresh import refreshed
 from pav.rl.reward import Rewarder
 from pav.rl.rollout import Actor
@@ -92,9 +93,13 @@ def _rl(config: RlConfig) -> None:
     dense = f"dense reward {config.dense}, alpha {config.alpha:g}, prover {rewarder.prover}"
     said = "outcome only" if config.dense == "none" else dense
     print(f"verifier: {config.verifier} (frozen); {said}")
+    gpu = torch.cuda.is_available() and config.accelerator != "cpu"
+    scorers = [rewarder.verifier] if config.dense != "none" else []
+    scorers += [] if rewarder.orm is None else [rewarder.orm]
+    device = settle(config, policy, scorers, sampler, gpu)
     if not config.dry_run and not rank():
         _refuse_other(config, directory, rewarder, policy, task, sampler)
-    check_model(policy.path, policy.config.dtype, sampler.max_length, config.engine)
+    check_model(policy.path, policy.config.dtype, sampler.max_length, device)
     be_quiet()
     # The order matters: an engine makes a process group of its own, and takes torch's seed.
     fabric = Fabric(
@@ -105,7 +110,7 @@ def _rl(config: RlConfig) -> None:
     )
     fabric.launch()
     engine = VllmEngine(
-        policy.path, policy.config.dtype, sampler.max_length, config=config.engine, trained=True
+        policy.path, policy.config.dtype, sampler.max_length, config=device, trained=True
     )
     with interruptible(), guarded(task, directory / GRADER_LOG, config.grade_timeout) as grader:
         try:
