@@ -7,7 +7,11 @@ from pav.train.sft_config import SftConfig
 
 
 def sft(config: SftConfig) -> None:
-    """Train a policy (see :func:`pav.train.sft.sft`)."""
+    """Train a policy (see :func:`pav.train.sft.sft` and :func:`pav.train.rft.rft`)."""
+    if config.from_traces is not None:
+        from pav.train import rft
+
+        return rft.rft(config)
     from pav.train import sft
 
     sft.sft(config)

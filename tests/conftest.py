@@ -104,6 +104,7 @@ SLOW = [
     "test_provers",
     "test_likelihood",
     "test_verifier",
+    "test_rft",
     "test_sft",
     "test_launch",
     "test_parity",

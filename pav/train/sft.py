@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -234,44 +235,57 @@ def _sft(config: SftConfig, task: HasSolutions, output: Path) -> None:
     except (Stopped, SystemExit):
         # The second is Lightning's answer to a signal while it starts.
         raise KeyboardInterrupt from None
-    _save(model, tokenizer, output)
+    save_policy(model, tokenizer, output)
     for name in (LAST, BEFORE):
         (output / name).unlink(missing_ok=True)
     if config.eval_problems:
         right = accuracy(model, tokenizer, config, problems)
         print(f"right in a single sample: {right} of {len(problems)} validation problems")
-    option = task_option(task_spec(config.task), always=True)
+    following = next_command(output, config.prompt, task_spec(config.task))
+    print(f"policy: {output}\nnext: {following} --output runs/labels")
+
+
+def next_command(output: Path, prompt: Prompt, task: dict[str, Any]) -> str:
+    """The command that labels the policy's own solutions, without its output."""
     usual = asdict(Prompt())
-    own = {k: v for k, v in asdict(config.prompt).items() if v != usual[k]}
-    prompt = "".join(
+    own = {k: v for k, v in asdict(prompt).items() if v != usual[k]}
+    asked = "".join(
         f" --policy.prompt.{k} {shlex.quote(v if isinstance(v, str) else json.dumps(v))}"
         for k, v in own.items()
     )
-    print(
-        f"policy: {output}\nnext: data_gen.rollouts --policy {shlex.quote(str(output))}{prompt}"
-        f"{option} --output runs/labels"
+    return (
+        f"data_gen.rollouts --policy {shlex.quote(str(output))}{asked}"
+        f"{task_option(task, always=True)}"
     )
 
 
-def _save(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+def save_policy(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     """Write the policy; ``config.json``, by which it is known to be there, comes last."""
     building = output / ".policy.tmp"
     try:
+        with writing(output):
+            shutil.rmtree(building, ignore_errors=True)
+            model.save_pretrained(building)
+            tokenizer.save_pretrained(building)
+            for file in sorted(building.iterdir(), key=lambda p: p.name == "config.json"):
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                file.replace(output / file.name)
+    finally:
         shutil.rmtree(building, ignore_errors=True)
-        model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
-        for file in sorted(building.iterdir(), key=lambda p: p.name == "config.json"):
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-            file.replace(output / file.name)
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Says in one line that a policy cannot be written."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"output {str(output)!r} cannot be written ({reason}); free disk space or raise the "
             "quota there, then give the same command again"
         ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _refuse_other(
@@ -279,7 +293,8 @@ def _refuse_other(
 ) -> None:
     """Write down what is trained; a run under another configuration is not resumed."""
     prompts = {"the policy": rendering(tokenizer, config.prompt)}
-    settings = asdict(config) | {"task": task_spec(config.task), PROMPTS: prompts}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("from_traces", "rft")}
+    settings |= {"task": task_spec(config.task), PROMPTS: prompts}
     plain = json.loads(json_text(settings))
     plain["prompt"]["chat"] = bool(config.prompt.chat)
     path = output / "sft.json"
