@@ -19,7 +19,6 @@ import torch
 
 from pav.core.files import json_text
 from pav.engine.vllm import VllmEngine
-from pav.policy.inference import Engine
 
 RESULTS = Path(__file__).parents[1] / "results"
 Target = tuple[str, float] | None
@@ -34,7 +33,7 @@ def seconds() -> float:
     return time.perf_counter() if GPU else time.process_time()
 
 
-def in_process(engine: Engine) -> VllmEngine:
+def in_process(engine: object) -> VllmEngine:
     """An engine that is in this process, as one is without workers."""
     assert isinstance(engine, VllmEngine)
     return engine

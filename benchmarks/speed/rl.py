@@ -28,7 +28,7 @@ import torch
 from lightning.fabric import Fabric
 from scipy.stats import t as student_t
 
-from benchmarks.speed.results import metric, seconds, write
+from benchmarks.speed.results import in_process, metric, seconds, write
 from pav.cli.run import run
 from pav.core.seeds import seed_of
 from pav.engine.vllm import VllmEngine
@@ -121,7 +121,7 @@ def _turn(
         found[name] = seconds() - start
         return out
 
-    engine, config = made.engine, made.config
+    engine, config = in_process(made.engine), made.config
     state = made.learner.served()
     timed("sync", lambda: engine.load_weights(state, turn))
     chosen = made.problems[turn * config.batch :][: config.batch]
@@ -146,7 +146,7 @@ def _raw(made: Run, traces: Sequence[Trace], key: tuple[object, ...]) -> None:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    engine, most = made.engine._engine, made.actor.sampler.max_length
+    engine, most = in_process(made.engine)._engine, made.actor.sampler.max_length
     for number, trace in enumerate(traces):
         parameters = SamplingParams(
             temperature=made.actor.sampler.temperature,

@@ -22,7 +22,6 @@ from pav.core.seeds import seed_of
 from pav.core.signals import interruptible
 from pav.core.statistics import few
 from pav.engine.loading import check_model
-from pav.engine.vllm import VllmEngine
 from pav.grading.sandbox import GRADER_LOG, guarded
 from pav.policy.opening import print_opening, settle_cap, task_option
 from pav.policy.policy import (
@@ -37,6 +36,7 @@ from pav.policy.policy import (
 from pav.policy.rendered import refuse_clock, rendered
 from pav.rl.checkpoint import LAST, load
 from pav.rl.config import RlConfig, check_sampler
+from pav.rl.engines import Serving, serving
 from pav.rl.learner import Learner, Reference
 from pav.rl.loop import Run, iterate, train
 from pav.rl.memory import settle
@@ -52,7 +52,8 @@ from pav.verifier.score import best_of, check_prover, provers
 
 # What may change when a run goes on.
 FREE = (
-    "output", "engine", "accelerator", "devices", "num_nodes", "checkpoint_every",
+    "output", "engine", "accelerator", "devices", "num_nodes", "workers", "ray",
+    "checkpoint_every",
     "samples_every", "logger", "grade_timeout", "dry_run", "mismatch_limit", "truncation_limit",
     "tokens_per_batch", "gradient_checkpointing", "trunk",
 )  # fmt: skip
@@ -109,9 +110,7 @@ def _rl(config: RlConfig) -> None:
         precision=config.precision,
     )
     fabric.launch()
-    engine = VllmEngine(
-        policy.path, policy.config.dtype, sampler.max_length, config=device, trained=True
-    )
+    engine = serving(config, policy, sampler, device, fabric.local_rank)
     with interruptible(), guarded(task, directory / GRADER_LOG, config.grade_timeout) as grader:
         try:
             engine.start()
@@ -249,7 +248,7 @@ def _refuse_other(
 def assembled(
     config: RlConfig,
     fabric: Fabric,
-    engine: VllmEngine,
+    engine: Serving,
     actor: Actor,
     rewarder: Rewarder,
     problems: list[Problem],

@@ -71,8 +71,11 @@ class RlConfig:
         gradient_checkpointing: recompute activations: less memory, a third more time.
         precision: of training, as in Lightning, e.g. ``bf16-mixed``.
         accelerator: Lightning accelerator.
-        devices: processes on this machine, each with an engine of its own.
+        devices: training processes on this machine.
         num_nodes: machines.
+        workers: engines of each training process, in processes of their own (on GPUs: on those
+            that no training process takes); 0 for one in the training process itself.
+        ray: address of a Ray cluster that has room for the workers, or ``auto``, or ``local``.
         engine: device settings of the policy's engine.
         mismatch_limit: mean difference of log-probabilities between engine and trainer that ends
             the run.
@@ -126,6 +129,8 @@ class RlConfig:
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
+    workers: int = 0
+    ray: str | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     mismatch_limit: float = 0.1
     truncation_limit: float = 0.2
@@ -186,6 +191,13 @@ class RlConfig:
             raise UserError(
                 f"batch is {self.batch}, which {self.processes} processes cannot share equally; "
                 "give a multiple"
+            )
+        if self.workers < 0:
+            raise UserError(f"workers is {self.workers}; give 0 or more")
+        if self.ray is not None and not (self.workers and self.ray.strip()):
+            raise UserError(
+                f"ray is {self.ray!r} and workers is {self.workers}; give an address and 1 or more "
+                "workers, or leave ray out"
             )
         if self.problems < self.batch:
             raise UserError(

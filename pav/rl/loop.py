@@ -21,10 +21,10 @@ from pav.core.files import json_text, replace_file
 from pav.core.progress import Reporter
 from pav.core.seeds import seed_of
 from pav.core.signals import held_back
-from pav.engine.vllm import VllmEngine
 from pav.rl.checkpoint import LAST, State, save, save_policy
 from pav.rl.config import RlConfig
 from pav.rl.credit import is_idle, samples
+from pav.rl.engines import Serving
 from pav.rl.learner import Learner, Reference
 from pav.rl.measure import Metrics, evaluate, training_metrics
 from pav.rl.refresh import refresh, refreshed
@@ -62,7 +62,7 @@ class Run:
     config: RlConfig
     directory: Path
     fabric: Fabric
-    engine: VllmEngine
+    engine: Serving
     actor: Actor
     rewarder: Rewarder
     learner: Learner

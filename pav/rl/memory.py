@@ -69,12 +69,16 @@ def plan(
     cache = _SEQUENCES * sampler.max_length * served.kv_token
     if config.engine.kv_gib or not gpu:
         cache = int((config.engine.kv_gib or 1.0) * GIB)
+    engine = size * shape.parameters // config.engine.tensor_parallel_size
+    engine += WORKSPACE if gpu else 0
+    if config.workers:  # elsewhere
+        engine = cache = 0
     scorers = [(4 if v.dtype == "float32" else 2, _shape(v.trunk.path)) for v in verifiers]
     return Plan(
         training,
         0 if not config.kl or config.lora else 4 * shape.parameters,
         sum(width * trunk.parameters for width, trunk in scorers),
-        size * shape.parameters // config.engine.tensor_parallel_size + (WORKSPACE if gpu else 0),
+        engine,
         cache,
     )
 
@@ -98,7 +102,7 @@ def settle(
             f"{total / GIB:.1f} GiB; "
             + (f"these fit: {'; '.join(ways)}" if ways else "take a smaller policy or verifier")
         )
-    if not gpu or not config.engine.planned:
+    if not gpu or config.workers or not config.engine.planned:
         return config.engine
     # What is left is KV cache: the engine takes its share before the policy is loaded.
     own = budget - found.total + found.engine + found.cache

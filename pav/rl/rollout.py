@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pav.core.seeds import seed_of
 from pav.engine.loop import drive
 from pav.grading.sandbox import GuardedGrader
-from pav.policy.inference import Engine
 from pav.policy.policy import Policy, Sampler
+from pav.rl.engines import Serving
 from pav.tasks.base import Problem
 
 # One token is most probable: what is sampled from it alone is greedy.
@@ -61,7 +61,7 @@ class Actor:
         seed: of the run; every sample's seed is a hash of it and of the sample's key.
     """
 
-    engine: Engine
+    engine: Serving
     policy: Policy
     sampler: Sampler
     grader: GuardedGrader

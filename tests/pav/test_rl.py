@@ -119,10 +119,11 @@ def test_kill_minus_nine_anywhere_and_resume_give_the_weights_of_an_unbroken_run
     assert list(map(apart, rows(output))) == list(map(apart, rows(unbroken)))
 
 
-def test_two_processes_make_the_update_of_one(tmp_path: Path) -> None:
+def test_two_processes_with_two_engine_workers_make_the_update_of_one(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    two = [*torchrun, "-m", "pav.rl", "--devices", "2", "--workers", "1"]
     short = ("--iterations", "1", "--eval_problems", "0")
-    for name, command in (("one", PAV_RL), ("two", [*torchrun, "-m", "pav.rl", "--devices", "2"])):
+    for name, command in (("one", PAV_RL), ("two", two)):
         done = start(command, tmp_path / name, *short)
         assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
