@@ -283,12 +283,15 @@ def test_every_error_that_troubleshooting_names_is_one_of_the_code() -> None:
 def test_formats_names_every_column_and_field() -> None:
     from pav.labels.files import LIKELIHOOD
     from pav.labels.tables import COMPLETIONS, LABELS, TRACES
+    from pav.rl.guards import Alarm
+    from pav.rl.samples import Sampled
     from pav.verifier.checkpoint import VerifierMeta
     from search.run.records import Candidate, Node, Record
 
     named = set(re.findall(r"`(\w+)`", (DOCS / "formats.md").read_text()))
     columns = {n for s in (TRACES, LABELS, COMPLETIONS, LIKELIHOOD) for n in s.names}
-    kept = {f.name for kind in (Record, Candidate, Node, VerifierMeta) for f in fields(kind)}
+    kinds = (Record, Candidate, Node, VerifierMeta, Sampled, Alarm)
+    kept = {f.name for kind in kinds for f in fields(kind)}
     assert (columns | kept) - named == set()
 
 

@@ -116,6 +116,15 @@ def test_package_data_ships_models() -> None:
     assert any(p.suffix == ".safetensors" for p in files)
 
 
+def test_package_data_ships_the_pages_of_reports() -> None:
+    declared = PROJECT_FILE["tool"]["setuptools"]["package-data"]
+    shipped = {p for room in declared for glob in declared[room] for p in (ROOT / room).glob(glob)}
+    pages = {p for room in ROOMS for suffix in ("html", "css", "js")
+             for p in (ROOT / room).rglob(f"*.{suffix}")}  # fmt: skip
+    assert pages - shipped == set()
+    assert {p.parent.name for p in pages} == {"report", "rl"}
+
+
 def test_every_directory_of_modules_is_a_package() -> None:
     modules = [p for room in ROOMS for p in (ROOT / room).rglob("*.py")]
     assert [p.parent for p in modules if not (p.parent / "__init__.py").exists()] == []

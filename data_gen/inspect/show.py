@@ -1,11 +1,16 @@
-"""``data_gen.show DIR --problem 17``: the labelled solutions of a problem, as text."""
+"""``data_gen.show DIR --problem 17``: the labelled solutions of a problem, as text.
+
+Of a run of ``pav.rl`` the sample traces, with what every step earned.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.table import Table
 
+from data_gen.inspect.samples import show_samples
 from data_gen.label_run import Run, base_policy, read_run, task_of
 from data_gen.likelihood.command import read_likelihood
 from pav.cli.directories import run_on_directories
@@ -14,6 +19,7 @@ from pav.core.printable import cell, printable
 from pav.core.tables import wide_console
 from pav.labels.tables import Trace, count, own_endings, prefix_key
 from pav.policy.policy import Policy
+from pav.rl.samples import SAMPLES
 from pav.tasks.base import Task
 
 
@@ -24,22 +30,29 @@ class ShowConfig:
     Where there are likelihoods (data_gen.likelihood), also the log-probability of the reference
     answer after every step and the step's progress, which is its change.
 
+    Of a run of pav.rl the sample traces of a problem: Q of every head and its change, the dense
+    reward of every step (gain), and what that adds to the weight of the step's tokens (credit).
+
     Args:
         labels: directory of the run (``data_gen.show DIR`` is short for ``--labels DIR``).
-        problem: number of the problem in the run, from 0, or its id.
+        problem: number of the problem in the run, from 0, or its id; by default the first, or the
+            last one that pav.rl sampled.
         task: the run's task, where it is not built in.
     """
 
     labels: str
-    problem: str = "0"
+    problem: str | None = None
     task: Task | None = None
 
 
 def show(config: ShowConfig) -> None:
     """Print the traces of a problem (see :class:`ShowConfig`)."""
+    if (Path(config.labels) / SAMPLES).is_file():
+        show_samples(Path(config.labels), config.problem)
+        return
     run = read_run(config.labels)
     policy = base_policy(run, task_of(run, config.task))
-    traces = _traces(run, config.problem)
+    traces = _traces(run, config.problem or "0")
     own = {t.problem_id for t in traces}
     counts = count(
         (c for c in run.completions.values() if c.problem_id in own),

@@ -41,6 +41,7 @@ from pav.rl.learner import Learner, Reference
 from pav.rl.loop import Run, iterate, train
 from pav.rl.memory import settle
 from pav.rl.refresh import refreshed
+from pav.rl.report import PAGE, SETTINGS
 from pav.rl.reward import Rewarder
 from pav.rl.rollout import Actor
 from pav.tasks.base import Problem, Task, task_spec
@@ -53,9 +54,8 @@ from pav.verifier.score import best_of, check_prover, provers
 # What may change when a run goes on.
 FREE = (
     "output", "engine", "accelerator", "devices", "num_nodes", "workers", "ray",
-    "checkpoint_every",
-    "samples_every", "logger", "grade_timeout", "dry_run", "mismatch_limit", "truncation_limit",
-    "tokens_per_batch", "gradient_checkpointing", "trunk",
+    "checkpoint_every", "samples_every", "guards", "logger", "grade_timeout", "dry_run",
+    "mismatch_limit", "truncation_limit", "tokens_per_batch", "gradient_checkpointing", "trunk",
 )  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def _refuse_other(
         PROMPTS: {"the policy": rendered(policy)},
     }
     plain = json.loads(json_text(settings))
-    path = directory / "rl.json"
+    path = directory / SETTINGS
     if (directory / LAST).exists() and path.exists():
         found = read_object(path, "restore it, or choose another output")
         refuse_other(f"the run in {str(directory)!r}", found, plain)
@@ -306,7 +306,7 @@ def _say_end(run: Run, task: Task) -> None:
     if state.best >= 0:
         print(f"best held-out accuracy {state.best:.3f}, after iteration {state.best_iteration}")
     print(
-        f"policies: {directory / 'last'}, {best}; metrics: {directory / 'metrics.jsonl'}\n"
+        f"policies: {directory / 'last'}, {best}; report: {directory / PAGE}\n"
         f"next: search.beam --verifier {shlex.quote(run.config.verifier)} --policy "
         f"{shlex.quote(str(best))}{task_option(task_spec(task))}"
     )

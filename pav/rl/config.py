@@ -79,12 +79,16 @@ class RlConfig:
         engine: device settings of the policy's engine.
         mismatch_limit: mean difference of log-probabilities between engine and trainer that ends
             the run.
-        truncation_limit: share of traces cut by the length cap that ends the run.
+        truncation_limit: share of traces cut by the length cap that ends the run (see ``guards``).
         eval_every: iterations between evaluations.
         eval_problems: validation problems.
         eval_samples: traces of each at the training temperature, beside a greedy one.
         checkpoint_every: iterations between checkpoints to resume from.
         samples_every: iterations between traces written to ``samples.jsonl``.
+        guards: what happens where the figures of the run say that something goes wrong
+            (:mod:`pav.rl.guards`). ``warn``: it is said once; numbers that are not finite, traces
+            cut by the length cap and lost held-out accuracy end the run. ``stop``: all of it ends
+            the run. ``off``: nothing is looked at but ``mismatch_limit``.
         logger: where metrics go beside ``metrics.jsonl``.
         grade_timeout: seconds for one answer, for graders of users.
         seed: of problems, samples and the value head.
@@ -139,6 +143,7 @@ class RlConfig:
     eval_samples: int = 4
     checkpoint_every: int = 10
     samples_every: int = 10
+    guards: Literal["warn", "stop", "off"] = "warn"
     logger: Literal["none", "tensorboard", "wandb"] = "none"
     grade_timeout: float | None = 10.0
     seed: int = 0

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,24 +18,27 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
+from pav.core.errors import UserError
 from pav.core.files import json_text, replace_file
 from pav.core.progress import Reporter
 from pav.core.seeds import seed_of
 from pav.core.signals import held_back
 from pav.rl.checkpoint import LAST, State, save, save_policy
 from pav.rl.config import RlConfig
-from pav.rl.credit import is_idle, samples
+from pav.rl.credit import credit_of, is_idle, samples
 from pav.rl.engines import Serving
+from pav.rl.guards import WARNINGS, not_finite, read_alarms, watch
 from pav.rl.learner import Learner, Reference
+from pav.rl.live import lines
 from pav.rl.measure import Metrics, evaluate, training_metrics
 from pav.rl.refresh import refresh, refreshed
+from pav.rl.report import METRICS, read_metrics, write_report
 from pav.rl.reward import Reward, Rewarder
 from pav.rl.rollout import Actor, Trace, rollout
+from pav.rl.samples import SAMPLES, Sampled, append_samples
 from pav.rl.sync import check_mismatch
 from pav.rl.update import Sums, rate, update
 from pav.tasks.base import Problem
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -56,6 +60,7 @@ class Run:
         held_out: validation problems.
         state: where the run is.
         seconds: of the parts of the iteration in work.
+        history: metrics of every iteration so far, in the process that writes.
         loggers: take metrics, beside ``metrics.jsonl``.
     """
 
@@ -73,6 +78,7 @@ class Run:
     held_out: Sequence[Problem]
     state: State
     seconds: dict[str, float] = field(default_factory=dict)
+    history: list[Metrics] = field(default_factory=list)
     loggers: Sequence[Any] = ()
 
     @contextmanager
@@ -141,11 +147,16 @@ def _updates(run: Run, used: Sequence[Any]) -> Sums:
 
 
 def train(run: Run) -> None:
-    """Iterate to the end; a signal leaves a checkpoint of the last whole iteration."""
+    """Iterate to the end; a signal leaves a checkpoint of the last whole iteration.
+
+    Raises:
+        UserError: if a guard ends the run; its last checkpoint is the one before.
+    """
     config, state = run.config, run.state
     if run.is_first:
-        keep_lines(run.directory / METRICS, state.iteration)
-        keep_lines(run.directory / "samples.jsonl", state.iteration)
+        for name in (METRICS, SAMPLES, WARNINGS):
+            keep_lines(run.directory / name, state.iteration)
+        run.history = read_metrics(run.directory)
     saved = state.iteration
     try:
         if state.iteration == 0:
@@ -159,13 +170,17 @@ def train(run: Run) -> None:
                 last = state.iteration == config.iterations
                 if state.iteration % config.samples_every == 0 or last:
                     _write_samples(run, traces, rewards)
-                if state.iteration % config.eval_every == 0 or last:
+                is_due = state.iteration % config.eval_every == 0 or last
+                # Weights that are no numbers would take the engine down.
+                if is_due and not not_finite([metrics], config):
                     metrics |= _evaluate(run, metrics)
                 _log(run, metrics)
+                _look(run, is_due)
                 if state.iteration % config.checkpoint_every == 0 or last:
                     _save(run)
                     saved = state.iteration
-                reporter.update(state.iteration, _note(metrics), left=None)
+                said = lines(run.history, read_alarms(run.directory)) if run.is_first else []
+                reporter.update(state.iteration, _note(metrics), said)
     except KeyboardInterrupt:
         if state.iteration > saved:
             _save(run)
@@ -225,6 +240,21 @@ def _evaluate(run: Run, metrics: Metrics) -> Metrics:
     return found
 
 
+def _look(run: Run, is_due: bool) -> None:
+    """Ask the guards, and show the run where it was evaluated; end one that has no future."""
+    why = ""
+    if run.is_first:
+        why = watch(run.directory, run.history, run.config)
+        if is_due or why:
+            write_report(run.directory)
+    why = run.fabric.broadcast(why)
+    if why:
+        raise UserError(
+            f"the run ends after iteration {run.state.iteration}, {why}; rl.html shows it, and "
+            "the same command with --guards off goes on from the last checkpoint"
+        )
+
+
 def _log(run: Run, metrics: Metrics) -> None:
     """One line of ``metrics.jsonl``; the loggers get the same."""
     if not run.is_first:
@@ -234,6 +264,7 @@ def _log(run: Run, metrics: Metrics) -> None:
     row = {**metrics, **split, "seconds/all": total}
     with (run.directory / METRICS).open("a", encoding="utf-8") as stream:
         stream.write(json_text(row, None) + "\n")
+    run.history.append(row)
     for logger in run.loggers:
         numbers = {k: v for k, v in row.items() if isinstance(v, float | int)}
         logger.log_metrics(numbers, step=run.state.iteration)
@@ -253,31 +284,37 @@ def _note(metrics: Metrics) -> str:
 
 def _write_samples(run: Run, traces: Sequence[Trace], rewards: Sequence[Reward]) -> None:
     """The traces of the first problem of the batch, with what every step earned."""
+    credits = credit_of(run.fabric, rewards, run.config)
     if not run.is_first:
         return
-    policy = run.actor.policy
-    with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as stream:
-        pairs = zip(traces[: run.config.group], rewards, strict=False)
-        for trace, reward in pairs:
-            starts = [0, *trace.ends]
-            row = {
-                "iteration": run.state.iteration,
-                "problem_id": trace.problem.id,
-                "question": trace.problem.question,
-                "gold": trace.problem.gold,
-                "answer": trace.answer,
-                "correct": trace.correct,
-                "truncated": trace.truncated,
-                "version": trace.version,
-                "verifier_version": run.state.refreshed.version if run.state.refreshed else None,
-                "outcome": reward.outcome,
-                "steps": [
-                    policy.text(trace.ids[a:b]) for a, b in zip(starts, trace.ends, strict=False)
-                ],
-                "gain": [round(float(g), 5) for g in reward.gain_S],
-                "q": {h: [round(float(x), 5) for x in q_P] for h, q_P in reward.q.items()},
-            }
-            stream.write(json.dumps(row) + "\n")
+    text = run.actor.policy.text
+    found = []
+    for trace, reward, credit_S in zip(traces[: run.config.group], rewards, credits, strict=False):
+        ends = [0, *trace.ends]
+        found.append(
+            Sampled(
+                iteration=run.state.iteration,
+                problem_id=trace.problem.id,
+                question=trace.problem.question,
+                gold=trace.problem.gold,
+                answer=trace.answer,
+                correct=trace.correct,
+                truncated=trace.truncated,
+                version=trace.version,
+                verifier_version=run.state.refreshed.version if run.state.refreshed else None,
+                outcome=reward.outcome,
+                steps=[text(trace.ids[a:b]) for a, b in pairwise(ends)],
+                tail=text(trace.ids[ends[-1] :]),
+                gain=_rounded(reward.gain_S),
+                credit=_rounded(run.config.alpha * credit_S),
+                q={head: _rounded(q_P) for head, q_P in reward.q.items()},
+            )
+        )
+    append_samples(run.directory, found)
+
+
+def _rounded(values: Any) -> list[float]:
+    return [round(float(value), 5) for value in values]
 
 
 def keep_lines(path: Path, iteration: int) -> None:

@@ -68,6 +68,9 @@ def training_metrics(
         "mismatch/largest_ratio": max(p[2] for p in parts),
         "mismatch/beyond_2": total["beyond"] / tokens,
     }
+    if config.dense != "none":
+        beyond_N = np.concatenate(gathered(fabric, [r.beyond_P for r in rewards]))
+        found["verifier/out_of_range"] = beyond_N.mean()
     if config.estimator == "value":
         found["update/value_explained"] = 1 - total["residual"] / max(total["spread"], 1e-12)
     return {name: float(value) for name, value in found.items()}

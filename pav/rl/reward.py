@@ -6,7 +6,7 @@ Axes: S steps of a trace, P = S + 1 states (state 0 is the problem), T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,13 @@ class Reward:
         outcome: of the whole trace: 1 for a right answer, else 0; or an ORM's Q.
         gain_S: of every complete step.
         q: head -> (P,) Q of every state; empty where no verifier is asked.
+        beyond_P: whether a state is unlike those of the verifier's labels; likewise.
     """
 
     outcome: float
     gain_S: NDArray[np.float64]
     q: Q
+    beyond_P: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,26 @@ class Rewarder:
         """
         outcomes = [float(t.correct) for t in traces]
         if self.orm is not None:
-            judged = q_of(self.orm, traces)
+            ends = judged(self.orm, traces)
             head = self.orm.heads[-1]
             outcomes = [0.0 if t.truncated else float(q[head][-1])
-                        for t, q in zip(traces, judged, strict=True)]  # fmt: skip
+                        for t, (q, _) in zip(traces, ends, strict=True)]  # fmt: skip
         if self.dense == "none":
             return [Reward(o, np.zeros(len(t.ends)), {})
                     for o, t in zip(outcomes, traces, strict=True)]  # fmt: skip
         base = self.verifier.checkpoint.card.base_head
-        found = q_of(self.verifier, traces)
-        return [Reward(o, gains(q, self.dense, base, self.prover), q)
-                for o, q in zip(outcomes, found, strict=True)]  # fmt: skip
+        found = judged(self.verifier, traces)
+        return [Reward(o, gains(q, self.dense, base, self.prover), q, beyond_P)
+                for o, (q, beyond_P) in zip(outcomes, found, strict=True)]  # fmt: skip
 
 
-def q_of(verifier: LoadedVerifier, traces: Sequence[Trace]) -> list[Q]:
-    """Q of every head at every state of every trace; one forward pass for all states of a trace."""
+def judged(verifier: LoadedVerifier, traces: Sequence[Trace]) -> list[tuple[Q, NDArray[np.bool_]]]:
+    """Q of every head at every state of every trace, and whether it is unlike the labels' states.
+
+    One forward pass for all states of a trace.
+    """
     trunk = verifier.trunk
-    return verifier.q_of([unlabelled(trunk, t.problem, t.ids, t.ends) for t in traces])
+    return verifier.judged([unlabelled(trunk, t.problem, t.ids, t.ends) for t in traces])
 
 
 def gains(q: Q, dense: Dense, base_head: str, prover: str) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pav.core.errors import UserError
+from pav.core.heads import ORM
 from pav.labels.examples import Example, given_example
 from pav.policy.encoding import Encoded, encode_steps
 from pav.policy.opening import positions
@@ -248,16 +249,21 @@ class LoadedVerifier:
             self._example(question, steps, complete)
             for question, steps in zip(questions, solutions, strict=True)
         ]
-        found = self.q_of([example for example, _ in encoded], quiet=len(encoded) < SHOWN)
+        found = self.judged([example for example, _ in encoded], quiet=len(encoded) < SHOWN)
         return [
             {head: q_P[states] for head, q_P in q.items()}
-            for q, (_, states) in zip(found, encoded, strict=True)
+            for (q, _), (_, states) in zip(found, encoded, strict=True)
         ]
 
-    def q_of(
+    def judged(
         self, examples: Sequence[Example], quiet: bool = True
-    ) -> list[dict[str, NDArray[np.float64]]]:
-        """Head -> (P,) Q at every scored position of every solution in tokens, in their order."""
+    ) -> list[tuple[dict[str, NDArray[np.float64]], NDArray[np.bool_]]]:
+        """What the verifier says of solutions in tokens, at every scored position.
+
+        Returns:
+            For each solution, in their order: head -> (P,) Q; and (P,) whether the state is unlike
+            those that the Qs were calibrated on.
+        """
         from pav.verifier.forward import score
 
         if not examples:
@@ -276,10 +282,19 @@ class LoadedVerifier:
             head: card.calibrator(head, self.surprise)(scored.logits_NH[:, h], features)
             for h, head in enumerate(card.heads)
         }
+        # An ORM's is calibrated on ends alone, which most states are unlike.
+        beyond_NH = [
+            card.calibrator(head, self.surprise).is_beyond(scored.logits_NH[:, h], features)
+            for h, head in enumerate(card.heads)
+            if head != ORM
+        ]
+        beyond_N = np.any([np.zeros(len(scored.example_N), dtype=bool), *beyond_NH], axis=0)
         # Batches are by length; the rows of one solution are in the order of its steps.
         order = np.argsort(scored.example_N, kind="stable")
         rows = np.split(order, np.cumsum([len(e.positions_P) for e in examples])[:-1])
-        return [{head: values[mine] for head, values in q_N.items()} for mine in rows]
+        return [
+            ({head: values[mine] for head, values in q_N.items()}, beyond_N[mine]) for mine in rows
+        ]
 
 
 def load_verifier(

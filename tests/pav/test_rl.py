@@ -99,6 +99,28 @@ def test_samples_carry_the_reward_of_every_step(unbroken: Path) -> None:
         q_P = np.array(row["q"]["q/prover"])
         assert len(q_P) == len(row["steps"]) + 1
         np.testing.assert_allclose(row["gain"], np.diff(q_P), atol=2e-5)
+        np.testing.assert_allclose(row["credit"], 3 * np.diff(q_P), atol=6e-5)
+
+
+def test_a_run_shows_itself(unbroken: Path) -> None:
+    assert (unbroken / "rl.png").stat().st_size > 50_000
+    page = (unbroken / "rl.html").read_text()
+    last = rows(unbroken, "samples.jsonl")[-1]
+    assert last["iteration"] == 4
+    assert f'<div class="question text">{last["question"]}</div>' in page
+    assert all(0 <= row["verifier/out_of_range"] < 0.1 for row in rows(unbroken)[1:])
+
+
+def test_a_run_whose_traces_are_cut_ends_itself_and_says_what_to_do(tmp_path: Path) -> None:
+    done = start(PAV_RL, tmp_path, "--sampler.max_length", "48", "--eval_problems", "0")
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert "the run ends after iteration 1, truncated: the length cap cuts" in said
+    assert "raise --sampler.max_length" in said
+    (alarm,) = rows(tmp_path, "warnings.jsonl")
+    assert (alarm["iteration"], alarm["name"], alarm["stops"]) == (1, "truncated", True)
+    assert "ends the run" in (tmp_path / "rl.html").read_text()
+    assert [row["iteration"] for row in rows(tmp_path)] == [1]
 
 
 def test_kill_minus_nine_anywhere_and_resume_give_the_weights_of_an_unbroken_run(

@@ -18,7 +18,7 @@ from pav.rl.checkpoint import save_policy
 from pav.rl.config import RlConfig
 from pav.rl.learner import Learner, Reference
 from pav.rl.refresh import fit_row
-from pav.rl.reward import q_of
+from pav.rl.reward import judged
 from pav.rl.rollout import Trace
 from pav.rl.update import Sample, update
 from pav.tasks.tape import Tape
@@ -130,14 +130,14 @@ def test_scores_of_a_frozen_verifier_are_the_same_bits_after_ten_updates() -> No
         prompt = policy.encode(problem)
         traces.append(Trace(problem, 0, prompt, ids, np.zeros(len(ids), np.float32), ends, True,
                             None, False, 0))  # fmt: skip
-    before = q_of(verifier, traces)
+    before = judged(verifier, traces)
     learner = Learner(policy.path, 1.0, False)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
     for seed in range(10):
         config = RlConfig("v", kl=0.0)
         update(FABRIC, FABRIC.setup(learner), optimizer, None, some(4, 15, seed), config)
-    after = q_of(verifier, traces)
-    for a, b in zip(before, after, strict=True):
+    after = judged(verifier, traces)
+    for (a, _), (b, _) in zip(before, after, strict=True):
         for head in a:
             np.testing.assert_array_equal(a[head], b[head])
 
