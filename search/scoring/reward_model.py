@@ -38,10 +38,11 @@ from pav.engine.gpu_memory import Planned
 from pav.policy.cost import Cost, Shape, skeleton_shape
 from pav.policy.inference import Read
 from pav.policy.policy import Policy, model_path, weights_digest
-from pav.policy.rendered import of_ids
+from pav.policy.rendered import of_ids, rendered
 from pav.tasks.base import Problem
 from pav.verifier.score import Pick, Values
 from pav.verifier.scoring import NO_LOGPROBS, PrefixScore
+from search.scoring.progress import Progress, check_tokenizers, start_of, tokens
 from search.scoring.text import Layout, Reader, RewardModelConfig, Text
 
 PRM = "prm"
@@ -69,6 +70,8 @@ class RewardModel:
     def __init__(self, config: RewardModelConfig, policy: Policy) -> None:
         self.config, self._policy = config, policy
         self.layout = _layout(config)
+        if self.layout == "progress":
+            check_tokenizers(config.model, policy)
         self._reader = Reader(config, self.layout)
         found = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
         self._limit = getattr(found, "max_position_embeddings", None)
@@ -136,11 +139,16 @@ class RewardModel:
     @property
     def digest(self) -> str:
         """Digest of its weights."""
-        return weights_digest(model_path(self.config.model))
+        found = weights_digest(model_path(self.config.model))
+        if self.layout != "progress":
+            return found
+        return f"{found}/{weights_digest(model_path(start_of(self.config.model)))}"
 
     @property
     def rendered(self) -> Rendering:
         """How it is asked about a probe solution: its chat template is part of its layout."""
+        if self.layout == "progress":
+            return rendered(self._policy)
         return of_ids([self._reader.text("1+1", ("1+1=2", "2")).ids], self._reader.tokenizer)
 
     @cached_property
@@ -153,13 +161,15 @@ class RewardModel:
     @cached_property
     def shape(self) -> Shape:
         """What its forward FLOPs depend on. It has no output embedding, or uses two rows of it."""
-        return replace(skeleton_shape(self._skeleton), vocabulary=0)
+        found = skeleton_shape(self._skeleton)
+        return found if self.layout == "progress" else replace(found, vocabulary=0)
 
     @property
     def planned(self) -> Planned:
         """Its memory on a GPU beside vLLM."""
         size = 4 if self.config.dtype == "float32" else 2
         weights = size * sum(p.numel() for p in self._skeleton.parameters())
+        weights *= 2 if self.layout == "progress" else 1
         return Planned(self.config.model, weights, 0)
 
     @property
@@ -186,19 +196,21 @@ class RewardModel:
         cost: Cost,
         known: np.ndarray = NO_LOGPROBS,
     ) -> PrefixScore:
-        """Its value after the last step; :data:`NEUTRAL` before the first.
+        """Its value after the last step; before the first 0 of progress, else :data:`NEUTRAL`.
 
         Raises:
             ValueError: if the text is longer than the model can read.
         """
         if not ends:
-            return PrefixScore({self.head: NEUTRAL})
+            return PrefixScore({self.head: 0.0 if self.layout == "progress" else NEUTRAL})
         steps = tuple(self._policy.text(ids[a:b]).strip() for a, b in pairwise([0, *ends]))
-        none = np.zeros(0, np.float32)
         if (found := self._known.get((problem.question, steps))) is not None:
-            cost.read(Read(none, None, 0, found[1]))
+            self._charge(cost, 0, found[1])
             return PrefixScore({self.head: found[0]})
-        text = self._reader.text(problem.question, steps)
+        if self.layout == "progress":
+            text = tokens(self._policy, problem, ids, ends)
+        else:
+            text = self._reader.text(problem.question, steps)
         if self._limit is not None and len(text.ids) > self._limit:
             raise ValueError(
                 f"{len(text.ids)} tokens are more than the {self._limit} that "
@@ -208,8 +220,14 @@ class RewardModel:
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._waiting.append((text, future))
         value = await future
-        cost.read(Read(none, None, len(text.ids), 0))
+        self._charge(cost, len(text.ids), 0)
         return PrefixScore({self.head: value})
+
+    def _charge(self, cost: Cost, computed: int, cached: int) -> None:
+        """Charge a reading; progress reads with two models, and makes logits of every token."""
+        none = np.zeros(0, np.float32)
+        for _ in range(2 if self.layout == "progress" else 1):
+            cost.read(Read(none, none if self.layout == "progress" else None, computed, cached))
 
     @property
     def busy(self) -> bool:
@@ -259,6 +277,12 @@ class RewardModel:
         for b, text in enumerate(texts):
             ids_BT[b, : len(text.ids)] = torch.tensor(text.ids)
             mask_BT[b, : len(text.ids)] = 1
+        if self.layout == "progress":
+            ratio_BT = self._model(ids_BT).double()
+            return [
+                (row_T[text.positions] - row_T[text.start]).tolist()
+                for row_T, text in zip(ratio_BT, texts, strict=True)
+            ]
         if self.layout == "sequence":
             logits_BL = self._model(input_ids=ids_BT, attention_mask=mask_BT).logits
             return [[p] for p in _chance(logits_BL).tolist()]
@@ -306,6 +330,7 @@ _KINDS: dict[str, Any] = {
     "token": AutoModelForTokenClassification,
     "qwen": QwenPrm,
     "shepherd": AutoModelForCausalLM,
+    "progress": AutoModelForCausalLM,
 }
 
 
@@ -336,7 +361,8 @@ def _layout(config: RewardModelConfig) -> Layout:
     if name.endswith("ForCausalLM"):
         raise UserError(
             f"{config.model!r} is a language model ({name}), not a classifier; if it is a PRM in "
-            "Math-Shepherd's manner, add --reward_model.layout shepherd"
+            "Math-Shepherd's manner, add --reward_model.layout shepherd; if pav.rl trained it, "
+            "--reward_model.layout progress"
         )
     raise UserError(
         f"{config.model!r} has the architecture {name}, which is not known here (code that comes "
@@ -346,6 +372,8 @@ def _layout(config: RewardModelConfig) -> Layout:
 
 
 def _load(config: RewardModelConfig, layout: Layout) -> Any:
+    if layout == "progress":
+        return Progress(config.model, getattr(torch, config.dtype))
     trust = {} if layout == "qwen" else {"trust_remote_code": False}
     try:
         model, told = _KINDS[layout].from_pretrained(

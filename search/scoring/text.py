@@ -6,6 +6,7 @@
 | ``token`` | ``...ForTokenClassification`` of TRL | question, steps, separators | its separator |
 | ``qwen`` | ``Qwen2ForProcessRewardModel`` | chat, steps, ``<extra_0>`` | its ``<extra_0>`` |
 | ``shepherd`` | Math-Shepherd, a causal LM | ``Step i: ... ки`` | its ``ки`` |
+| ``progress`` | a policy of pav.rl | the policy's own tokens | its end |
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from pav.core.errors import UserError
 from pav.policy.policy import CLOCK, STARTED, Dtype, load_tokenizer
 
-Layout = Literal["auto", "sequence", "token", "qwen", "shepherd"]
+Layout = Literal["auto", "sequence", "token", "qwen", "shepherd", "progress"]
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 MARK = "<extra_0>"
 SOLUTION = "@@SOLUTION@@"
@@ -29,7 +30,8 @@ class RewardModelConfig:
     Args:
         model: transformers directory or hub id.
         layout: how it reads steps; ``auto`` goes by the architecture, which does not tell
-            ``shepherd`` from any other language model.
+            ``shepherd`` from any other language model, nor ``progress`` (a policy that pav.rl
+            trained, against its start).
         separator: what ends a step in layout ``token``; the one it was trained with.
         dtype: of weights and activations.
         batch: texts per forward pass.
@@ -50,12 +52,16 @@ class RewardModelConfig:
 
 @dataclass(frozen=True)
 class Text:
-    """A solution as the model reads it: ids, and the positions where its steps are scored."""
+    """A solution as the model reads it: ids, and the positions where its steps are scored.
+
+    ``start`` is the position of the problem's last token, which layout ``progress`` counts from.
+    """
 
     question: str
     steps: tuple[str, ...]
     ids: list[int]
     positions: list[int]
+    start: int = 0
 
 
 class Reader:

@@ -421,3 +421,58 @@ def test_commands_take_reward_models_in_the_verifiers_place(
     with pytest.raises(SystemExit):
         run(beam, BeamConfig, "search.beam", ["--n", "2"])
     assert "no verifier is named; give --verifier" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def rl_run(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of pav.rl leaves: its settings, and a policy that differs from its start."""
+    run = tmp_path_factory.mktemp("rl")
+    shutil.copytree(tiny_model("llama"), run / "best")
+    trained = AutoModelForCausalLM.from_pretrained(run / "best")
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.1)
+    trained.save_pretrained(run / "best")
+    (run / "rl.json").write_text(json.dumps({"policy": {"model": str(tiny_model("llama"))}}))
+    return run
+
+
+def test_progress_is_what_rl_made_more_probable_than_its_start_did(
+    policy: Policy, rl_run: Path
+) -> None:
+    config = RewardModelConfig(str(rl_run / "best"), layout="progress")
+    (found, again), cost = values(RewardModel(config, policy), policy, [SOLUTION, SOLUTION[:8]])
+    prompt = policy.encode(PROBLEM)
+    ids = policy.tokenizer.encode(SOLUTION, add_special_tokens=False) + [2]
+    whole = torch.tensor([[*prompt, *ids]])
+    ratio = torch.zeros(len(ids))
+    for model, sign in ((rl_run / "best", 1), (policy.path, -1)):
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(model)(input_ids=whole).logits[0]
+        chosen = logits.log_softmax(-1)[:-1].gather(-1, whole[0, 1:, None])[:, 0]
+        ratio += sign * chosen[len(prompt) - 1 :]
+    ends = policy.stepper.step_ends(ids)
+    start = torch.tensor([float(ratio[:end].sum()) for end in ends])
+    assert found == pytest.approx(start.tolist(), abs=1e-4)
+    assert again[0] == pytest.approx(found[0], abs=1e-5)
+    assert cost.verifier_tokens > 0 and cost.verifier_logits >= cost.verifier_tokens
+
+
+def test_progress_of_what_is_no_rl_run_is_refused(policy: Policy, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no rl\.json beside"):
+        RewardModel(RewardModelConfig(policy.path, layout="progress"), policy)
+
+
+def test_beam_search_and_best_of_n_score_by_progress(rl_run: Path, tmp_path: Path) -> None:
+    trained = str(rl_run / "best")
+    small = ["--n", "2", "--problems", "2", "--sampler.max_length", "128", "--engine.kv_gib",
+             "0.02", "--policy", trained, "--task", "Tape", "--reward_model", trained,
+             "--reward_model.layout", "progress"]  # fmt: skip
+    run(beam, BeamConfig, "search.beam",
+        [*small, "--score", "a", "--output", str(tmp_path / "beam")])  # fmt: skip
+    run(best_of_n, BestOfNConfig, "search.best_of_n", [*small, "--output", str(tmp_path / "bon")])
+    for name in ("beam/beam.jsonl", "bon/best_of_n.jsonl"):
+        records = read(tmp_path / name)
+        assert len(records) == 2 and all(r.error is None for r in records)
+        for c in (c for r in records for c in r.candidates):
+            assert c.q["prm"][0] == 0 and len(c.q["prm"]) == len(c.ends) + 1
