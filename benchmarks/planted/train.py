@@ -30,7 +30,7 @@ from benchmarks.planted.task import (
 )
 from pav.core.errors import UserError
 from pav.core.progress import Reporter
-from pav.rl.advantage import center, step_credit
+from pav.rl.advantage import minus_mean, step_credit
 from pav.rl.loss import normaliser, policy_loss
 
 BATCH = 64
@@ -137,11 +137,11 @@ def effective_rewards(
 
 def centred(reward_RBH: Tensor, live_RBH: Tensor) -> Tensor:
     """Effective rewards less their mean over the live tokens of a run's batch at each position."""
+    runs, _, positions = reward_RBH.shape
+    group_RBH = torch.arange(runs * positions).view(runs, 1, positions).expand_as(reward_RBH)
+    off = minus_mean(reward_RBH[live_RBH].double().numpy(), group_RBH[live_RBH].numpy())
     out = torch.zeros_like(reward_RBH)
-    for row_BH, reward_BH, live_BH in zip(out, reward_RBH, live_RBH, strict=True):
-        ends = live_BH.sum(1).tolist()
-        rewards = [r[:end] for r, end in zip(reward_BH.double().numpy(), ends, strict=True)]
-        row_BH[live_BH] = torch.from_numpy(np.concatenate(center(rewards, "step"))).to(out.dtype)
+    out[live_RBH] = torch.from_numpy(off).to(out.dtype)
     return out
 
 

@@ -90,15 +90,17 @@ def center(credits: Sequence[Array], how: Center) -> list[Array]:
     if how == "none" or not credits:
         return list(credits)
     all_N = np.concatenate(credits)
-    ends = np.cumsum([len(credit_S) for credit_S in credits])
-    if how == "batch":
-        all_N = all_N - (all_N.mean() if len(all_N) else 0.0)
-    else:
-        lengths = np.diff(ends, prepend=0)
-        step_N = np.arange(len(all_N)) - np.repeat(ends - lengths, lengths)
-        mean_S = np.bincount(step_N, all_N) / np.maximum(np.bincount(step_N), 1)
-        all_N = all_N - mean_S[step_N]
+    lengths = np.array([len(credit_S) for credit_S in credits])
+    ends = lengths.cumsum()
+    step_N = np.arange(len(all_N)) - np.repeat(ends - lengths, lengths)
+    all_N = minus_mean(all_N, step_N if how == "step" else np.zeros_like(step_N))
     return [all_N[end - len(c) : end] for c, end in zip(credits, ends.tolist(), strict=True)]
+
+
+def minus_mean(credit_N: Array, group_N: NDArray[np.int64]) -> Array:
+    """Credits (N,) less the mean of those of the same group, a number from 0."""
+    mean_G = np.bincount(group_N, credit_N) / np.maximum(np.bincount(group_N), 1)
+    return credit_N - mean_G[group_N]
 
 
 def token_weights(length: int, ends: Sequence[int], outcome: float, credit_S: Array) -> Array:
