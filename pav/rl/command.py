@@ -47,6 +47,7 @@ from pav.rl.rollout import Actor
 from pav.tasks.base import Problem, Task, task_spec
 from pav.train.launch import why_not
 from pav.train.lightning_internals import be_first, be_quiet, rank
+from pav.train.loggers import logger_at
 from pav.verifier.checkpoint import VerifierMeta
 from pav.verifier.library import LoadedVerifier, load_verifier
 from pav.verifier.score import best_of, check_prover, provers
@@ -119,7 +120,11 @@ def _rl(config: RlConfig) -> None:
             if config.dry_run:
                 dry(run)
                 return
-            train(run)
+            try:
+                train(run)
+            finally:
+                for logger in run.loggers:
+                    logger.finalize("success")
         finally:
             engine.shutdown()
     if run.is_first:
@@ -276,9 +281,14 @@ def assembled(
     if state.iteration:
         print(f"resuming after iteration {state.iteration}")
     wrapped, optimizer = fabric.setup(learner, optimizer)
+    loggers = []
+    if config.logger != "none" and not config.dry_run and fabric.is_global_zero:
+        loggers = [
+            logger_at(config.logger, directory / "logs", directory.name, directory / "wandb_id")
+        ]
     return Run(
         config, directory, fabric, engine, actor, rewarder, learner, wrapped, optimizer, reference,
-        problems, held_out, state,
+        problems, held_out, state, loggers=loggers,
     )  # fmt: skip
 
 

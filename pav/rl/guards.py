@@ -199,7 +199,7 @@ def filler_steps(history: Sequence[Metrics], config: RlConfig) -> str:
         f"steps per trace went from {_start(history, 'train/steps'):.1f} to "
         f"{_now(history, 'train/steps'):.1f} and held-out accuracy did not rise ({_at(start)}, "
         f"{_at(now)}): steps that add nothing may earn more than steps that try; use "
-        "--dense record, a prover nearer to the policy (--prover bo4), or a smaller --alpha"
+        "--dense record, a prover that is no better than the policy, or a smaller --alpha"
     )
 
 

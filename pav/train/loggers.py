@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pav.core.errors import UserError
 from pav.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 
 def logger_of(config: TrainConfig) -> Any:
@@ -19,25 +22,40 @@ def logger_of(config: TrainConfig) -> Any:
     if config.logger == "none" or config.dry_run:
         return False
     output = Path(config.output)
-    directory = output.with_suffix(".logs")
+    known = output.with_suffix(".training") / "wandb_id"
+    return logger_at(config.logger, output.with_suffix(".logs"), output.stem, known)
+
+
+def logger_at(
+    kind: Literal["tensorboard", "wandb"], directory: Path, name: str, known: Path
+) -> TensorBoardLogger | WandbLogger:
+    """A logger that writes to ``directory``.
+
+    Args:
+        kind: which.
+        directory: where to.
+        name: of the run, in wandb.
+        known: file of the run's id in wandb: a run that is resumed goes on in the same place.
+
+    Raises:
+        UserError: if its package is missing.
+    """
     try:
-        if config.logger == "tensorboard":
+        if kind == "tensorboard":
             from lightning.pytorch.loggers import TensorBoardLogger
 
             return TensorBoardLogger(directory, name="", version="")
         from lightning.pytorch.loggers import WandbLogger
 
         directory.mkdir(parents=True, exist_ok=True)
-        # A run that is resumed goes on in the same place.
-        known = output.with_suffix(".training") / "wandb_id"
         if not known.exists():
             known.write_text(secrets.token_hex(4))
         return WandbLogger(
-            output.stem, str(directory), id=known.read_text(), project="pav", resume="allow"
+            name, str(directory), id=known.read_text(), project="pav", resume="allow"
         )
     except ModuleNotFoundError as error:
-        package = "tensorboardX" if config.logger == "tensorboard" else "wandb"
+        package = "tensorboardX" if kind == "tensorboard" else "wandb"
         raise UserError(
-            f"logger {config.logger} needs the package {package}, which is not installed; "
+            f"logger {kind} needs the package {package}, which is not installed; "
             f"pip install {package}, or --logger none"
         ) from error

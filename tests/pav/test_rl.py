@@ -27,6 +27,7 @@ SMALL = [
     "--verifier", "pav:reference", "--iterations", "4", "--batch", "4", "--group", "2",
     "--problems", "12", "--lr", "1e-3", "--eval_problems", "6", "--eval_samples", "2",
     "--eval_every", "2", "--checkpoint_every", "1", "--samples_every", "2",
+    "--logger", "tensorboard",
 ]  # fmt: skip
 
 
@@ -90,6 +91,13 @@ def test_the_result_is_a_directory_that_others_load(unbroken: Path) -> None:
     trained = weights(unbroken)
     for name, value in served.items():
         assert torch.equal(value, trained[f"policy.{name}"]), name
+
+
+def test_the_loggers_get_what_metrics_jsonl_gets(unbroken: Path) -> None:
+    (events,) = (unbroken / "logs").glob("events.out.tfevents.*")
+    written = events.read_bytes()
+    for name in ("train/tokens", "accuracy", "mismatch/mean", "seconds/update"):
+        assert name.encode() in written
 
 
 def test_samples_carry_the_reward_of_every_step(unbroken: Path) -> None:
