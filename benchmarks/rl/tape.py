@@ -18,13 +18,14 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import yaml
 
-from benchmarks.speed.results import machine, metric
+from benchmarks.speed.results import commit, machine, metric
 from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.core.files import json_text
@@ -65,6 +66,7 @@ class Curve:
         iteration_E: iterations behind each evaluation.
         samples_E: traces sampled until then.
         accuracy_SE: held-out accuracy of every seed.
+        interval_SE: (low, high) of each over problems.
         steps_SE: steps per training trace around it.
         seconds_S: of each whole run.
     """
@@ -72,6 +74,7 @@ class Curve:
     iteration_E: Array
     samples_E: Array
     accuracy_SE: Array
+    interval_SE: Array
     steps_SE: Array
     seconds_S: Array
 
@@ -91,7 +94,7 @@ def tape(config: TapeRlConfig) -> None:
     curves = {name: curve for name in names if (curve := _curve(config, name)) is not None}
     if not curves:
         raise UserError(f"no run of {config.regime} is in {config.output!r}; leave out only_report")
-    _report(config, curves)
+    _report(config, curves, plan["common"]["eval_problems"])
 
 
 def _make_start(start: dict[str, Any]) -> None:
@@ -153,6 +156,12 @@ def _curve(config: TapeRlConfig, name: str) -> Curve | None:
         np.array([row["iteration"] for row in first]),
         np.array([row.get("samples", 0.0) for row in first]),
         np.array([[row["accuracy"] for row in rows[:count]] for rows in evaluations]),
+        np.array(
+            [
+                [[row["accuracy_low"], row["accuracy_high"]] for row in rows[:count]]
+                for rows in evaluations
+            ]
+        ),
         np.array([[steps(rows, row["iteration"]) for row in first] for rows in runs]),
         np.array([sum(row["seconds/all"] for row in rows) for rows in runs]),
     )
@@ -168,14 +177,16 @@ def _over_seeds(values_S: Array) -> Interval:
     return bootstrap(values_S[:, None])
 
 
-def _report(config: TapeRlConfig, curves: dict[str, Curve]) -> None:
+def _report(config: TapeRlConfig, curves: dict[str, Curve], problems: int) -> None:
     rows, metrics = [], []
     outcome = curves.get(OUTCOME)
     best = None if outcome is None else float(outcome.accuracy_SE.mean(0).max())
     for name, curve in curves.items():
         end = _over_seeds(curve.accuracy_SE[:, -1])
         seeds = len(curve.accuracy_SE)
-        prefix = f"RL tape, {config.regime}, {name}, {seeds} seeds"
+        if seeds == 1:  # then that of its problems says more
+            end = Interval(end.mean, *map(float, curve.interval_SE[0, -1]))
+        prefix = f"RL tape, {config.regime}, {name}, {seeds} seed{'s' * (seeds > 1)}"
         metrics.append(metric(f"{prefix}: held-out accuracy at the end", end.mean,
                               None, [end.low, end.high]))  # fmt: skip
         if outcome is not None and best is not None and name != OUTCOME:
@@ -184,8 +195,9 @@ def _report(config: TapeRlConfig, curves: dict[str, Curve]) -> None:
                                   wanted / took if took else float("inf"), (">=", 5)))  # fmt: skip
             paired = min(seeds, len(outcome.accuracy_SE))
             gap = _over_seeds(curve.accuracy_SE[:paired, -1] - outcome.accuracy_SE[:paired, -1])
+            between = None if paired == 1 else [gap.low, gap.high]
             metrics.append(metric(f"{prefix}: accuracy at the end minus that of outcome alone",
-                                  gap.mean, (">=", 0.06), [gap.low, gap.high]))  # fmt: skip
+                                  gap.mean, (">=", 0.06), between))  # fmt: skip
         for seed in range(seeds):
             rows += [
                 {"regime": config.regime, "arm": name, "seed": seed, "iteration": int(i),
@@ -194,8 +206,10 @@ def _report(config: TapeRlConfig, curves: dict[str, Curve]) -> None:
                                       curve.steps_SE[seed], strict=True)
             ]  # fmt: skip
     common = {
-        "seeds": list(range(config.seeds)), "n_problems": None, "machine": machine(),
-        "command": f"python -m benchmarks.rl.tape --regime {config.regime} --seeds {config.seeds} "
+        "seeds": list(range(config.seeds)), "n_problems": problems, "machine": machine(),
+        "date": date.today().isoformat(), "commit": commit(),
+        "command": f"OMP_NUM_THREADS=1 python -m benchmarks.rl.tape --regime {config.regime} "
+        f"--arms '[{', '.join(curves)}]' --seeds {config.seeds} "
         f"--iterations {config.iterations}",
     }  # fmt: skip
     target = RESULTS / f"rl_tape_{config.regime}.json"
@@ -230,9 +244,8 @@ def draw(curves: dict[str, Curve], config: TapeRlConfig, target: Path) -> None:
         top = ax.secondary_xaxis("top", functions=(lambda x: x * per, lambda x: x / per))
         top.set_xlabel("samples")
     axes[0].legend(fontsize=8)
-    figure.suptitle(
-        f"Online RL on the tape, {config.regime} start: mean and range of {config.seeds} seeds"
-    )
+    shown = "one seed" if config.seeds == 1 else f"mean and range of {config.seeds} seeds"
+    figure.suptitle(f"Online RL on the tape, {config.regime} start: {shown}")
     figure.savefig(target, dpi=150)
 
 

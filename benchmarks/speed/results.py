@@ -61,6 +61,12 @@ def machine() -> str:
     )
 
 
+def commit() -> str:
+    """What is checked out."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() or "unknown"
+
+
 def write(
     name: str,
     metrics: Sequence[Mapping[str, Any]],
@@ -70,14 +76,13 @@ def write(
     command: str,
 ) -> None:
     """Write metrics (JSON) and measurements (CSV)."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     common = {
         "seeds": list(seeds),
         "n_problems": n_problems,
         "command": command,
         "machine": f"{machine()}, load average {os.getloadavg()[1]:.1f}",
         "date": date.today().isoformat(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
     }
     RESULTS.mkdir(exist_ok=True)
     target = result(name, "json")
