@@ -141,7 +141,7 @@ def _updates(run: Run, used: Sequence[Any]) -> Sums:
         sums = update(run.fabric, run.wrapped, run.optimizer, run.reference, used, config)
         if first is None:
             first = sums
-            check_mismatch(sums, config.mismatch_limit, run.engine.dtype)
+            check_mismatch(run.fabric, sums, config.mismatch_limit, run.engine.dtype)
     assert first is not None
     return first
 

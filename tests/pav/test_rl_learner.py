@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pav.core.errors import UserError
 from pav.policy.policy import PolicyConfig, load_policy
 from pav.rl.checkpoint import save_policy
 from pav.rl.config import RlConfig
@@ -20,6 +22,7 @@ from pav.rl.learner import Learner, Reference
 from pav.rl.refresh import fit_row
 from pav.rl.reward import judged
 from pav.rl.rollout import Trace
+from pav.rl.sync import check_mismatch
 from pav.rl.update import Sample, update
 from pav.tasks.tape import Tape
 from pav.verifier.forward import Scored
@@ -116,6 +119,26 @@ def test_micro_batches_and_padding_change_no_gradient(
         gradients.append({n: p.grad for n, p in learner.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_an_engine_that_samples_from_another_policy_is_found_and_said(
+    tiny_model: Callable[..., Path],
+) -> None:
+    learner = Learner(str(tiny_model("llama")), 1.0, False)
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
+    wrong = some(6, 15)
+    right = []
+    for sample in wrong:
+        with torch.no_grad():
+            said = learner(torch.tensor([sample.ids]), sample.prompt_length - 1).logprob[0]
+        right.append(replace(sample, sampled_T=said.numpy()))
+    config = RlConfig("v", kl=0.0)
+    sums = update(FABRIC, FABRIC.setup(learner), optimizer, None, right, config)
+    assert sums.mismatch / sums.tokens < 1e-5
+    check_mismatch(FABRIC, sums, 0.1, "float32")
+    sums = update(FABRIC, FABRIC.setup(learner), optimizer, None, wrong, config)
+    with pytest.raises(UserError, match=r"engine and trainer differ: .* in bfloat16: serve"):
+        check_mismatch(FABRIC, sums, 0.1, "bfloat16")
 
 
 def test_scores_of_a_frozen_verifier_are_the_same_bits_after_ten_updates() -> None:
