@@ -135,8 +135,10 @@ def plain_number(latex: str) -> PlainNumber | None:
     exponent = int(part["e"] or part["power"] or 0)
     if not bottom or abs(exponent) > MAX_DIGITS:
         return None
-    whole = (part["whole"] or part["mixed"] or "0").replace(",", "")
-    value = Fraction(whole + part["decimals"]) * Fraction(10) ** exponent
+    digits = (part["whole"] or part["mixed"] or "0").replace(",", "") + part["decimals"]
+    if not any(map(str.isdigit, digits)):
+        return None
+    value = Fraction(digits) * Fraction(10) ** exponent
     value += Fraction(int(part["top"] or 0), bottom)
     return PlainNumber(
         -value if part["sign"] == "-" else value,
