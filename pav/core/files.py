@@ -92,6 +92,21 @@ def json_text(value: Any, indent: int | None = 1) -> str:
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, none where there is no file; torn lines are left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found
+
+
 def read_object(path: Path, fix: str) -> dict[str, Any]:
     """The JSON object in ``path``.
 

@@ -10,7 +10,6 @@ whatever the guards are (:func:`pav.rl.sync.check_mismatch`).
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pav.core.files import json_text
+from pav.core.files import json_rows, json_text
 from pav.core.printable import one_line
 from pav.core.statistics import FEW
 from pav.rl.config import RlConfig
@@ -114,16 +113,7 @@ def watch(directory: Path, history: Sequence[Metrics], config: RlConfig) -> str:
 
 def read_alarms(directory: Path) -> list[Alarm]:
     """What was said of a run so far; a torn last line is left out."""
-    path = directory / WARNINGS
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(Alarm(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return found
+    return [Alarm(**row) for row in json_rows(directory / WARNINGS)]
 
 
 def not_finite(history: Sequence[Metrics], config: RlConfig) -> str:

@@ -5,7 +5,6 @@ One iteration, top to bottom, is :func:`iterate`; everything else here is about 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 from lightning.fabric import Fabric
 
 from pav.core.errors import UserError
-from pav.core.files import json_text, replace_file
+from pav.core.files import json_rows, json_text, replace_file
 from pav.core.progress import Reporter
 from pav.core.seeds import seed_of
 from pav.core.signals import held_back
@@ -321,12 +320,5 @@ def keep_lines(path: Path, iteration: int) -> None:
     """Drop lines of iterations that a resumed run does again."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        if iteration and row["iteration"] <= iteration:
-            kept.append(line)
-    replace_file(path, "".join(f"{line}\n" for line in kept))
+    kept = [row for row in json_rows(path) if iteration and row["iteration"] <= iteration]
+    replace_file(path, "".join(f"{json_text(row, None)}\n" for row in kept))

@@ -6,7 +6,6 @@ wrote is escaped, and what nobody would see in it is shown (:func:`pav.core.prin
 
 from __future__ import annotations
 
-import json
 import math
 from base64 import b64encode
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from pav.core.files import json_text, read_object, replace_file, write_whole
+from pav.core.files import json_rows, json_text, read_object, replace_file, write_whole
 from pav.core.printable import printable
 from pav.rl.curves import draw
 from pav.rl.guards import Metrics, read_alarms
@@ -31,17 +30,8 @@ SHOWN = 30
 
 def read_metrics(directory: Path) -> list[Metrics]:
     """Metrics of every iteration, oldest first; NaN for null. A torn last line is left out."""
-    path = directory / METRICS
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        found.append({k: math.nan if v is None else v for k, v in row.items()})
-    return found
+    rows = json_rows(directory / METRICS)
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
 
 def write_report(directory: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pav.core.errors import UserError
-from pav.core.files import json_text
+from pav.core.files import json_rows, json_text
 
 SAMPLES = "samples.jsonl"
 
@@ -72,18 +71,9 @@ def read_samples(directory: Path) -> list[Sampled]:
         UserError: if they are no sample traces.
     """
     path = directory / SAMPLES
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        try:
-            found.append(Sampled(**row))
-        except TypeError as error:
-            raise UserError(
-                f"{str(path)!r} does not hold sample traces ({error}); give the output of pav.rl"
-            ) from error
-    return found
+    try:
+        return [Sampled(**row) for row in json_rows(path)]
+    except TypeError as error:
+        raise UserError(
+            f"{str(path)!r} does not hold sample traces ({error}); give the output of pav.rl"
+        ) from error
