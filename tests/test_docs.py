@@ -107,10 +107,11 @@ def names_in(kind: Any, prefix: str = "") -> Iterator[str]:
 def built_in_tasks() -> list[type]:
     from pav.tasks.gsm8k import Gsm8k
     from pav.tasks.jsonl import Jsonl
+    from pav.tasks.ledger import Ledger
     from pav.tasks.math import Math
     from pav.tasks.tape import Tape
 
-    return [Tape, Jsonl, Gsm8k, Math]
+    return [Tape, Ledger, Jsonl, Gsm8k, Math]
 
 
 @cache

@@ -9,7 +9,6 @@ from data_gen.strategies import Plan
 from pav.core.errors import UserError
 from pav.labels.tables import Completion, Trace
 from pav.tasks.base import Task
-from pav.tasks.jsonl import Jsonl
 
 # At so many finished solutions and rollouts the run asks whether it is worth going on. Several
 # times, because what finishes first is short: with thousands in flight the first are never cut.
@@ -109,7 +108,7 @@ class Watch:
 
 def watch_for(task: Task, stops: bool) -> Watch:
     """A watch over what is sampled for ``task``."""
-    return Watch(not (isinstance(task, Jsonl) and task.grader == "none"), stops)
+    return Watch(task.is_graded, stops)
 
 
 def tokens_per_solution(watch: Watch, plan: Plan, tokens: int, room: int) -> float:

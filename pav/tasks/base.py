@@ -65,6 +65,11 @@ class Task(ABC):
     max_solution_tokens: ClassVar[int] = 1024
 
     @property
+    def is_graded(self) -> bool:
+        """Whether :meth:`grade` says anything; without it only likelihoods of ``gold`` are used."""
+        return True
+
+    @property
     def name(self) -> str:
         """What the task is called in output."""
         return type(self).__name__.lower()

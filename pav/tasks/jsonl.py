@@ -54,6 +54,11 @@ class Jsonl(Task):
     grader: Grader = "number"
 
     @property
+    def is_graded(self) -> bool:
+        """Unless the grader is ``none``."""
+        return self.grader != "none"
+
+    @property
     def fingerprint(self) -> str:
         """As every task's, with what is *in* the data in place of where it lies."""
         spec = task_spec(self)

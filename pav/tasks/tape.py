@@ -9,7 +9,7 @@ restatement ``=z``; the last line is ``A<z>``. Truth is known for every line, so
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 
@@ -55,7 +55,8 @@ def value_of(question: str) -> int:
     return value
 
 
-def _question(rng: Random, n_ops: int, keys: str = "++--*") -> str:
+def draw_question(rng: Random, n_ops: int, keys: str = "++--*") -> str:
+    """A random problem; operations are drawn from ``keys``."""
     text = str(rng.randint(2, 99))
     for _ in range(n_ops):
         op = rng.choice(keys)
@@ -63,7 +64,7 @@ def _question(rng: Random, n_ops: int, keys: str = "++--*") -> str:
     return text
 
 
-def _solution(rng: Random, question: str, short_cuts: float) -> str:
+def draw_solution(rng: Random, question: str, short_cuts: float) -> str:
     """A correct solution; one line in ten restates, a share of them take two operations at once."""
     value, operations = parse(question)
     lines: list[str] = []
@@ -105,7 +106,7 @@ class Tape(Task):
         rng = Random(f"{_STREAM_SEED[split]}/{self.n_ops}")
         seen: set[str] = set()
         while True:
-            question = _question(rng, self.n_ops)
+            question = draw_question(rng, self.n_ops)
             pid = problem_id(question)
             if pid not in seen and split_of(pid) == split:
                 seen.add(pid)
@@ -115,9 +116,9 @@ class Tape(Task):
         """Endless (question, correct solution) pairs of the train split, one stream per seed."""
         rng = Random(f"{_STREAM_SEED['solutions']}/{seed}")
         while True:
-            question = _question(rng, rng.randint(*self.sft_ops), self.sft_keys)
+            question = draw_question(rng, rng.randint(*self.sft_ops), self.sft_keys)
             if split_of(problem_id(question)) == "train":
-                yield question, _solution(rng, question, self.sft_short_cuts)
+                yield question, draw_solution(rng, question, self.sft_short_cuts)
 
     def grade(self, text: str, problem: Problem) -> Grade:
         """Right iff the last line is ``A<z>`` with the value of the tape."""
@@ -179,13 +180,18 @@ def _check(
 
 def tape_tokenizer() -> PreTrainedTokenizerFast:
     """Character tokenizer of the tape: PAD, BOS, EOS and 16 characters."""
+    return word_tokenizer("0123456789+-*=A\n", r"[\s\S]")
+
+
+def word_tokenizer(words: Iterable[str], pattern: str) -> PreTrainedTokenizerFast:
+    """PAD, BOS, EOS and ``words``, into which ``pattern`` cuts a text; what is no word is PAD."""
     # Not at the top: every command knows this task.
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokens = ["<pad>", "<s>", "</s>", *"0123456789+-*=A\n"]
+    tokens = ["<pad>", "<s>", "</s>", *words]
     core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     core.decoder = decoders.Fuse()
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]

@@ -43,8 +43,8 @@ from pav.grading.sandbox import DEFAULT_TIMEOUT, GRADER_LOG, guarded
 from pav.policy.opening import task_option
 from pav.policy.policy import Prompt, encode_prompt, load_tokenizer, model_path
 from pav.policy.rendered import rendering
-from pav.tasks.base import Problem, task_spec
-from pav.tasks.tape import tape_tokenizer
+from pav.tasks.base import Problem, Task, task_spec
+from pav.tasks.tape import tape_tokenizer, word_tokenizer
 from pav.train.checkpoints import (
     BEFORE,
     LAST,
@@ -68,6 +68,13 @@ class HasSolutions(Protocol):
     """A task that can show its own correct solutions."""
 
     def solutions(self, seed: int) -> Iterator[tuple[str, str]]: ...
+
+
+@runtime_checkable
+class HasVocabulary(Protocol):
+    """A task whose solutions need other tokens than the tape's; see ``word_tokenizer``."""
+
+    def vocabulary(self) -> tuple[list[str], str]: ...
 
 
 class Solutions(IterableDataset[tuple[Tensor, Tensor]]):
@@ -178,8 +185,13 @@ def _sft(config: SftConfig, task: HasSolutions, output: Path) -> None:
     # A death while the model was written leaves both: it is written again.
     if (output / "config.json").exists() and not unfinished:
         raise UserError(f"output {config.output!r} already holds a model; choose another directory")
+    if config.eval_problems and not config.task.is_graded:
+        raise UserError(
+            f"eval_problems is {config.eval_problems}, and nothing is graded in task "
+            f"{config.task.name!r}; set eval_problems 0"
+        )
     path = model_path(config.init) if config.init else ""
-    tokenizer = load_tokenizer(path) if path else tape_tokenizer()
+    tokenizer = load_tokenizer(path) if path else new_tokenizer(config.task)
     encode_prompt(tokenizer, config.prompt, "?")  # what it refuses it refuses now
     _refuse_other(config, output, started, tokenizer)
     problems = list(islice(config.task.problems("validation"), config.eval_problems))
@@ -243,6 +255,13 @@ def _sft(config: SftConfig, task: HasSolutions, output: Path) -> None:
         print(f"right in a single sample: {right} of {len(problems)} validation problems")
     following = next_command(output, config.prompt, task_spec(config.task))
     print(f"policy: {output}\nnext: {following} --output runs/labels")
+
+
+def new_tokenizer(task: Task) -> PreTrainedTokenizerBase:
+    """That of a policy trained from scratch: the task's own, else the tape's."""
+    if isinstance(task, HasVocabulary):
+        return word_tokenizer(*task.vocabulary())
+    return tape_tokenizer()
 
 
 def next_command(output: Path, prompt: Prompt, task: dict[str, Any]) -> str:

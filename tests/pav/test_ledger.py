@@ -1,0 +1,192 @@
+"""The ledger: thousands of wordings, what they tell can be read, and a chain makes them likely."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pav.core.errors import UserError
+from pav.policy.policy import PolicyConfig, load_policy
+from pav.tasks.base import Grade, Problem, Split, problem_id, split_of
+from pav.tasks.ledger import (
+    CLOSINGS,
+    ENDS,
+    GRAMMAR,
+    OPENINGS,
+    ORDINALS,
+    TAG,
+    TELLINGS,
+    Ledger,
+    running_totals,
+    tell,
+)
+from pav.tasks.tape import Tape
+from pav.train.sft import new_tokenizer, sft
+from pav.train.sft_config import PolicyShape, SftConfig
+
+LEDGER = Ledger()
+TOKENIZER = new_tokenizer(LEDGER)
+# 37+8=45, 45*3=35, 35-15=20, 20+6=26.
+QUESTION = "37+8*3-15+6"
+PROBLEM = Problem("p", QUESTION)
+N_OPS = st.integers(4, 6)
+
+
+def problems(split: Split, count: int, task: Ledger = LEDGER) -> list[Problem]:
+    return list(islice(task.problems(split), count))
+
+
+def forms(template: str) -> int:
+    """Wordings of a template."""
+    return math.prod(part.split("}")[0].count("|") + 1 for part in template.split("{")[1:])
+
+
+def test_every_sentence_has_hundreds_of_forms_and_a_paragraph_more_than_can_be_counted() -> None:
+    sentences = (OPENINGS, ENDS, TELLINGS, CLOSINGS)
+    assert min(sum(map(forms, sentence)) for sentence in sentences) > 300
+    assert math.prod(sum(map(forms, sentence)) for sentence in sentences) > 1e10
+    rng = Random(0)
+    assert len({tell(rng, QUESTION) for _ in range(3000)}) == 3000
+
+
+@pytest.mark.parametrize("n_ops", [4, 5, 6])
+def test_every_reference_has_60_to_120_tokens_and_depends_on_the_problem_alone(n_ops: int) -> None:
+    task = Ledger(n_ops=n_ops)
+    found = problems("train", 1000, task)
+    lengths = [len(TOKENIZER.encode(p.gold or "", add_special_tokens=False)) for p in found]
+    assert min(lengths) >= 60
+    assert max(lengths) <= 120
+    assert found == problems("train", 1000, task)
+    assert len({p.gold for p in found}) == 1000
+
+
+@pytest.mark.parametrize("n_ops", [3, 7])
+def test_tapes_whose_paragraph_would_be_too_short_or_long_are_refused(n_ops: int) -> None:
+    with pytest.raises(UserError, match=rf"task.n_ops is {n_ops}; give 4 to 6"):
+        Ledger(n_ops=n_ops)
+
+
+def test_problems_and_splits_are_those_of_the_tape() -> None:
+    for split in ("train", "validation", "test"):
+        found = problems(split, 50)
+        tape = islice(Tape(n_ops=LEDGER.n_ops).problems(split), 50)
+        assert [(p.id, p.question) for p in found] == [(p.id, p.question) for p in tape]
+
+
+def test_no_word_holds_the_tag_and_a_telling_names_its_key_before_its_number() -> None:
+    assert not [t for part in GRAMMAR for t in part if TAG in t or set("0123456789\n") & {*t}]
+    assert not [t for t in (*ENDS, *TELLINGS) if t.count("#") != 1 or set(".,;") & {*t}]
+    assert all(t.index("@") < t.index("#") for t in TELLINGS)
+
+
+@given(st.integers(0, 2**32), N_OPS)
+def test_every_solution_is_of_the_tokenizer_and_comes_back(seed: int, n_ops: int) -> None:
+    question, solution = next(Ledger(n_ops=n_ops).solutions(seed))
+    text = f"{question}\n{solution}"
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    assert TOKENIZER.pad_token_id not in ids
+    assert TOKENIZER.decode(ids) == text
+    assert TOKENIZER.decode([*ids, TOKENIZER.eos_token_id], skip_special_tokens=True) == text
+    assert text.count(TAG) == 1
+    assert ids.count(TOKENIZER.convert_tokens_to_ids(TAG)) == 1
+
+
+@given(st.integers(0, 2**32), N_OPS)
+def test_what_a_solution_tells_is_true(seed: int, n_ops: int) -> None:
+    task = Ledger(n_ops=n_ops)
+    question, solution = next(task.solutions(seed))
+    problem = Problem(problem_id(question), question)
+    assert task.true_totals(solution, problem) == (1.0, True)
+    # What stands before the tag is no telling.
+    assert task.true_totals(solution.replace(TAG, ""), problem) == (0.0, False)
+
+
+@given(st.integers(0, 2**32), N_OPS, st.data())
+def test_a_planted_wrong_total_is_found(seed: int, n_ops: int, data: st.DataObject) -> None:
+    task = Ledger(n_ops=n_ops)
+    question, solution = next(task.solutions(seed))
+    problem = Problem(problem_id(question), question)
+    chain, _, paragraph = solution.partition(TAG)
+    words = paragraph.split(" ")
+    at = data.draw(st.sampled_from([i for i, w in enumerate(words) if w[0].isdigit()]))
+    number = words[at].rstrip(".,;")
+    other = data.draw(st.integers(0, 150).map(str).filter(lambda n: n != number))
+    words[at] = other + words[at].removeprefix(number)
+    share = (n_ops - 1) / n_ops
+    assert task.true_totals(f"{chain}{TAG}{' '.join(words)}", problem) == (share, False)
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "share", "whole"),
+    [
+        ("the end is 26; the first key left 45, the second 35. The third was 20", 1.0, True),
+        # Told twice in the same way, and otherwise.
+        ("it is 26, yes 26; the first 45, the second 35, the third 20", 1.0, True),
+        ("it is 26; the first 45, the first 44, the second 35, the third 20", 0.75, False),
+        # A key that the tape has not, a total left out, totals of other keys.
+        ("it is 26; the first 45, the second 35, the third 20, the fourth 26", 1.0, False),
+        ("it is 26; the first 45, the third 20", 0.75, False),
+        ("it is 26; the first 35, the second 45, the third 20", 0.5, False),
+        ("it is 026; the first 45, the second 35, the third 20", 0.75, False),
+        ("26", 0.25, False),
+        ("", 0.0, False),
+    ],
+)
+def test_truth_is_read_by_key(paragraph: str, share: float, whole: bool) -> None:
+    assert LEDGER.true_totals(f"37+8=45\n{TAG}{paragraph}", PROBLEM) == (share, whole)
+
+
+@given(st.text() | st.lists(st.sampled_from([*"0123456789A.,;\n ", *ORDINALS])).map("".join))
+def test_no_text_makes_reading_raise_and_none_is_graded(text: str) -> None:
+    share, whole = LEDGER.true_totals(text, PROBLEM)
+    assert 0 <= share <= 1
+    assert share == 1 or not whole
+    assert LEDGER.grade(text, PROBLEM) == Grade(None, False)
+
+
+def test_chains_of_the_solutions_are_whole_cut_or_left_out_and_right() -> None:
+    drawn = list(islice(LEDGER.solutions(0), 2000))
+    kinds = Counter(chain_of(question, solution) for question, solution in drawn)
+    assert 0.65 < kinds["right"] / 2000 < 0.75
+    assert kinds["cut"] > 100
+    assert kinds["none"] > 300
+    assert kinds.total() == kinds["right"] + kinds["cut"] + kinds["none"]
+    assert {split_of(problem_id(question)) for question, _ in drawn} == {"train"}
+    assert drawn[:9] == list(islice(LEDGER.solutions(0), 9)) != list(islice(LEDGER.solutions(1), 9))
+
+
+def test_policy_of_the_ledger_is_trained_from_scratch_and_reads_its_words(tmp_path: Path) -> None:
+    config = SftConfig(
+        output=str(tmp_path / "policy"),
+        task=LEDGER,
+        shape=PolicyShape(hidden=32, layers=1, heads=1, mlp=32),
+        steps=2,
+        batch=4,
+        eval_problems=0,
+    )
+    sft(config)
+    policy = load_policy(PolicyConfig(config.output), LEDGER.step_rule)
+    (problem,) = problems("test", 1)
+    answer = LEDGER.forced_answer(problem)
+    ids = policy.tokenizer.encode(answer, add_special_tokens=False)
+    assert policy.text(ids) == answer
+    with pytest.raises(UserError, match="nothing is graded in task 'ledger'; set eval_problems 0"):
+        sft(SftConfig(output=str(tmp_path / "other"), task=LEDGER))
+
+
+def chain_of(question: str, solution: str) -> str:
+    """Kind of the chain: none, wrong, cut (no slip, but not at the end) or right."""
+    chain = solution.partition(TAG)[0].rstrip("\n")
+    if not chain:
+        return "none"
+    lines = chain.split("\n")
+    last = f"{TAG}{running_totals(question)[-1]}"
+    *slips, end = Tape().slips([*lines, last], Problem("p", question))
+    return "wrong" if slips[-1] else "cut" if end else "right"
