@@ -6,10 +6,11 @@ The tapes are those of :mod:`pav.tasks.tape`. A solution is a chain of the tape'
     37+8=45
     45*3=35
     35-15=20
-    AThis is a short note about ... The final total is 20; the second key took the sum to 35; ...
+    20+6=26
+    AThis is a short note about the tape. The final total of the whole tape is 26; the key *3 ...
 
-The end comes first, so no text before it works it out: who wrote no chain has to guess. Every
-sentence has thousands of forms and the reference is one of them, so a sample is never equal to it.
+The end comes first, so no text before it works it out: who wrote no chain has to guess. A paragraph
+has more forms than can be counted and the reference is one of them, so no sample is equal to it.
 What a text tells can still be read: :meth:`Ledger.true_totals` is for evaluation, and nothing that
 learns may call it.
 """
@@ -25,71 +26,58 @@ from typing import ClassVar, NamedTuple
 
 from pav.core.errors import UserError
 from pav.tasks.base import Grade, Problem, Split, Task, problem_id, split_of
-from pav.tasks.tape import Tape, apply, draw_question, draw_solution, parse
+from pav.tasks.tape import Tape, apply, draw_question, parse
 
 TAG = "A"
-ORDINALS = ("first", "second", "third", "fourth", "fifth")
 # Of the solutions that ``pav.sft`` learns from: the rest has no chain at all.
 FULL_CHAINS, CUT_CHAINS = 0.7, 0.15
 
-# ``{a|b}`` is a choice, ``#`` the number, ``@`` the ordinal. No word begins with a capital A, the
-# tag; a telling has its ordinal before its number, and neither comma nor stop.
+# ``{a|b}`` is a choice, ``@`` a key such as +8, ``#`` a total. No word begins with a capital A, the
+# tag; a telling has its key before its total, and neither comma nor stop.
 OPENINGS = (
-    "{Here|This|Below} is {the|a|one more} {short|brief|plain|simple} {report|account|note|record}"
-    " {of|about|on} {the|a} {tape|strip|roll} {from|of} the {small|little|old|grey}"
-    " {machine|calculator|register|adder}",
-    "The {clerk|owner|teller|cashier} {read|checked|followed|studied} the {whole|entire|long}"
-    " {tape|strip|roll} {once|twice|again|slowly} and {then|later|soon} {wrote|noted|jotted}"
-    " {this|everything|it all} down",
-    "{Someone|Somebody} {asked|wanted|wished} to {know|learn|hear} what the {small|little|old|grey}"
-    " {machine|calculator|register|adder} had {done|printed|worked out} on"
-    " {Monday|Tuesday|Friday|Sunday}",
+    "{Here|This|Below} is {the|a} {short|brief|plain} {report|account|note} {of|about} the"
+    " {tape|strip|roll}",
+    "The {clerk|owner|teller} {read|checked|followed} the {tape|strip|roll} {once|twice|again} and"
+    " noted {this|everything} down",
+    "{Someone|Somebody} {asked|wanted} to {know|hear} what the {machine|calculator|register} had"
+    " {done|printed}",
 )
 ENDS = (
-    "{In the end|Finally|By the close|When all was done} the {display|counter|dial|screen|window}"
-    " {of the machine|up front|in view} {shows|reads|says|gives|holds} #",
-    "The {final|closing|ultimate} {total|sum|value|figure|result} {of|on|for} the"
-    " {whole|entire|long} {tape|strip|roll} {is|was|comes to|stands at|equals} #",
-    "{What|Whatever} {remains|stays|is left} {when|once} {every|each} {key|button} has been"
-    " {pressed|used|hit} {is|was|comes to|equals} #",
+    "{In the end|Finally|By the close} the {display|counter|dial} of the"
+    " {machine|calculator|register} {shows|reads|says} #",
+    "The {final|closing} {total|sum|value} {of|on|for} the {whole|entire} {tape|strip|roll}"
+    " {is|was|equals} #",
+    "What {remains|stays} {when|once} {every|each} {key|button} has been {pressed|used|hit}"
+    " {is|was|equals} #",
 )
 TELLINGS = (
-    "{after|following|upon|behind} the @ {key|press|entry|stroke} the"
-    " {display|counter|dial|screen|window} {showed|read|said|gave|held} #",
-    "the @ {key|press|entry|stroke} {brought|took|moved|set|carried} the"
-    " {total|sum|value|figure|count} to #",
-    "{when|as|once} the @ {key|press|entry|stroke} was {down|done|in|through} the"
-    " {running|current|interim} {total|sum|value|figure|count} {was|stood at|came to|equalled} #",
-    "what the @ {key|press|entry|stroke} {left|put|kept} {in|on} the"
-    " {machine|calculator|register|adder} was #",
-    "it was the @ {key|press|entry|stroke} {that|which} made the {total|sum|value|figure|count} #",
+    "{after|following|upon} the {key|button} @ the {display|counter|dial} {showed|read|said} #",
+    "the {key|button} @ {brought|took|moved} the {running|current} {total|sum|value} to #",
+    "{when|as|once} the {key|button} @ was {down|done} the {total|sum|value} {was|equalled} #",
+    "what the {key|button} @ {left|put|kept} in the {machine|calculator|register} was #",
 )
-JOINTS = (
-    "; ",
-    ", {and|while|but|whereas} ",
-    ". {Besides|Moreover|On the way|Clearly|Indeed|Meanwhile|Of course} ",
-)
+JOINTS = ("; ", ", {and|while|but} ", ". {Besides|Moreover|Indeed|Meanwhile} ")
 CLOSINGS = (
-    "{Every|Each} {key|entry|line} was {checked|read|counted} {once|twice|again} by {hand|eye} and"
-    " {nothing|not one step} was {left out|skipped|forgotten}",
-    "The {machine|calculator|register|adder} was {then|later|soon} {switched|turned} off and the"
-    " {tape|strip|roll} {went|came|moved} {to|into} {the|a} {drawer|box|folder|cabinet}",
-    "{Nobody|Hardly anyone|Not one person} {doubted|questioned|disputed} {it|these numbers|this}"
-    " {then|later|since} and the {clerk|owner|teller|cashier} {closed|shut} the"
-    " {book|shop|office} {happily|early|late}",
+    "{Every|Each} {key|button|line} was {checked|read} {once|twice|again} and nothing was"
+    " {left out|skipped}",
+    "The {machine|calculator|register} was then {switched|turned} off and the {tape|strip|roll}"
+    " {put|filed} away",
+    "{Nobody|Hardly anyone} {doubted|questioned} {this|everything} and the {clerk|owner|teller}"
+    " closed the {book|shop} {early|late}",
 )
 GRAMMAR = (OPENINGS, ENDS, TELLINGS, JOINTS, CLOSINGS)
 _CHOICE = re.compile(r"\{([^{}]*)\}")
 _WORD = re.compile(r"[A-Za-z]+")
 _CLAUSE = re.compile(r"[.,;]")
-_NUMBER = re.compile(r"[0-9]+")
+_KEY = re.compile(r"[+*-][0-9]+")
+_TOTAL = re.compile(r"(?<![0-9+*-])[0-9]+")
 
 
 class Truth(NamedTuple):
     """What a text tells of a tape.
 
     Attributes:
-        share: of the running totals and the end, those told, and never told otherwise.
+        share: of the keys but the last, and the end, those whose totals are told and no others.
         whole: whether that is all of them, and nothing else is told.
     """
 
@@ -103,12 +91,9 @@ class Ledger(Task):
 
     Args:
         n_ops: operations in a problem, 4 to 6.
-        sft_short_cuts: share of lines of the chains ``pav.sft`` learns from that take two
-            operations at once.
     """
 
     n_ops: int = 4
-    sft_short_cuts: float = 0.15
 
     # Texts that open and close the answer; "" for the end of the solution.
     answer_tags: ClassVar[tuple[str, str]] = (TAG, "")
@@ -140,10 +125,10 @@ class Ledger(Task):
             question = draw_question(rng, self.n_ops)
             if split_of(problem_id(question)) != "train":
                 continue
-            *chain, _ = draw_solution(rng, question, self.sft_short_cuts).split("\n")
+            chain = _lines(question)
             kind = rng.random()
             if kind >= FULL_CHAINS:
-                chain = chain[: rng.randrange(len(chain)) if kind < FULL_CHAINS + CUT_CHAINS else 0]
+                chain = chain[: rng.randrange(self.n_ops) if kind < FULL_CHAINS + CUT_CHAINS else 0]
             yield question, "\n".join([*chain, TAG + tell(rng, question)])
 
     def grade(self, text: str, problem: Problem) -> Grade:
@@ -163,26 +148,28 @@ class Ledger(Task):
 
         The tape's characters, and words and digits with the space before them.
         """
-        words = {*ORDINALS, *_WORD.findall(" ".join(t for part in GRAMMAR for t in part))}
-        tokens = [*f"0123456789+-*={TAG}\n.,; ", *(f" {digit}" for digit in range(10))]
+        words = set(_WORD.findall(" ".join(t for part in GRAMMAR for t in part)))
+        tokens = [*f"0123456789+-*={TAG}\n.,; ", *(f" {sign}" for sign in "0123456789+-*")]
         tokens += sorted(word for word in words if word[0].isupper())
         tokens += sorted(f" {word}" for word in words)
-        return tokens, rf" ?(?!{TAG})[A-Za-z][a-z]*| ?[0-9]|[\s\S]"
+        return tokens, rf" ?(?!{TAG})[A-Za-z][a-z]*| ?[0-9+*-]|[\s\S]"
 
     def true_totals(self, text: str, problem: Problem) -> Truth:
         """What the paragraph of a whole solution tells, for evaluation only.
 
-        A clause with a number tells a running total if it names its key (``the second key``), else
-        the end. Without a tag nothing is told.
+        A clause with a key (``the key +8``) tells the total after it, one without tells the end.
+        Without a tag nothing is told.
         """
-        *totals, end = map(str, running_totals(problem.question))
+        keys, totals = _keys(problem.question), running_totals(problem.question)
+        expected = {"": {str(totals[-1])}}
+        for key, total in zip(keys[:-1], totals, strict=False):
+            expected.setdefault(key, set()).add(str(total))
         told: dict[str, set[str]] = {}
         for clause in _CLAUSE.split(text.partition(TAG)[2]):
-            key = next((word for word in _WORD.findall(clause) if word in ORDINALS), "")
-            for number in _NUMBER.findall(clause):
-                told.setdefault(key, set()).add(number)
-        expected = {**dict(zip(ORDINALS, totals, strict=False)), "": end}
-        right = sum(told.get(key) == {total} for key, total in expected.items())
+            named = _KEY.search(clause)
+            for total in _TOTAL.findall(clause):
+                told.setdefault(named[0] if named else "", set()).add(total)
+        right = sum(told.get(key) == found for key, found in expected.items())
         return Truth(right / len(expected), right == len(expected) == len(told))
 
 
@@ -192,14 +179,25 @@ def running_totals(question: str) -> list[int]:
     return list(accumulate(operations, lambda total, key: apply(total, *key), initial=value))[1:]
 
 
+def _keys(question: str) -> list[str]:
+    return [f"{op}{operand}" for op, operand in parse(question)[1]]
+
+
+def _lines(question: str) -> list[str]:
+    """The right chain, a key in a line."""
+    totals = running_totals(question)
+    before = [parse(question)[0], *totals]
+    return [f"{x}{key}={z}" for x, key, z in zip(before, _keys(question), totals, strict=False)]
+
+
 def tell(rng: Random, question: str) -> str:
     """A true paragraph about ``question`` in some wording."""
     *totals, end = running_totals(question)
     text = f"{_wording(rng, OPENINGS)}. {_wording(rng, ENDS).replace('#', str(end))}"
-    tellings = list(zip(ORDINALS, totals, strict=False))
+    tellings = list(zip(_keys(question), totals, strict=False))
     rng.shuffle(tellings)
-    for ordinal, total in tellings:
-        telling = _wording(rng, TELLINGS).replace("@", ordinal).replace("#", str(total))
+    for key, total in tellings:
+        telling = _wording(rng, TELLINGS).replace("@", key).replace("#", str(total))
         text += _wording(rng, JOINTS) + telling
     return f"{text}. {_wording(rng, CLOSINGS)}."
 

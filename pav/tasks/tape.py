@@ -64,7 +64,7 @@ def draw_question(rng: Random, n_ops: int, keys: str = "++--*") -> str:
     return text
 
 
-def draw_solution(rng: Random, question: str, short_cuts: float) -> str:
+def _solution(rng: Random, question: str, short_cuts: float) -> str:
     """A correct solution; one line in ten restates, a share of them take two operations at once."""
     value, operations = parse(question)
     lines: list[str] = []
@@ -118,7 +118,7 @@ class Tape(Task):
         while True:
             question = draw_question(rng, rng.randint(*self.sft_ops), self.sft_keys)
             if split_of(problem_id(question)) == "train":
-                yield question, draw_solution(rng, question, self.sft_short_cuts)
+                yield question, _solution(rng, question, self.sft_short_cuts)
 
     def grade(self, text: str, problem: Problem) -> Grade:
         """Right iff the last line is ``A<z>`` with the value of the tape."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,6 @@ from pav.tasks.ledger import (
     ENDS,
     GRAMMAR,
     OPENINGS,
-    ORDINALS,
     TAG,
     TELLINGS,
     Ledger,
@@ -28,11 +28,11 @@ from pav.tasks.ledger import (
     tell,
 )
 from pav.tasks.tape import Tape
-from pav.train.sft import new_tokenizer, sft
+from pav.train.sft import sft, tokenizer_of
 from pav.train.sft_config import PolicyShape, SftConfig
 
 LEDGER = Ledger()
-TOKENIZER = new_tokenizer(LEDGER)
+TOKENIZER = tokenizer_of("", LEDGER)
 # 37+8=45, 45*3=35, 35-15=20, 20+6=26.
 QUESTION = "37+8*3-15+6"
 PROBLEM = Problem("p", QUESTION)
@@ -48,10 +48,10 @@ def forms(template: str) -> int:
     return math.prod(part.split("}")[0].count("|") + 1 for part in template.split("{")[1:])
 
 
-def test_every_sentence_has_hundreds_of_forms_and_a_paragraph_more_than_can_be_counted() -> None:
+def test_every_sentence_has_a_hundred_forms_and_a_paragraph_more_than_can_be_counted() -> None:
     sentences = (OPENINGS, ENDS, TELLINGS, CLOSINGS)
-    assert min(sum(map(forms, sentence)) for sentence in sentences) > 300
-    assert math.prod(sum(map(forms, sentence)) for sentence in sentences) > 1e10
+    assert min(sum(map(forms, sentence)) for sentence in sentences) >= 100
+    assert math.prod(sum(map(forms, sentence)) for sentence in sentences) > 1e8
     rng = Random(0)
     assert len({tell(rng, QUESTION) for _ in range(3000)}) == 3000
 
@@ -81,7 +81,7 @@ def test_problems_and_splits_are_those_of_the_tape() -> None:
 
 
 def test_no_word_holds_the_tag_and_a_telling_names_its_key_before_its_number() -> None:
-    assert not [t for part in GRAMMAR for t in part if TAG in t or set("0123456789\n") & {*t}]
+    assert not [t for part in GRAMMAR for t in part if TAG in t or set("0123456789+-*=\n") & {*t}]
     assert not [t for t in (*ENDS, *TELLINGS) if t.count("#") != 1 or set(".,;") & {*t}]
     assert all(t.index("@") < t.index("#") for t in TELLINGS)
 
@@ -119,22 +119,25 @@ def test_a_planted_wrong_total_is_found(seed: int, n_ops: int, data: st.DataObje
     number = words[at].rstrip(".,;")
     other = data.draw(st.integers(0, 150).map(str).filter(lambda n: n != number))
     words[at] = other + words[at].removeprefix(number)
-    share = (n_ops - 1) / n_ops
-    assert task.true_totals(f"{chain}{TAG}{' '.join(words)}", problem) == (share, False)
+    share, whole = task.true_totals(f"{chain}{TAG}{' '.join(words)}", problem)
+    # A key that is pressed twice has two totals, which are right together or not.
+    keys = {*re.findall(r"[+*-]\d+", question.removesuffix(re.findall(r"[+*-]\d+", question)[-1]))}
+    assert (share, whole) == (len(keys) / (len(keys) + 1), False)
 
 
 @pytest.mark.parametrize(
     ("paragraph", "share", "whole"),
     [
-        ("the end is 26; the first key left 45, the second 35. The third was 20", 1.0, True),
+        ("the end is 26; after +8 it was 45, the key *3 left 35. The button -15 20", 1.0, True),
         # Told twice in the same way, and otherwise.
-        ("it is 26, yes 26; the first 45, the second 35, the third 20", 1.0, True),
-        ("it is 26; the first 45, the first 44, the second 35, the third 20", 0.75, False),
-        # A key that the tape has not, a total left out, totals of other keys.
-        ("it is 26; the first 45, the second 35, the third 20, the fourth 26", 1.0, False),
-        ("it is 26; the first 45, the third 20", 0.75, False),
-        ("it is 26; the first 35, the second 45, the third 20", 0.5, False),
-        ("it is 026; the first 45, the second 35, the third 20", 0.75, False),
+        ("it is 26, yes 26; +8 45, *3 35, -15 20", 1.0, True),
+        ("it is 26; +8 45, +8 44, *3 35, -15 20", 0.75, False),
+        # A key that the tape has not or whose total is the end, one left out, totals of others.
+        ("it is 26; +8 45, *3 35, -15 20, -16 19", 1.0, False),
+        ("it is 26; +8 45, *3 35, -15 20, +6 26", 1.0, False),
+        ("it is 26; +8 45, -15 20", 0.75, False),
+        ("it is 26; +8 35, *3 45, -15 20", 0.5, False),
+        ("it is 026; +8 45, *3 35, -15 20", 0.75, False),
         ("26", 0.25, False),
         ("", 0.0, False),
     ],
@@ -143,12 +146,18 @@ def test_truth_is_read_by_key(paragraph: str, share: float, whole: bool) -> None
     assert LEDGER.true_totals(f"37+8=45\n{TAG}{paragraph}", PROBLEM) == (share, whole)
 
 
-@given(st.text() | st.lists(st.sampled_from([*"0123456789A.,;\n ", *ORDINALS])).map("".join))
+@given(st.text() | st.text("0123456789+-*A.,;\n "))
 def test_no_text_makes_reading_raise_and_none_is_graded(text: str) -> None:
     share, whole = LEDGER.true_totals(text, PROBLEM)
     assert 0 <= share <= 1
     assert share == 1 or not whole
     assert LEDGER.grade(text, PROBLEM) == Grade(None, False)
+
+
+def test_a_key_that_is_pressed_twice_has_two_totals() -> None:
+    problem = Problem("p", "10+5+5+7-1")
+    assert LEDGER.true_totals("A26; +5 15, +7 27, +5 20", problem) == (1.0, True)
+    assert LEDGER.true_totals("A26; +5 15, +7 27", problem) == (2 / 3, False)
 
 
 def test_chains_of_the_solutions_are_whole_cut_or_left_out_and_right() -> None:
