@@ -43,7 +43,7 @@ def _engines(config: RolloutsConfig, policies: list[Policy]) -> Iterator[VllmEng
 
 def _in_workers(config: RolloutsConfig, policies: list[Policy]) -> Sequence[RemoteEngine]:
     length = config.sampler.max_length
-    models = [Model(p.path, p.config.dtype, length, config.engine, p.stepper) for p in policies]
+    models = [Model(p.path, p.config.dtype, length, config.engine, (p.stepper,)) for p in policies]
     note = None if config.dry_run else config.directory / WORKERS
     reached = transport(config.engine, config.workers, config.ray)
     return remote_engines(reached, models, config.workers, note)

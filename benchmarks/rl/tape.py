@@ -6,8 +6,10 @@ outcomes is dead. In each, every arm runs with every seed from the same start, o
 and with as many samples per iteration. Every run is ``pav.rl`` in a process of its own, so the same
 command goes on where it was stopped; about five minutes of a core for 30 iterations of a run.
 
-Reads the arms of ``configs/tape/rl/arms.yaml``. Writes ``rl_tape_<regime>.json``, ``.csv`` and
-``.png`` to ``benchmarks/results``.
+Reads the arms of ``configs/tape/rl/arms.yaml``. Every arm that has ``tries`` there has as many as
+the others: short runs with a seed of their own, of which the one is taken that is right most often
+in its last ten iterations (fresh samples of problems that were not trained on before). Writes
+``rl_tape_<regime>.json``, ``.csv``, ``_tries.csv`` and ``.png`` to ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from pav.core.statistics import Interval, bootstrap
 ARMS = Path("configs/tape/rl/arms.yaml")
 RESULTS = Path(__file__).parents[1] / "results"
 OUTCOME = "outcome"
+TRY_SEED = 1000
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -47,6 +50,7 @@ class TapeRlConfig:
         arms: names of arms; by default all of ``configs/tape/rl/arms.yaml``.
         seeds: of runs: problems, samples.
         iterations: of every run.
+        try_iterations: of every try.
         only_report: make tables and plots of what is there.
     """
 
@@ -55,6 +59,7 @@ class TapeRlConfig:
     arms: list[str] | None = None
     seeds: int = 3
     iterations: int = 60
+    try_iterations: int = 20
     only_report: bool = False
 
 
@@ -88,9 +93,11 @@ def tape(config: TapeRlConfig) -> None:
     start = plan["starts"][config.regime]
     if not config.only_report:
         _make_start(start)
+        tuned = {name: _tuned(config, start, plan, name) for name in names}
         for seed in range(config.seeds):
             for name in names:
-                _run_arm(config, start, {**plan["common"], **plan["arms"][name]}, name, seed)
+                output = _directory(config, name, seed)
+                _run(config, start, tuned[name] | {"seed": seed}, output)
     curves = {name: curve for name in names if (curve := _curve(config, name)) is not None}
     if not curves:
         raise UserError(f"no run of {config.regime} is in {config.output!r}; leave out only_report")
@@ -107,23 +114,51 @@ def _directory(config: TapeRlConfig, name: str, seed: int) -> Path:
     return Path(config.output) / config.regime / name / f"seed{seed}"
 
 
-def _run_arm(
-    config: TapeRlConfig, start: dict[str, Any], settings: dict[str, Any], name: str, seed: int
+def _tuned(
+    config: TapeRlConfig, start: dict[str, Any], plan: dict[str, Any], name: str
+) -> dict[str, Any]:
+    """Settings of an arm, those of its best try among them."""
+    settings = {**plan["common"], **plan["arms"][name], "iterations": config.iterations}
+    tries = plan["tries"].get(name, [])
+    for number, changes in enumerate(tries):
+        short = {"iterations": config.try_iterations, "eval_problems": 0, "seed": TRY_SEED}
+        _run(config, start, settings | changes | short, _try_directory(config, name, number))
+    if not tries:
+        return settings
+    right = [_late(_rows(_try_directory(config, name, i))) for i in range(len(tries))]
+    best = int(np.argmax(right))
+    print(f"== {name}: try {best} of {len(tries)}, {tries[best]}, right {right[best]:.3f}")
+    return settings | tries[best]
+
+
+def _try_directory(config: TapeRlConfig, name: str, number: int) -> Path:
+    return Path(config.output) / config.regime / "tries" / name / str(number)
+
+
+def _rows(directory: Path) -> list[dict[str, Any]]:
+    file = directory / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _late(rows: list[dict[str, Any]]) -> float:
+    """Share of right samples in the last ten iterations."""
+    return float(np.mean([row["train/accuracy"] for row in rows if "train/accuracy" in row][-10:]))
+
+
+def _run(
+    config: TapeRlConfig, start: dict[str, Any], settings: dict[str, Any], output: Path
 ) -> None:
-    output = _directory(config, name, seed)
+    """One run of pav.rl, unless it is there."""
     if (output / "last" / "config.json").exists():
         return
-    plain = settings | {
-        "output": str(output), "seed": seed, "iterations": config.iterations,
-        # An arm that collapses is a result.
-        "guards": "off",
-    }  # fmt: skip
+    # An arm that collapses is a result.
+    plain = settings | {"output": str(output), "guards": "off"}
     if "init" in start:
         plain["init"] = start["init"]
     output.mkdir(parents=True, exist_ok=True)
     file = output / "settings.yaml"
     file.write_text(yaml.safe_dump(plain))
-    print(f"== {config.regime}, {name}, seed {seed}: pav.rl --config {file}", flush=True)
+    print(f"== pav.rl --config {file}", flush=True)
     subprocess.run(
         [sys.executable, "-m", "pav.rl", "--config", str(file)],
         check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -134,9 +169,8 @@ def _curve(config: TapeRlConfig, name: str) -> Curve | None:
     """Of the seeds whose runs are there; evaluations that all of them have."""
     runs = []
     for seed in range(config.seeds):
-        file = _directory(config, name, seed) / "metrics.jsonl"
-        if file.exists():
-            runs.append([json.loads(line) for line in file.read_text().splitlines()])
+        if rows := _rows(_directory(config, name, seed)):
+            runs.append(rows)
     if not runs:
         return None
     evaluations = [[row for row in rows if "accuracy" in row] for rows in runs]

@@ -102,7 +102,7 @@ def _simulated(made: Run, workers: int, problems: int, rate: float) -> dict[str,
     engine: Any = Here(answers)
     if workers:
         model = Model(
-            policy.path, policy.config.dtype, sampler.max_length, EngineConfig(), policy.stepper
+            policy.path, policy.config.dtype, sampler.max_length, EngineConfig(), (policy.stepper,)
         )
         (engine,) = remote_engines(simulation, [model], workers)
     with TemporaryDirectory() as name, Store(Path(name), {}) as store:

@@ -37,7 +37,8 @@ from pav.rl.command import assembled, opened, problems_of
 from pav.rl.config import RlConfig
 from pav.rl.credit import samples
 from pav.rl.loop import Run
-from pav.rl.rollout import Actor, Trace, rollout
+from pav.rl.rollout import Actor, rollout
+from pav.rl.trace import Trace
 from pav.rl.update import Sample, update
 from pav.verifier.forward import batches, pad
 from pav.verifier.trunk import load_trunk
@@ -75,7 +76,8 @@ def speed(config: RlSpeedConfig) -> None:
     rows: list[dict[str, Any]] = []
     with GuardedGrader(task) as grader:
         engine.start()
-        actor = Actor(engine, policy, sampler, grader, 0)
+        assert rewarder.references is not None
+        actor = Actor(engine, policy, sampler, grader, rewarder.references, 0)
         made = assembled(settings, fabric, engine, actor, rewarder, problems, [])
         bare_policy = load_trunk(policy.path).to(fabric.device)
         bare_optimizer = torch.optim.AdamW(bare_policy.parameters(), lr=1e-6)
@@ -169,7 +171,9 @@ def _raw(made: Run, traces: Sequence[Trace], key: tuple[object, ...]) -> None:
 
 @torch.inference_mode()
 def _bare_score(made: Run, traces: Sequence[Trace]) -> None:
-    trunk = made.rewarder.verifier.model.trunk
+    verifier = made.rewarder.reading
+    assert verifier is not None
+    trunk = verifier.model.trunk
     nothing = np.zeros(0)
     whole = [Sample([*t.prompt, *t.ids], len(t.prompt), t.sampled_T, nothing, 0.0) for t in traces]
     for batch in batches(whole, None):

@@ -55,7 +55,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from data_gen.likelihood.forced_answer import Scorer
+    from pav.verifier.forced_answer import Scorer
 
 # Solutions between two parts of the table: what a death costs.
 PART = 256
@@ -172,7 +172,7 @@ def _load(policy: Policy, device: str) -> PreTrainedModel:
 def _write(
     run: Run, task: Task, policy: Policy, model: PreTrainedModel, owed: list[Trace], done: set[str]
 ) -> None:
-    from data_gen.likelihood.forced_answer import answer_ids, one_by_one, scorer_for
+    from pav.verifier.forced_answer import answer_ids, one_by_one, scorer_for
 
     folder = run.directory / LIKELIHOODS
     scorer: Scorer | None = None
@@ -217,7 +217,7 @@ def _check_lengths(task: Task, policy: Policy, owed: list[Trace]) -> None:
     """Refuse what the model cannot read, before it is loaded."""
     from transformers import AutoConfig
 
-    from data_gen.likelihood.forced_answer import answer_ids
+    from pav.verifier.forced_answer import answer_ids
 
     config = AutoConfig.from_pretrained(policy.path, trust_remote_code=False)
     longest = getattr(config, "max_position_embeddings", None)

@@ -15,12 +15,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from pav.core.errors import UserError
 
 # How often one step may run on over blank lines before its candidate is discarded.
 MAX_BLANK_RESUMES = 8
+
+
+class Ending(Protocol):
+    """Where sampling ends, other than at an end-of-sequence token."""
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether it ends anything; one that does not is never asked."""
+
+    def is_solution(self, ids: Sequence[int]) -> bool:
+        """Whether what was sampled so far ends here."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,11 @@ class Stepper:
     def stop_ids(self) -> list[int]:
         """What sampling of one step stops at."""
         return sorted(self.delimiter_ids | self.eos_ids)
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether a step can end a solution."""
+        return bool(self.rule.final)
 
     def ends_step(self, step: Sequence[int]) -> bool:
         """Whether the tokens since the last boundary end a step with their last token."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from pav.core.steps import Stepper
+from pav.core.steps import Ending
 from pav.engine.gpu_memory import share_gpu
 from pav.engine.loading import EngineConfig
 from pav.engine.pool import Pool, Transport
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """What :class:`~pav.engine.vllm.VllmEngine` takes; ``until`` of all that is sampled from it.
+    """What :class:`~pav.engine.vllm.VllmEngine` takes, and each ``until`` that samples may name.
 
     With ``weights`` the engine serves them, and not those of the directory.
     """
@@ -44,14 +44,17 @@ class Model:
     dtype: Dtype
     max_length: int
     config: EngineConfig
-    until: Stepper | None = None
+    untils: tuple[Ending, ...] = ()
     trained: bool = False
     weights: Packed | None = None
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of :meth:`~pav.engine.vllm.VllmEngine.sample` of the ``model``-th engine."""
+    """A call of :meth:`~pav.engine.vllm.VllmEngine.sample` of the ``model``-th engine.
+
+    ``until`` is a place in its model's.
+    """
 
     model: int
     ids: list[int]
@@ -60,6 +63,7 @@ class Call:
     max_tokens: int
     seed: int
     logprobs: bool = False
+    until: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,6 @@ class Models:
             engine.start()
             if m.weights is not None:
                 engine.load_weights(m.weights.state(), m.weights.version)
-        untils = [m.until for m in models]
 
         async def answer(call: Call) -> Sampled:
             return await engines[call.model].sample(
@@ -92,7 +95,7 @@ class Models:
                 max_tokens=call.max_tokens,
                 seed=call.seed,
                 logprobs=call.logprobs,
-                until=untils[call.model],
+                until=None if call.until is None else models[call.model].untils[call.until],
             )
 
         return Loaded(engines, answer, lambda: tuple(engine.in_flight for engine in engines))
@@ -185,9 +188,9 @@ class RemoteEngine:
         max_tokens: int,
         seed: int,
         logprobs: bool = False,
-        until: Stepper | None = None,
+        until: Ending | None = None,
     ) -> Sampled:
-        """Sample up to ``max_tokens`` after ``ids``; ``until`` is that of the pool's model.
+        """Sample up to ``max_tokens`` after ``ids``; ``until`` is one that the model names.
 
         Raises:
             RuntimeError: if a worker answers with other weights than it was given.
@@ -207,7 +210,11 @@ class RemoteEngine:
                 said = f"a worker sampled with weights of version {answer.version}, not {version}"
                 future.set_exception(RuntimeError(said))
 
-        call = Call(self.model, list(ids), sampler, list(stop_ids), max_tokens, seed, logprobs)
+        end = None
+        if until is not None and until.is_watching:
+            end = self.models[self.model].untils.index(until)
+        stops = list(stop_ids)
+        call = Call(self.model, list(ids), sampler, stops, max_tokens, seed, logprobs, end)
         self.pool.submit(call, answered, queue=self.model)
         return await future
 

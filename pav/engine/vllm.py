@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pav.core.steps import Stepper
+from pav.core.steps import Ending
 from pav.engine.answers import (
     Answer,
     answer_of,
@@ -49,7 +49,7 @@ TORN = "an update of this engine's weights broke in its middle; start another on
 ASLEEP = "this engine is asleep and has no weights; load_weights wakes it"
 
 # The future, what makes its result, and the rule by which a sample may stop before its end.
-_Waiting = tuple[asyncio.Future[Any], Callable[[Answer], Any], Stepper | None]
+_Waiting = tuple[asyncio.Future[Any], Callable[[Answer], Any], Ending | None]
 
 
 @dataclass
@@ -132,13 +132,13 @@ class VllmEngine:
         seed: int,
         scores: bool = False,
         logprobs: bool = False,
-        until: Stepper | None = None,
+        until: Ending | None = None,
     ) -> Sampled:
         """Sample up to ``max_tokens`` after ``ids``; score ids are never sampled.
 
-        With ``logprobs`` the log-probability of each token comes along. With ``until``, ``ids`` end
-        with a step, and the sample also stops after a step that is final by its rule
-        (:attr:`StepRule.final`).
+        With ``logprobs`` the log-probability of each token comes along. The sample also stops
+        where ``until`` says so: with a :class:`~pav.core.steps.Stepper`, ``ids`` end with a step,
+        and a step that is final by its rule ends the sample.
 
         Raises:
             ValueError: if log-probabilities are asked for that this engine does not have.
@@ -168,7 +168,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        if until is not None and not until.rule.final:
+        if until is not None and not until.is_watching:
             until = None
         if until is not None:
             parameters.output_kind = RequestOutputKind.CUMULATIVE
@@ -238,7 +238,7 @@ class VllmEngine:
         ids: Sequence[int],
         parameters: Any,
         convert: Callable[[Answer], T],
-        until: Stepper | None = None,
+        until: Ending | None = None,
     ) -> asyncio.Future[T]:
         self.start()
         if self._unusable:

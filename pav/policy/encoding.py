@@ -62,11 +62,15 @@ def encode_steps(
 
 def encode_after_step(policy: Policy, text: str) -> list[int]:
     """Ids of a text as they follow the end of a step; its own ids where the two share a token."""
-    delimiter = policy.stepper.rule.delimiter
+    return encode_after(policy, policy.stepper.rule.delimiter, text)
+
+
+def encode_after(policy: Policy, before: str, text: str) -> list[int]:
+    """Ids of ``text`` as they follow the text ``before``; its own where the two share a token."""
     if policy.tokenizer.is_fast:
-        ids, starts = _encode(policy, delimiter + text)
-        end = _end(starts, 0)
-        if policy.text(ids) == delimiter + text and starts[end : end + 1] == [len(delimiter)]:
+        ids, starts = _encode(policy, before + text)
+        end = int(np.searchsorted(starts, len(before)))
+        if policy.text(ids) == before + text and starts[end : end + 1] == [len(before)]:
             return ids[end:]
     return list(policy.tokenizer.encode(text, add_special_tokens=False))
 

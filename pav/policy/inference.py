@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pav.core.steps import Stepper
+from pav.core.steps import Ending
 from pav.policy.policy import Sampler
 
 # Head rows are served divided by this (a power of two, hence exact) so that they weigh next to
@@ -90,7 +90,7 @@ class Engine(Protocol):
         seed: int,
         scores: bool = False,
         logprobs: bool = False,
-        until: Stepper | None = None,
+        until: Ending | None = None,
     ) -> Sampled:
         """Sample up to ``max_tokens`` after ``ids``."""
 

@@ -57,6 +57,9 @@ def _group(reward_PG: Array) -> int:
     return group
 
 
+BASELINES = {"rloo": rloo, "group_mean": group_mean}
+
+
 def dead(reward_PG: Array) -> NDArray[np.bool_]:
     """Groups (P,) whose outcomes are all alike: their outcomes teach nothing."""
     return np.asarray((reward_PG == reward_PG[:, :1]).all(axis=1))

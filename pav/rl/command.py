@@ -23,7 +23,7 @@ from pav.core.signals import interruptible
 from pav.core.statistics import few
 from pav.engine.loading import check_model
 from pav.grading.sandbox import GRADER_LOG, guarded
-from pav.policy.opening import print_opening, settle_cap, task_option
+from pav.policy.opening import print_opening, settle_cap, task_for, task_option
 from pav.policy.policy import (
     Policy,
     PolicyConfig,
@@ -34,12 +34,14 @@ from pav.policy.policy import (
     tokenizer_fingerprint,
 )
 from pav.policy.rendered import refuse_clock, rendered
+from pav.rl.chain import Tags
 from pav.rl.checkpoint import LAST, load
 from pav.rl.config import RlConfig, check_sampler
 from pav.rl.engines import Serving, serving
 from pav.rl.learner import Learner, Reference
 from pav.rl.loop import Run, iterate, train
 from pav.rl.memory import settle
+from pav.rl.references import References
 from pav.rl.refresh import refreshed
 from pav.rl.report import PAGE, SETTINGS
 from pav.rl.reward import Rewarder
@@ -92,12 +94,9 @@ def _rl(config: RlConfig) -> None:
         task, f"{len(problems)} train, {len(held_out)} validation problems",
         [("policy", policy)], problems[0], sampler, cap,
     )  # fmt: skip
-    dense = f"dense reward {config.dense}, alpha {config.alpha:g}, prover {rewarder.prover}"
-    said = "outcome only" if config.dense == "none" else dense
-    print(f"verifier: {config.verifier} (frozen); {said}")
+    print(_said(config, rewarder))
     gpu = torch.cuda.is_available() and config.accelerator != "cpu"
-    scorers = [rewarder.verifier] if config.dense != "none" else []
-    scorers += [] if rewarder.orm is None else [rewarder.orm]
+    scorers = [v for v in (rewarder.reading, rewarder.orm) if v is not None]
     device = settle(config, policy, scorers, sampler, gpu)
     if not config.dry_run and not rank():
         _refuse_other(config, directory, rewarder, policy, task, sampler)
@@ -111,11 +110,13 @@ def _rl(config: RlConfig) -> None:
         precision=config.precision,
     )
     fabric.launch()
-    engine = serving(config, policy, sampler, device, fabric.local_rank)
+    references = rewarder.references
+    assert references is not None
+    engine = serving(config, policy, sampler, device, fabric.local_rank, references.endings)
     with interruptible(), guarded(task, directory / GRADER_LOG, config.grade_timeout) as grader:
         try:
             engine.start()
-            actor = Actor(engine, policy, sampler, grader, config.seed)
+            actor = Actor(engine, policy, sampler, grader, references, config.seed)
             run = assembled(config, fabric, engine, actor, rewarder, problems, held_out)
             if config.dry_run:
                 dry(run)
@@ -131,20 +132,66 @@ def _rl(config: RlConfig) -> None:
         _say_end(run, task)
 
 
+def _said(config: RlConfig, rewarder: Rewarder) -> str:
+    """What is rewarded, in a line."""
+    whole = "outcome" if config.orm is None else f"outcome by {config.orm}"
+    parts = [whole if config.reward == "outcome" else config.reward]
+    if config.dense == "likelihood":
+        parts.append(f"likelihood progress of steps, alpha {config.alpha:g}")
+    elif config.dense != "none":
+        parts.append(
+            f"dense reward {config.dense}, alpha {config.alpha:g}, prover {rewarder.prover}"
+        )
+    if config.verifier is not None:
+        parts.append(f"verifier {config.verifier} (frozen)")
+    return f"reward: {', '.join(parts)}"
+
+
 def opened(config: RlConfig) -> tuple[Rewarder, Policy, Task, Sampler]:
-    """Verifier, policy, task and sampler, by what the verifier remembers.
+    """Rewards, policy, task and sampler: by what the verifier remembers, or as they are given.
 
     Raises:
         UserError: if they do not belong together.
     """
-    verifier = load_verifier(config.verifier, task=config.task, trunk=config.trunk)
-    card, source = verifier.checkpoint.card, f"verifier {config.verifier!r}"
+    found = _opened_alone(config) if config.verifier is None else _opened(config, config.verifier)
+    rewarder, policy, task, sampler = found
+    if not task.is_graded and config.reward == "outcome" and config.orm is None:
+        raise UserError(
+            f"reward is outcome, and task {task.name!r} has no grader that says it; give --reward "
+            "logprob, or another of the reference answer"
+        )
+    refuse_clock(policy)
+    tags = Tags(*(config.answer_tags or task.answer_tags))
+    if config.reward in ("base", "base_100") and not tags.opening:
+        raise UserError(
+            f"reward is {config.reward}, which reads an answer between tags; there are none: add "
+            "--answer_tags '[<answer>, </answer>]' (with a prompt that asks for them)"
+        )
+    references = References(policy, task, tags, config.seed)
+    return replace(rewarder, kind=config.reward, references=references), policy, task, sampler
+
+
+def _opened_alone(config: RlConfig) -> tuple[Rewarder, Policy, Task, Sampler]:
+    """Without a verifier."""
+    assert config.policy is not None
+    chosen = config.policy
+    task = task_for(config.task, [chosen.model])
+    if config.init is not None:
+        chosen = like(PolicyConfig(config.init, dtype=chosen.dtype), chosen)
+    policy = load_policy(asked(chosen, task), task.step_rule)
+    return Rewarder(None, config.dense, ""), policy, task, config.sampler or Sampler()
+
+
+def _opened(config: RlConfig, path: str) -> tuple[Rewarder, Policy, Task, Sampler]:
+    """With a verifier."""
+    verifier = load_verifier(path, task=config.task, trunk=config.trunk)
+    card, source = verifier.checkpoint.card, f"verifier {path!r}"
     if torch.cuda.is_available():  # on a CPU single precision is the fast one
         verifier = replace(verifier, dtype=card.dtype)
-    if config.dense != "none" and not card.base_head:
+    if config.dense not in ("none", "likelihood") and not card.base_head:
         raise UserError(
             f"{source} is an ORM, which says nothing of steps; give a verifier of recipe pav, or "
-            f"--dense none --orm {config.verifier}"
+            f"--dense none --orm {path}"
         )
     prover = config.prover or card.prover_head
     if config.dense in ("pav", "record", "q_mu"):
@@ -162,13 +209,12 @@ def opened(config: RlConfig) -> tuple[Rewarder, Policy, Task, Sampler]:
             )
     if config.refresh_labels_every:
         check_refreshable(config, prover, card)
-    refuse_clock(policy)
     sampler = config.sampler or card.sampler_config()
     check_sampler(sampler, "sampler" if config.sampler else f"the sampler of {source}")
     if not sampler.max_length:
         sampler = replace(sampler, max_length=card.sampler["max_length"])
-    rewarder = Rewarder(verifier, config.dense, prover, _orm(config, card))
-    return rewarder, policy, verifier.task, sampler
+    orm = _orm(config, card)
+    return Rewarder(verifier, config.dense, prover, orm), policy, verifier.task, sampler
 
 
 def check_refreshable(config: RlConfig, prover: str, card: VerifierMeta) -> None:
@@ -234,7 +280,7 @@ def _refuse_other(
     settings |= {
         "task": task_spec(task),
         "sampler": asdict(sampler),
-        "verifier_digest": rewarder.verifier.checkpoint.digest,
+        "verifier_digest": rewarder.verifier and rewarder.verifier.checkpoint.digest,
         "policy": asdict(policy.config),
         "policy_fingerprint": policy.fingerprint,
         PROMPTS: {"the policy": rendered(policy)},
@@ -275,8 +321,11 @@ def assembled(
     if value:
         groups.append({"params": value, "lr": config.value_lr, "peak": config.value_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    start = None
+    if config.reward == "sft" and config.sft_chain == "own":
+        start = {name: tensor.clone() for name, tensor in learner.served().items()}
     state = load(directory / LAST, learner, optimizer)
-    if state.refreshed is not None:
+    if state.refreshed is not None and rewarder.verifier is not None:
         rewarder = replace(rewarder, verifier=refreshed(rewarder.verifier, state.refreshed))
     if state.iteration:
         print(f"resuming after iteration {state.iteration}")
@@ -288,7 +337,7 @@ def assembled(
         ]
     return Run(
         config, directory, fabric, engine, actor, rewarder, learner, wrapped, optimizer, reference,
-        problems, held_out, state, loggers=loggers,
+        problems, held_out, state, loggers=loggers, start=start,
     )  # fmt: skip
 
 
@@ -300,7 +349,7 @@ def dry(run: Run) -> None:
     hours = total * run.config.iterations / 3600
     print(
         f"dry run: one iteration of {run.config.batch} x {run.config.group} traces took "
-        f"{total:.1f} s ({parts}); right {metrics['train/accuracy']:.3f}, "
+        f"{total:.1f} s ({parts}); reward {metrics['train/outcome']:.3g}, "
         f"{metrics['train/tokens']:.0f} tokens and {metrics['train/steps']:.1f} steps a trace, "
         f"truncated {metrics['train/truncated']:.3f}, groups all alike "
         f"{metrics['train/dead_groups']:.3f}, log-probability mismatch "
@@ -314,7 +363,11 @@ def _say_end(run: Run, task: Task) -> None:
     directory, state = run.directory, run.state
     best = directory / "best" if (directory / "best").exists() else directory / "last"
     if state.best >= 0:
-        print(f"best held-out accuracy {state.best:.3f}, after iteration {state.best_iteration}")
+        what = "accuracy" if task.is_graded else "probability of a token of the reference"
+        print(f"best held-out {what} {state.best:.3f}, after iteration {state.best_iteration}")
+    if run.config.verifier is None:
+        print(f"policies: {directory / 'last'}, {best}; report: {directory / PAGE}")
+        return
     print(
         f"policies: {directory / 'last'}, {best}; report: {directory / PAGE}\n"
         f"next: search.beam --verifier {shlex.quote(run.config.verifier)} --policy "

@@ -7,33 +7,62 @@ from typing import Literal
 
 from pav.core.errors import UserError
 from pav.engine.loading import EngineConfig
-from pav.policy.policy import Sampler
+from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.base import Task
 from pav.train.config import Precision
 from pav.verifier.lora import Lora
 
-Dense = Literal["none", "pav", "record", "q_mu", "q_base"]
+Dense = Literal["none", "pav", "record", "q_mu", "q_base", "likelihood"]
+RewardKind = Literal[
+    "outcome", "base", "base_100",
+    "probability", "avg_probability", "logprob", "avg_logprob", "jepo", "sft",
+]  # fmt: skip
+# Rewards of the reference answer: no answer is sampled.
+LIKELIHOODS = ("probability", "avg_probability", "logprob", "avg_logprob", "jepo", "sft")
+# Iterations that the slope of the chain's floor is fitted on (arXiv 2602.03979, Section 5).
+SLOPE_ITERATIONS = 40
 
 
 @dataclass(frozen=True)
 class RlConfig:
-    """Train a policy by online RL, with a frozen verifier as dense reward (PAV paper, Section 5).
+    """Train a policy by online RL: a frozen verifier as dense reward (PAV paper, Section 5), or the
+    likelihood of a reference answer (arXiv 2602.03979).
 
     Args:
-        verifier: checkpoint of pav.train, or a shipped one; it is never changed.
+        verifier: checkpoint of pav.train, or a shipped one; it is never changed. Without one,
+            ``policy`` and ``task`` are given, and ``dense`` is ``none`` or ``likelihood``.
         output: directory to write to: ``last`` and ``best`` (policies), metrics, samples, plots.
             The same command resumes.
         init: policy to start from; by default the verifier's base policy.
-        task: needed only where the verifier's task is not built in.
+        policy: the policy, where no verifier remembers it.
+        task: needed only where the verifier's task is not built in, or there is no verifier.
         trunk: new place of the verifier's trunk, if it moved.
         sampler: how solutions are sampled; by default as the verifier's labels were. The policy
             trains at this temperature, with top_p 1 and top_k 0.
         orm: checkpoint of an ORM whose Q of a whole solution is the outcome, in place of the
             task's grader.
+        reward: of a whole trace. ``outcome``: the grader's (or ``orm``'s). ``base``: 1 where the
+            text between ``answer_tags`` equals a reference, else 0; ``base_100``: 100, 10 for
+            another answer, 0 for none. Of the reference answer after the policy's chain, where no
+            answer is sampled: its ``probability`` (VeriFree), ``avg_probability`` of its tokens
+            (RLPR), ``logprob``, ``avg_logprob`` per token, ``jepo`` (log of the group's mean
+            probability). ``sft``: fine-tuning on the reference after ``sft_chain``.
+        answer_tags: text that opens and closes an answer, e.g. ``[<answer>, </answer>]``; by
+            default the task's. Sampling ends at the closing one.
+        references: of a problem with several: ``mean`` (one is drawn for the group of an iteration)
+            or ``best`` (that which the policy finds likeliest after the chain).
+        reference_term: whether the likelihood itself is raised, too (the second term of its
+            gradient); without it, chains alone are.
+        sft_chain: what ``sft`` comes after: ``none``, or chains of the policy at its start
+            (``own``: a warm start for likelihood rewards).
+        chain_floor: chains of fewer tokens lose ``chain_slope`` for every token that is missing.
+        chain_slope: by default that of reward over chain length in the first 40 iterations, before
+            which nothing is taken off.
         dense: reward of a step beside the outcome. ``pav``: the prover's advantage A (Eq. 5);
             ``record``: what the step adds to the highest Q of the prover so far, never negative;
             ``q_mu``: the prover's Q, and ``q_base``: the base policy's Q (both for ablations);
-            ``none``: outcome alone.
+            ``likelihood``: what the step adds to the log-probability of the reference answer under
+            the policy itself, without a verifier; ``none``: the reward of the trace alone.
         prover: whose Q: a head, ``bo<K>``, or a weighted mean such as ``q/a:0.5,q/b:0.5``; by
             default the verifier's.
         alpha: weight of the dense reward.
@@ -95,13 +124,21 @@ class RlConfig:
         dry_run: open everything, sample and score one batch, say what it takes; writes nothing.
     """
 
-    verifier: str
+    verifier: str | None = None
     output: str = "runs/rl"
     init: str | None = None
+    policy: PolicyConfig | None = None
     task: Task | None = None
     trunk: str | None = None
     sampler: Sampler | None = None
     orm: str | None = None
+    reward: RewardKind = "outcome"
+    answer_tags: tuple[str, str] | None = None
+    references: Literal["mean", "best"] = "mean"
+    reference_term: bool = True
+    sft_chain: Literal["none", "own"] = "none"
+    chain_floor: int | None = None
+    chain_slope: float | None = None
     dense: Dense = "pav"
     prover: str | None = None
     alpha: float = 3.0
@@ -170,7 +207,7 @@ class RlConfig:
             value = getattr(self, name)
             if value is not None and not least < value < float("inf"):
                 raise UserError(f"{name} is {value}; give a number above {least:g}")
-        if self.group == 1 and self.estimator != "value":
+        if self.group == 1 and self.estimator != "value" and self.reward != "sft":
             raise UserError(
                 f"group is 1, but the baseline of --estimator {self.estimator} is made of the "
                 "group's other traces; raise group, or use --estimator value"
@@ -209,9 +246,47 @@ class RlConfig:
                 f"problems is {self.problems}, fewer than a batch of {self.batch}; raise problems, "
                 "or lower batch"
             )
+        self._check_reward()
         sampler = self.sampler
         if sampler is not None:
             check_sampler(sampler, "sampler")
+
+    def _check_reward(self) -> None:
+        if self.verifier is None:
+            if self.dense not in ("none", "likelihood"):
+                raise UserError(
+                    f"dense is {self.dense}, a verifier's reward, and no verifier is given; add "
+                    "--verifier, or --dense none"
+                )
+            if self.policy is None or self.task is None:
+                raise UserError(
+                    "no verifier is given, which would remember task and policy; add --task and "
+                    "--policy, or --verifier"
+                )
+        elif self.policy is not None:
+            raise UserError(
+                "policy and verifier are both given; give another start as --init, and leave "
+                "policy out"
+            )
+        if self.orm is not None and self.reward != "outcome":
+            raise UserError(f"orm is given and reward is {self.reward}; leave one of them out")
+        if self.by_likelihood and (self.estimator == "value" or self.updates_per_batch > 1):
+            raise UserError(
+                f"reward is {self.reward}, which is read in the update itself; give --estimator "
+                "rloo and --updates_per_batch 1"
+            )
+        if self.reward == "sft" and self.dense != "none":
+            raise UserError(f"reward is sft and dense is {self.dense}; add --dense none")
+        if self.chain_floor is not None and (self.chain_floor < 1 or self.reward == "sft"):
+            raise UserError(
+                f"chain_floor is {self.chain_floor} and reward is {self.reward}; give 1 or more "
+                "tokens and a reward of sampled chains"
+            )
+
+    @property
+    def by_likelihood(self) -> bool:
+        """Whether the reward is that of the reference answer."""
+        return self.reward in LIKELIHOODS
 
     @property
     def processes(self) -> int:

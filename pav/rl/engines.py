@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pav.core.errors import UserError
+from pav.core.steps import Ending
 from pav.engine.loading import EngineConfig
 from pav.engine.pool import Transport, transport
 from pav.engine.processes import Processes, placement, visible_devices
@@ -15,7 +16,12 @@ Serving = VllmEngine | RemoteEngine
 
 
 def serving(
-    config: RlConfig, policy: Policy, sampler: Sampler, here: EngineConfig, local_rank: int
+    config: RlConfig,
+    policy: Policy,
+    sampler: Sampler,
+    here: EngineConfig,
+    local_rank: int,
+    endings: tuple[Ending, ...],
 ) -> Serving:
     """What serves the policy to one training process; nothing is loaded yet.
 
@@ -25,6 +31,7 @@ def serving(
         sampler: its length cap.
         here: settings of an engine in this process.
         local_rank: which of the training processes of this machine asks.
+        endings: where what is sampled may end.
 
     Raises:
         UserError: if there are too few GPUs.
@@ -32,7 +39,7 @@ def serving(
     path, dtype, length = policy.path, policy.config.dtype, sampler.max_length
     if not config.workers:
         return VllmEngine(path, dtype, length, config=here, trained=True)
-    model = Model(path, dtype, length, config.engine, policy.stepper, trained=True)
+    model = Model(path, dtype, length, config.engine, endings, trained=True)
     return remote_engines(_reached(config, local_rank), [model], config.workers)[0]
 
 

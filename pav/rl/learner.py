@@ -19,7 +19,7 @@ from pav.verifier.lora import Lora, add_adapters, merged
 from pav.verifier.trunk import load_trunk, refuse_unservable
 
 # Logits over a real vocabulary are made this many bytes at a time.
-_LOGIT_BYTES = 1 << 29
+LOGIT_BYTES = 1 << 29
 
 
 class Said(NamedTuple):
@@ -81,7 +81,7 @@ class Learner(nn.Module):
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, first:]
         tokens = ids[:, first:]
         size = 4 * self.policy.get_output_embeddings().weight.shape[0] * max(1, hidden.shape[1])
-        rows = max(1, _LOGIT_BYTES // size)
+        rows = max(1, LOGIT_BYTES // size)
         parts = [
             # A slice's logits are made again in the backward pass, where there are several.
             self._read(h, t)
@@ -98,10 +98,16 @@ class Learner(nn.Module):
         return Said(logprob, entropy, value)
 
     def _read(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.policy.get_output_embeddings()(hidden).float()
-        if self.cap is not None:
-            logits = self.cap * torch.tanh(logits / self.cap)
-        return token_logprobs(logits, ids, self.temperature)
+        return token_logprobs(self._logits(hidden), ids, self.temperature)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.policy.get_output_embeddings()(hidden).float()
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def read(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Log-probability (...,) of the tokens ``ids`` after the last hidden states (..., D)."""
+        logits = self._logits(hidden) / self.temperature
+        return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Parameters that are trained, by name."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from pav.core.errors import UserError
 from pav.core.files import json_rows, json_text, replace_file
@@ -29,13 +30,21 @@ from pav.rl.engines import Serving
 from pav.rl.guards import WARNINGS, not_finite, read_alarms, watch
 from pav.rl.learner import Learner, Reference
 from pav.rl.live import lines
-from pav.rl.measure import Metrics, evaluate, training_metrics
+from pav.rl.measure import Metrics, evaluate, merit, training_metrics
+from pav.rl.read import (
+    floor_slope,
+    sampled,
+    with_best_reference,
+    with_likelihood,
+    with_progress,
+)
 from pav.rl.refresh import refresh, refreshed
 from pav.rl.report import METRICS, read_metrics, write_report
 from pav.rl.reward import Reward, Rewarder
-from pav.rl.rollout import Actor, Trace, rollout
+from pav.rl.rollout import Actor, rollout
 from pav.rl.samples import SAMPLES, Sampled, append_samples
 from pav.rl.sync import check_mismatch
+from pav.rl.trace import Trace
 from pav.rl.update import Sums, rate, update
 from pav.tasks.base import Problem
 
@@ -55,6 +64,7 @@ class Run:
         wrapped: the same, as set up by ``fabric``.
         optimizer: likewise.
         reference: the start; None without a KL coefficient.
+        start: its weights, where chains are sampled from it throughout.
         problems: training problems.
         held_out: validation problems.
         state: where the run is.
@@ -79,6 +89,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     history: list[Metrics] = field(default_factory=list)
     loggers: Sequence[Any] = ()
+    start: dict[str, Tensor] | None = None
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -88,6 +99,12 @@ class Run:
             yield
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def slope(self) -> float:
+        """What a token below the floor of chains costs."""
+        if self.config.chain_floor is None:
+            return 0.0
+        return float(self.fabric.broadcast(floor_slope(self.history, self.config)))
 
     @property
     def is_first(self) -> bool:
@@ -112,18 +129,20 @@ def iterate(run: Run) -> tuple[list[Trace], list[Reward], Metrics]:
     """One iteration: traces of the policy as it is, and an update on them."""
     config, version = run.config, run.state.iteration
     with run.timed("sync"):
-        run.engine.load_weights(run.learner.served(), version)
+        run.engine.load_weights(run.start or run.learner.served(), version)
     with run.timed("sample"):
-        traces = rollout(run.actor, run.batch(), config.group, ("train", version), version)
+        traces = sampled(run.actor, run.batch(), config, version)
     with run.timed("score"):
-        rewards = run.rewarder(traces)
-    found = samples(run.fabric, traces, rewards, config)
+        traces = with_best_reference(run.learner, run.actor.references, traces, config)
+        rewards = with_progress(run.learner, run.actor, run.rewarder(traces), traces, config)
+    found = samples(run.fabric, traces, rewards, config, run.slope())
     # A group whose traces all earned the same teaches nothing but the KL divergence.
     used = found if config.kl else [s for s in found if not is_idle(s)]
     with held_back():  # from here to the new version nothing may be torn
         with run.timed("update"):
             sums = _updates(run, used)
         run.state.iteration += 1
+    rewards = with_likelihood(rewards, sums.read, config)
     return traces, rewards, training_metrics(run.fabric, traces, rewards, found, sums, config)
 
 
@@ -140,7 +159,8 @@ def _updates(run: Run, used: Sequence[Any]) -> Sums:
         sums = update(run.fabric, run.wrapped, run.optimizer, run.reference, used, config)
         if first is None:
             first = sums
-            check_mismatch(run.fabric, sums, config.mismatch_limit, run.engine.dtype)
+            if run.start is None:  # else the engine samples from another policy
+                check_mismatch(run.fabric, sums, config.mismatch_limit, run.engine.dtype)
     assert first is not None
     return first
 
@@ -203,6 +223,7 @@ def _refresh(run: Run) -> Metrics:
         run.engine.load_weights(run.learner.served(), state.iteration)
         traces = rollout(run.actor, run.batch(), 1, ("refreshing",), state.iteration)
         verifier, count = run.rewarder.verifier, run.config.refresh_rollouts
+        assert verifier is not None  # a base head is refreshed
         found = refresh(run.actor, verifier, traces, count, state.iteration)
         with held_back():
             run.rewarder = replace(run.rewarder, verifier=refreshed(verifier, found))
@@ -227,12 +248,14 @@ def _evaluate(run: Run, metrics: Metrics) -> Metrics:
         return {}
     with run.timed("evaluate"):
         run.engine.load_weights(run.learner.served(), run.state.iteration)
-        found = evaluate(run.fabric, run.actor, run.held_out, run.state.iteration, run.config)
+        found = evaluate(
+            run.fabric, run.actor, run.learner, run.held_out, run.state.iteration, run.config
+        )
     if not metrics:
         _log(run, {"iteration": run.state.iteration, **found})
-    if found["accuracy"] > run.state.best:
+    if merit(found) > run.state.best:
         with held_back():
-            run.state.best, run.state.best_iteration = found["accuracy"], run.state.iteration
+            run.state.best, run.state.best_iteration = merit(found), run.state.iteration
             if run.is_first:
                 weights, tokenizer = run.learner.served(), run.actor.policy.tokenizer
                 save_policy(run.directory / "best", run.learner, weights, tokenizer)
@@ -271,13 +294,16 @@ def _log(run: Run, metrics: Metrics) -> None:
 
 def _note(metrics: Metrics) -> str:
     """What stands at the end of a line of progress."""
+    right = metrics.get("train/accuracy")
     parts = [
-        f"right {metrics['train/accuracy']:.3f}",
+        f"reward {metrics['train/outcome']:.3g}" if right is None else f"right {right:.3f}",
         f"tokens {metrics['train/tokens']:.0f}",
         f"steps {metrics['train/steps']:.1f}",
     ]
     if "accuracy" in metrics:
         parts.append(f"held out {metrics['accuracy']:.3f}")
+    if "reference/perplexity" in metrics:
+        parts.append(f"perplexity {metrics['reference/perplexity']:.3f}")
     return ", ".join(parts)
 
 

@@ -10,14 +10,21 @@ from collections.abc import Sequence
 
 import numpy as np
 from lightning.fabric import Fabric
+from numpy.typing import NDArray
 
 from pav.core.advantage import best_of_k_from_counts
 from pav.core.statistics import bootstrap
 from pav.rl.advantage import dead
 from pav.rl.config import RlConfig
+from pav.rl.credit import is_idle
+from pav.rl.learner import Learner
+from pav.rl.likelihood import log_mean
 from pav.rl.processes import gathered
+from pav.rl.read import read_after
+from pav.rl.references import answers
 from pav.rl.reward import Reward
-from pav.rl.rollout import Actor, Trace, rollout
+from pav.rl.rollout import Actor, rollout
+from pav.rl.trace import Trace
 from pav.rl.update import Sample, Sums
 from pav.tasks.base import Problem
 
@@ -33,12 +40,14 @@ def training_metrics(
     config: RlConfig,
 ) -> Metrics:
     """Figures of an iteration, over the traces of all processes."""
-    rows = gathered(fabric, [_row(t, r) for t, r in zip(traces, rewards, strict=True)])
+    nothing = np.zeros(0)
+    numbered = enumerate(zip(traces, rewards, strict=True))
+    rows = gathered(fabric, [_row(t, r, sums.read.get(i, nothing)) for i, (t, r) in numbered])
     table = np.stack(rows)
     gain_N = np.concatenate(gathered(fabric, [r.gain_S for r in rewards]))
     outcome_PG = table[:, 1].reshape(-1, config.group)
-    parts = gathered(fabric, [np.array(list(vars(sums).values()))])
-    total = dict(zip(vars(sums), np.sum(parts, axis=0), strict=True))
+    parts = gathered(fabric, [np.array(list(sums.numbers.values()))])
+    total = dict(zip(sums.numbers, np.sum(parts, axis=0), strict=True))
     tokens = max(1.0, total["tokens"])
     iteration = traces[0].version + 1
     found = {
@@ -63,12 +72,19 @@ def training_metrics(
         "update/kl_k1": total["k1"] / tokens,
         "update/kl_k3": total["k3"] / tokens,
         "update/clipped": total["clipped"] / tokens,
-        "update/used": sum(1 for s in samples if s.weight_T.any()) / max(1, len(samples)),
+        "update/used": sum(1 for s in samples if not is_idle(s)) / max(1, len(samples)),
         "mismatch/mean": total["mismatch"] / tokens,
         "mismatch/largest_ratio": max(p[2] for p in parts),
         "mismatch/beyond_2": total["beyond"] / tokens,
     }
-    if config.dense != "none":
+    if config.by_likelihood:  # chains are not graded
+        del found["train/accuracy"]
+        found |= {
+            "likelihood/answer": table[:, 9].mean(),
+            "likelihood/token": table[:, 9].sum() / max(1.0, table[:, 10].sum()),
+            "likelihood/untagged": 1 - table[:, 11].mean(),
+        }
+    if config.dense not in ("none", "likelihood"):
         beyond_N = np.concatenate(gathered(fabric, [r.beyond_P for r in rewards]))
         found["verifier/out_of_range"] = beyond_N.mean()
     if config.estimator == "value":
@@ -76,21 +92,27 @@ def training_metrics(
     return {name: float(value) for name, value in found.items()}
 
 
-def _row(trace: Trace, reward: Reward) -> np.ndarray:
+def _row(trace: Trace, reward: Reward, read_A: NDArray[np.float64]) -> NDArray[np.float64]:
     steps = [tuple(trace.ids[a:b]) for a, b in zip([0, *trace.ends], trace.ends, strict=False)]
     repeated = len(steps) - len(set(steps))
     shortest = sum(1 for s in steps if len(s) <= 2)
     return np.array([
         trace.correct, reward.outcome, reward.gain_S.sum(), len(trace.ids), len(steps),
         trace.truncated, shortest / max(1, len(steps)), repeated / max(1, len(steps)),
-        zlib.crc32(np.array(trace.ids).tobytes()),
+        zlib.crc32(np.array(trace.ids).tobytes()), read_A.sum(), len(read_A), trace.is_tagged,
     ], dtype=float)  # fmt: skip
 
 
 def evaluate(
-    fabric: Fabric, actor: Actor, problems: Sequence[Problem], version: int, config: RlConfig
+    fabric: Fabric,
+    actor: Actor,
+    learner: Learner,
+    problems: Sequence[Problem],
+    version: int,
+    config: RlConfig,
 ) -> Metrics:
-    """Held-out accuracy at the training temperature, greedy, and of K traces (pass@K).
+    """Held-out accuracy at the training temperature, greedy, and of K traces (pass@K), where the
+    task grades; and where the reward is one of the reference answer, how likely that is.
 
     The same problems and seeds every time, so that versions are compared pairwise.
     """
@@ -101,22 +123,77 @@ def evaluate(
     greedy = rollout(actor, mine, 1, ("greedy",), version, greedy=True)
     right_PG = np.array([t.correct for t in traces], dtype=float).reshape(-1, count)
     lengths = np.array([len(t.ids) for t in traces], dtype=float).reshape(-1, count)
-    rows = [np.concatenate([r, [g.correct], [length.mean()]])
-            for r, g, length in zip(right_PG, greedy, lengths, strict=True)]  # fmt: skip
-    rows += [np.full(count + 2, np.nan)] * (width - len(mine))
+    read_PF = np.zeros((len(mine), len(_READ)))
+    graded = actor.references.task.is_graded
+    if config.by_likelihood or config.dense == "likelihood" or not graded:
+        read_PF = _references(actor, learner, traces, config)
+    each = zip(right_PG, greedy, lengths, read_PF, strict=True)
+    rows = [np.concatenate([r, [g.correct], [n.mean()], read_F]) for r, g, n, read_F in each]
+    rows += [np.full(count + 2 + len(_READ), np.nan)] * (width - len(mine))
     table = np.stack(gathered(fabric, rows))
     table = table[~np.isnan(table[:, 0])]
-    interval = bootstrap(table[:, :count])
+    found: Metrics = {"held_out/tokens": float(table[:, count + 1].mean())}
+    if graded:
+        found |= _success(table[:, :count], table[:, count])
+    if read_PF.any():
+        found |= _likelihood(dict(zip(_READ, table[:, count + 2 :].T, strict=True)), count)
+    return found
+
+
+def _success(right_PG: NDArray[np.float64], greedy_P: NDArray[np.float64]) -> Metrics:
+    interval = bootstrap(right_PG)
     found: Metrics = {
         "accuracy": interval.mean,
         "accuracy_low": interval.low,
         "accuracy_high": interval.high,
-        "greedy": float(table[:, count].mean()),
-        "held_out/tokens": float(table[:, -1].mean()),
+        "greedy": float(greedy_P.mean()),
     }
-    k = 2
+    count, k = right_PG.shape[1], 2
     while k <= count:
-        right_P = table[:, :count].sum(1)
-        found[f"pass@{k}"] = float(best_of_k_from_counts(right_P, count, k).mean())
+        found[f"pass@{k}"] = float(best_of_k_from_counts(right_PG.sum(1), count, k).mean())
         k *= 2
     return found
+
+
+# Of a problem: log-probability of its reference after one chain (mean over chains) and after all of
+# them (MC), tokens of the reference and of a chain, and the share of chains that opened no answer.
+_READ = ("one", "all", "tokens", "chain", "untagged")
+
+
+def _references(
+    actor: Actor, learner: Learner, traces: Sequence[Trace], config: RlConfig
+) -> NDArray[np.float64]:
+    """Figures (P, F) of :data:`_READ`; the first reference is read."""
+    count = config.eval_samples
+    chains = [actor.references.after(t, answers(t.problem)[0]) for t in traces]
+    read = read_after(learner, chains, config)
+    log_PG = np.array([row.sum() for row in read]).reshape(-1, count)
+
+    def mean_P(values: Sequence[float]) -> NDArray[np.float64]:
+        return np.asarray(np.reshape(values, (-1, count)).mean(1))
+
+    return np.stack([
+        log_PG.mean(1), [log_mean(row) for row in log_PG], mean_P([len(r) for r in read]),
+        mean_P([len(t.ids) for t in chains]), mean_P([not t.is_tagged for t in chains]),
+    ], axis=1)  # fmt: skip
+
+
+def _likelihood(read: dict[str, NDArray[np.float64]], count: int) -> Metrics:
+    """Means over problems; perplexities are per token of the reference."""
+    tokens = read["tokens"].sum()
+    return {
+        "reference/answer": float(read["one"].mean()),
+        "reference/token": float(read["one"].sum() / tokens),
+        "reference/perplexity": float(np.exp(-read["one"].sum() / tokens)),
+        f"reference/perplexity_mc{count}": float(np.exp(-read["all"].sum() / tokens)),
+        "reference/answer_perplexity": float(np.exp(-read["one"].mean())),
+        "held_out/chain": float(read["chain"].mean()),
+        "held_out/untagged": float(read["untagged"].mean()),
+    }
+
+
+def merit(found: Metrics) -> float:
+    """What the best policy is best in: accuracy, or else the mean probability of a token of the
+    reference (one over its perplexity).
+    """
+    return found["accuracy"] if "accuracy" in found else 1 / found["reference/perplexity"]

@@ -21,7 +21,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pav.engine.loop import drive
 from pav.labels.examples import Example, unlabelled
-from pav.rl.rollout import Actor, Trace
+from pav.rl.rollout import Actor
+from pav.rl.trace import Trace
 from pav.verifier.calibrate import fit_calibrator
 from pav.verifier.forward import Scored, score
 from pav.verifier.library import LoadedVerifier

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from pav.core.errors import UserError
 from pav.labels.examples import unlabelled
-from pav.rl.config import Dense
-from pav.rl.rollout import Trace
+from pav.rl.config import Dense, RewardKind
+from pav.rl.references import References
+from pav.rl.trace import Trace
 from pav.verifier.library import LoadedVerifier
 from pav.verifier.score import prover_q
 
@@ -26,7 +27,8 @@ class Reward:
     """What a trace earns.
 
     Attributes:
-        outcome: of the whole trace: 1 for a right answer, else 0; or an ORM's Q.
+        outcome: of the whole trace: 1 for a right answer, else 0; or an ORM's Q; or the likelihood
+            reward of its chain, 0 before the update has read it.
         gain_S: of every complete step.
         q: head -> (P,) Q of every state; empty where no verifier is asked.
         beyond_P: whether a state is unlike those of the verifier's labels; likewise.
@@ -43,35 +45,55 @@ class Rewarder:
     """What is rewarded: outcome, and a dense reward of steps.
 
     Attributes:
-        verifier: the frozen verifier.
+        verifier: the frozen verifier; None where no reward is made of one.
         dense: which dense reward (:class:`~pav.rl.config.RlConfig`).
         prover: whose Q it is made of.
         orm: takes the grader's place; None for the grader.
+        kind: reward of a whole trace.
+        references: what ``base`` compares answers with.
     """
 
-    verifier: LoadedVerifier
+    verifier: LoadedVerifier | None
     dense: Dense
     prover: str
     orm: LoadedVerifier | None = None
+    kind: RewardKind = "outcome"
+    references: References | None = None
+
+    @property
+    def reading(self) -> LoadedVerifier | None:
+        """The verifier, if it is asked of steps."""
+        return None if self.dense in ("none", "likelihood") else self.verifier
 
     def __call__(self, traces: Sequence[Trace]) -> list[Reward]:
         """Rewards of ``traces``, in their order.
 
         The same traces in the same order give the same bits: batches are made by length.
         """
-        outcomes = [float(t.correct) for t in traces]
+        outcomes = [self._outcome(t) for t in traces]
         if self.orm is not None:
             ends = judged(self.orm, traces)
             head = self.orm.heads[-1]
             outcomes = [0.0 if t.truncated else float(q[head][-1])
                         for t, (q, _) in zip(traces, ends, strict=True)]  # fmt: skip
-        if self.dense == "none":
+        verifier = self.reading
+        if verifier is None:
             return [Reward(o, np.zeros(len(t.ends)), {})
                     for o, t in zip(outcomes, traces, strict=True)]  # fmt: skip
-        base = self.verifier.checkpoint.card.base_head
-        found = judged(self.verifier, traces)
+        base = verifier.checkpoint.card.base_head
+        found = judged(verifier, traces)
         return [Reward(o, gains(q, self.dense, base, self.prover), q, beyond_P)
                 for o, (q, beyond_P) in zip(outcomes, found, strict=True)]  # fmt: skip
+
+    def _outcome(self, trace: Trace) -> float:
+        if self.kind == "outcome" or self.references is None:
+            return float(trace.correct)
+        answer, is_right = self.references.exact(trace)
+        if self.kind == "base":
+            return float(is_right)
+        if self.kind == "base_100":
+            return 100.0 if is_right else 10.0 if answer is not None else 0.0
+        return 0.0
 
 
 def judged(verifier: LoadedVerifier, traces: Sequence[Trace]) -> list[tuple[Q, NDArray[np.bool_]]]:

@@ -25,6 +25,8 @@ BUILT_IN = "pav.tasks."
 class Problem:
     """One problem. ``id`` is stable across runs; ``gold`` is the reference answer as text.
 
+    ``others`` are further references, as good as ``gold``; likelihood rewards alone read them.
+
     Raises:
         UserError: if it holds what cannot be written: nothing is sampled for it.
     """
@@ -32,6 +34,7 @@ class Problem:
     id: str
     question: str
     gold: str | None = None
+    others: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_text(vars(self), f"problem {self.id!r}")
@@ -61,6 +64,11 @@ class Task(ABC):
     # How policies are asked whose prompt.template is left as it is; no setting of the task.
     template: ClassVar[str] = "{question}\n"
 
+    # Text that opens and closes the answer in a solution, e.g. ("<answer>", "</answer>"): what is
+    # before it is the chain of likelihood rewards. No closing text: the answer ends with the
+    # solution. No opening text: the last step is the answer (see forced_answer). No setting.
+    answer_tags: ClassVar[tuple[str, str]] = ("", "")
+
     # Room for a solution, in tokens, where sampler.max_length is not given; no setting of the task.
     max_solution_tokens: ClassVar[int] = 1024
 
@@ -78,6 +86,11 @@ class Task(ABC):
     def fingerprint(self) -> str:
         """Names everything that changes what a label means; labels under another are refused."""
         return json.dumps(task_spec(self), sort_keys=True)
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether :meth:`grade` can say that a solution is right."""
+        return True
 
     @abstractmethod
     def problems(self, split: Split) -> Iterator[Problem]:

@@ -65,6 +65,11 @@ class Jsonl(Task):
         spec["init_args"] |= {"data": self._loaded.digest, "test": None}
         return json.dumps(spec, sort_keys=True)
 
+    @property
+    def is_graded(self) -> bool:
+        """Without a grader nothing is ever right."""
+        return self.grader != "none"
+
     def problems(self, split: Split) -> Iterator[Problem]:
         """Problems of ``split`` by order of id, so that the first few are a fair sample.
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import ClassVar
 
 from pav.tasks.base import Grade, Problem, Split, Task, problem_id, split_of
 
@@ -95,6 +96,8 @@ class Tape(Task):
         sft_short_cuts: share of lines of those solutions that take two operations at once.
         sft_keys: the operations of those problems are drawn from this string.
     """
+
+    answer_tags: ClassVar[tuple[str, str]] = ("A", "")
 
     n_ops: int = 8
     sft_ops: tuple[int, int] = (2, 9)

@@ -19,7 +19,6 @@ from data_gen.config import RolloutsConfig
 from data_gen.inspect.show import ShowConfig, show
 from data_gen.likelihood import command as likelihood_module
 from data_gen.likelihood.command import LikelihoodConfig, likelihood, read_likelihood
-from data_gen.likelihood.forced_answer import answer_ids, one_by_one, packed, scorer_for
 from data_gen.rollouts import _manifest, rollouts
 from data_gen.store import Store
 from pav.core.errors import UserError
@@ -29,6 +28,7 @@ from pav.policy.policy import PolicyConfig, Sampler, load_policy
 from pav.tasks.base import Grade, Problem
 from pav.tasks.jsonl import Jsonl
 from pav.tasks.tape import Tape
+from pav.verifier.forced_answer import answer_ids, one_by_one, packed, scorer_for
 from pav.verifier.trunk import load_trunk
 
 SOLUTION = "37+8=45\n45*3=35\n35-15=20\n=20\n20+4=24\nA24"
@@ -53,7 +53,7 @@ def test_packed_pass_equals_a_pass_per_boundary(
         np.testing.assert_allclose(packed(model, prompt + ids, cuts, answer), slow, atol=1e-4)
         assert scorer_for(model, prompt + ids, cuts, answer) is packed
         with monkeypatch.context() as patch:  # several passes where answers are long
-            patch.setattr("data_gen.likelihood.forced_answer.TOKENS", 2 * len(answer))
+            patch.setattr("pav.verifier.forced_answer.TOKENS", 2 * len(answer))
             np.testing.assert_allclose(packed(model, prompt + ids, cuts, answer), slow, atol=1e-4)
     # By hand, for one boundary: the sum over the answer's tokens of what predicts them.
     whole = torch.tensor([prompt + ids[: cuts[2] - len(prompt)] + answer])

@@ -26,7 +26,6 @@ from data_gen.importers.formats import ImportedSolution as Solution
 from data_gen.importers.formats import ImportedStep as Step
 from data_gen.importers.formats import read_solutions
 from data_gen.importers.traces import given_rounds
-from data_gen.likelihood.forced_answer import answer_ids
 from data_gen.merge import MergeConfig, merge
 from data_gen.regrade import RegradeConfig, regrade
 from pav.cli.run import run
@@ -42,6 +41,7 @@ from pav.tasks.base import Problem, problem_id, split_of
 from pav.tasks.jsonl import Jsonl
 from pav.tasks.tape import Tape, tape_tokenizer
 from pav.train.command import TrainConfig, train
+from pav.verifier.forced_answer import answer_ids
 from pav.verifier.pick import Candidate
 from search.run.records import Record, append
 

@@ -21,8 +21,8 @@ from pav.rl.config import RlConfig
 from pav.rl.learner import Learner, Reference
 from pav.rl.refresh import fit_row
 from pav.rl.reward import judged
-from pav.rl.rollout import Trace
 from pav.rl.sync import check_mismatch
+from pav.rl.trace import Trace
 from pav.rl.update import Sample, update
 from pav.tasks.tape import Tape
 from pav.verifier.forward import Scored

@@ -11,7 +11,7 @@ Axes: L tokens of prompt and solution, B boundaries, A tokens of the answer, T =
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,10 +59,24 @@ def packed(
     return np.concatenate([_packed(model, ids, part, answer) for part in parts])
 
 
-@torch.inference_mode()
-def _packed(
-    model: PreTrainedModel, ids: list[int], cuts: Sequence[int], answer: list[int]
-) -> NDArray[np.float64]:
+class Packed(NamedTuple):
+    """A solution and copies of an answer in one sequence.
+
+    Attributes:
+        ids_T: tokens.
+        position_T: at which each of them stands.
+        sees_TT: whether a token (row) looks at another (column).
+        from_BA: index of the token that predicts each token of each copy.
+    """
+
+    ids_T: Tensor
+    position_T: Tensor
+    sees_TT: Tensor
+    from_BA: Tensor
+
+
+def pack(ids: list[int], cuts: Sequence[int], answer: list[int]) -> Packed:
+    """One sequence of the longest prefix and a copy of ``answer`` for each cut of it."""
     length, copies, width = max(cuts), len(cuts), len(answer)
     cut_B = torch.tensor(cuts)
     answer_BA = torch.tensor(answer).expand(copies, width)
@@ -78,37 +92,51 @@ def _packed(
     sees_TT &= (in_solution_T[None, :] & (position_T[None, :] < start_T[:, None])) | (
         copy_T[:, None] == copy_T[None, :]
     )
-    distance_TT = position_T[:, None] - position_T[None, :]
     # The token before the answer predicts its first one.
     first_B = cut_B - 1
     rest_BA = length + torch.arange(copies * width).reshape(copies, width)[:, :-1]
-    from_BA = torch.cat([first_B[:, None], rest_BA], dim=1)
+    return Packed(ids_T, position_T, sees_TT, torch.cat([first_B[:, None], rest_BA], dim=1))
+
+
+@torch.inference_mode()
+def _packed(
+    model: PreTrainedModel, ids: list[int], cuts: Sequence[int], answer: list[int]
+) -> NDArray[np.float64]:
+    ids_T, position_T, sees_TT, from_BA = pack(ids, cuts, answer)
     device = model.device
     logits = model(
         input_ids=ids_T[None].to(device),
-        attention_mask=_masks(model, sees_TT, distance_TT),
+        attention_mask=masks(model, sees_TT[None], position_T[None]),
         position_ids=position_T[None].to(device),
         use_cache=False,
         logits_to_keep=from_BA.flatten().to(device),
     ).logits[0]
-    return _sums(logits.reshape(copies, width, -1), answer_BA)
+    answer_BA = torch.tensor(answer).expand(len(cuts), len(answer))
+    return _sums(logits.reshape(*from_BA.shape, -1), answer_BA)
 
 
-def _masks(model: PreTrainedModel, sees_TT: Tensor, distance_TT: Tensor) -> Any:
-    """The mask as attention adds it; one per kind of layer where some look only so far back."""
+def masks(model: PreTrainedModel, sees_NTT: Tensor, position_NT: Tensor) -> Any:
+    """The mask as attention adds it; one per kind of layer where some look only so far back.
+
+    Args:
+        model: what attends.
+        sees_NTT: whether a token (row) looks at another (column), of N sequences.
+        position_NT: at which each token stands.
+    """
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     lowest = torch.finfo(model.dtype).min
 
-    def additive(mask_TT: Tensor) -> Tensor:
-        mask = torch.zeros(mask_TT.shape, dtype=model.dtype).masked_fill(~mask_TT, lowest)
-        return mask[None, None].to(model.device)
+    def additive(mask_NTT: Tensor) -> Tensor:
+        mask = torch.zeros(mask_NTT.shape, dtype=model.dtype).masked_fill(~mask_NTT, lowest)
+        return mask[:, None].to(model.device)
 
     if "sliding_attention" not in kinds:
-        return additive(sees_TT)
-    near_TT = distance_TT < model.config.sliding_window
+        return additive(sees_NTT)
+    distance_NTT = position_NT[:, :, None] - position_NT[:, None, :]
+    near_NTT = distance_NTT < model.config.sliding_window
     return {
-        "full_attention": additive(sees_TT),
-        "sliding_attention": additive(sees_TT & near_TT),
+        "full_attention": additive(sees_NTT),
+        "sliding_attention": additive(sees_NTT & near_NTT),
     }
 
 
