@@ -15,8 +15,6 @@ in its last ten iterations (fresh samples of problems that were not trained on b
 from __future__ import annotations
 
 import csv
-import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from benchmarks.rl.runs import rows_of, run_once
 from benchmarks.speed.results import commit, machine, metric
 from pav.cli.run import run
 from pav.core.errors import UserError
@@ -93,11 +92,12 @@ def tape(config: TapeRlConfig) -> None:
     start = plan["starts"][config.regime]
     if not config.only_report:
         _make_start(start)
+        start = {k: v for k, v in start.items() if k != "made_by"}
         tuned = {name: _tuned(config, start, plan, name) for name in names}
         for seed in range(config.seeds):
             for name in names:
                 output = _directory(config, name, seed)
-                _run(config, start, tuned[name] | {"seed": seed}, output)
+                run_once(start | tuned[name] | {"seed": seed}, output)
     curves = {name: curve for name in names if (curve := _curve(config, name)) is not None}
     if not curves:
         raise UserError(f"no run of {config.regime} is in {config.output!r}; leave out only_report")
@@ -122,10 +122,10 @@ def _tuned(
     tries = plan["tries"].get(name, [])
     for number, changes in enumerate(tries):
         short = {"iterations": config.try_iterations, "eval_problems": 0, "seed": TRY_SEED}
-        _run(config, start, settings | changes | short, _try_directory(config, name, number))
+        run_once(start | settings | changes | short, _try_directory(config, name, number))
     if not tries:
         return settings
-    right = [_late(_rows(_try_directory(config, name, i))) for i in range(len(tries))]
+    right = [_late(rows_of(_try_directory(config, name, i))) for i in range(len(tries))]
     best = int(np.argmax(right))
     print(f"== {name}: try {best} of {len(tries)}, {tries[best]}, right {right[best]:.3f}")
     return settings | tries[best]
@@ -135,41 +135,16 @@ def _try_directory(config: TapeRlConfig, name: str, number: int) -> Path:
     return Path(config.output) / config.regime / "tries" / name / str(number)
 
 
-def _rows(directory: Path) -> list[dict[str, Any]]:
-    file = directory / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def _late(rows: list[dict[str, Any]]) -> float:
     """Share of right samples in the last ten iterations."""
     return float(np.mean([row["train/accuracy"] for row in rows if "train/accuracy" in row][-10:]))
-
-
-def _run(
-    config: TapeRlConfig, start: dict[str, Any], settings: dict[str, Any], output: Path
-) -> None:
-    """One run of pav.rl, unless it is there."""
-    if (output / "last" / "config.json").exists():
-        return
-    # An arm that collapses is a result.
-    plain = settings | {"output": str(output), "guards": "off"}
-    if "init" in start:
-        plain["init"] = start["init"]
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / "settings.yaml"
-    file.write_text(yaml.safe_dump(plain))
-    print(f"== pav.rl --config {file}", flush=True)
-    subprocess.run(
-        [sys.executable, "-m", "pav.rl", "--config", str(file)],
-        check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 def _curve(config: TapeRlConfig, name: str) -> Curve | None:
     """Of the seeds whose runs are there; evaluations that all of them have."""
     runs = []
     for seed in range(config.seeds):
-        if rows := _rows(_directory(config, name, seed)):
+        if rows := rows_of(_directory(config, name, seed)):
             runs.append(rows)
     if not runs:
         return None
