@@ -258,10 +258,10 @@ class RlConfig:
                     f"dense is {self.dense}, a verifier's reward, and no verifier is given; add "
                     "--verifier, or --dense none"
                 )
-            if self.policy is None or self.task is None:
+            if self.policy is None:
                 raise UserError(
-                    "no verifier is given, which would remember task and policy; add --task and "
-                    "--policy, or --verifier"
+                    "no verifier is given, which would remember policy and task; add --policy and "
+                    "--task, or --verifier"
                 )
         elif self.policy is not None:
             raise UserError(
@@ -274,6 +274,11 @@ class RlConfig:
             raise UserError(
                 f"reward is {self.reward}, which is read in the update itself; give --estimator "
                 "rloo and --updates_per_batch 1"
+            )
+        if self.reward == "sft" and self.sft_chain == "none" and self.group > 1:
+            raise UserError(
+                f"group is {self.group} and reward is sft without chains: a problem has one "
+                "reference to learn; add --group 1, or --sft_chain own"
             )
         if self.reward == "sft" and self.dense != "none":
             raise UserError(f"reward is sft and dense is {self.dense}; add --dense none")

@@ -87,11 +87,6 @@ class Task(ABC):
         """Names everything that changes what a label means; labels under another are refused."""
         return json.dumps(task_spec(self), sort_keys=True)
 
-    @property
-    def is_graded(self) -> bool:
-        """Whether :meth:`grade` can say that a solution is right."""
-        return True
-
     @abstractmethod
     def problems(self, split: Split) -> Iterator[Problem]:
         """Problems of ``split``, always in the same order; may be endless."""

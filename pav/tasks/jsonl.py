@@ -42,7 +42,8 @@ class Jsonl(Task):
             ``owner/name``, ``owner/name:config`` or ``owner/name:config:split`` (split: train).
         test: test problems, in the same form (split: test).
         question_key: key of the question.
-        answer_key: key of the reference answer or reference solution.
+        answer_key: key of the reference answer or reference solution; with grader ``none``, it may
+            hold a list of answers that are as good as each other.
         grader: how an answer is read and compared: ``number``, ``boxed``, ``exact``, ``math``
             (math-verify), or ``none`` where only likelihoods of the reference are used.
     """
@@ -64,11 +65,6 @@ class Jsonl(Task):
         spec = task_spec(self)
         spec["init_args"] |= {"data": self._loaded.digest, "test": None}
         return json.dumps(spec, sort_keys=True)
-
-    @property
-    def is_graded(self) -> bool:
-        """Without a grader nothing is ever right."""
-        return self.grader != "none"
 
     def problems(self, split: Split) -> Iterator[Problem]:
         """Problems of ``split`` by order of id, so that the first few are a fair sample.
@@ -122,8 +118,8 @@ class Jsonl(Task):
         for where, row in _rows(field, source, split):
             check_text(row, where)
             question = self._value(row, "question_key", where)
-            answer = self._value(row, "answer_key", where)
-            digest.update(json.dumps([question, answer], allow_nan=False).encode())
+            answer, others = self._answers(row, where)
+            digest.update(json.dumps([question, answer, *others], allow_nan=False).encode())
             gold = reference(self.grader, answer)
             if gold is None:
                 raise UserError(
@@ -131,10 +127,18 @@ class Jsonl(Task):
                     f"{answer[:60]!r}; mend it, or choose another task.grader than {self.grader!r}"
                 )
             pid = problem_id(question)
-            problems.setdefault(pid, Problem(pid, question, gold))
+            problems.setdefault(pid, Problem(pid, question, gold, others))
         if not problems:
             raise UserError(f"task.{field} {source!r} holds no problems; give another file")
         return problems
+
+    def _answers(self, row: Any, where: str) -> tuple[str, tuple[str, ...]]:
+        """The reference answer, and others of a list."""
+        given = row.get(self.answer_key) if isinstance(row, dict) else None
+        if self.grader != "none" or not isinstance(given, list) or not given:
+            return self._value(row, "answer_key", where), ()
+        each = [self._value({self.answer_key: value}, "answer_key", where) for value in given]
+        return each[0], tuple(each[1:])
 
     def _value(self, row: Any, key_field: str, where: str) -> str:
         key = getattr(self, key_field)
