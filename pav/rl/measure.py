@@ -166,7 +166,7 @@ def _references(
     """Figures (P, F) of :data:`_READ`; the first reference is read."""
     count = config.eval_samples
     chains = [actor.references.after(t, answers(t.problem)[0]) for t in traces]
-    read = read_after(learner, chains, config)
+    read = read_after(learner, chains, config.tokens_per_batch)
     log_PG = np.array([row.sum() for row in read]).reshape(-1, count)
 
     def mean_P(values: Sequence[float]) -> NDArray[np.float64]:

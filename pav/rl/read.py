@@ -45,15 +45,13 @@ def with_best_reference(
     for trace in traces:
         options = [references.after(trace, answer) for answer in answers(trace.problem)]
         if len(options) > 1:
-            read = read_after(learner, options, config)
+            read = read_after(learner, options, config.tokens_per_batch)
             trace = options[int(np.argmax([row.sum() for row in read]))]
         found.append(trace)
     return found
 
 
-def read_after(
-    learner: Learner, traces: Sequence[Trace], config: RlConfig
-) -> list[NDArray[np.float64]]:
+def read_after(learner: Learner, traces: Sequence[Trace], tokens: int) -> list[NDArray[np.float64]]:
     """(A,) log-probability of every token of the reference after each trace."""
     samples = [
         Sample(
@@ -65,7 +63,7 @@ def read_after(
         )
         for t in traces
     ]
-    return references_read(learner, samples, config.tokens_per_batch)
+    return references_read(learner, samples, tokens)
 
 
 def with_progress(

@@ -24,9 +24,9 @@ def plant(phase: str, iteration: int) -> None:
     if phase == "sample":
         whole = rollout.Actor.trace
 
-        async def trace(self: Any, *given: Any) -> Any:
+        async def trace(self: Any, *given: Any, **named: Any) -> Any:
             nonlocal calls
-            found = await whole(self, *given)
+            found = await whole(self, *given, **named)
             calls += given[2][:2] == ("train", iteration)
             if calls == 3:
                 die()
