@@ -85,6 +85,10 @@ class Jsonl(Task):
         """Grade ``text`` with the task's grader; see :func:`pav.grading.kinds.grade_text`."""
         return grade_text(self.grader, text, problem.gold)
 
+    def row(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """What a task that subclasses this one takes for a row of the data; None leaves it out."""
+        return row
+
     def forced_answer(self, problem: Problem) -> str:
         """The reference answer in the form that the grader looks for first."""
         gold = problem.gold or ""
@@ -117,6 +121,8 @@ class Jsonl(Task):
         problems: dict[str, Problem] = {}
         for where, row in _rows(field, source, split):
             check_text(row, where)
+            if isinstance(row, dict) and (row := self.row(row)) is None:
+                continue
             question = self._value(row, "question_key", where)
             answer, others = self._answers(row, where)
             digest.update(json.dumps([question, answer, *others], allow_nan=False).encode())
