@@ -40,6 +40,8 @@ FIGURES = {
     "chain": "held_out/chain",
     "no tag": "held_out/untagged",
 }
+# Of an iteration: what an answer that is not sampled saves.
+SECONDS = {"sampling, s": "seconds/sample", "update, s": "seconds/update"}
 CURVES = ("T=1", "perplexity", "chain")
 
 
@@ -100,6 +102,15 @@ def _evaluations(config: LikelihoodBenchConfig, name: str) -> list[list[dict[str
             for rows in runs if rows]  # fmt: skip
 
 
+def _seconds(config: LikelihoodBenchConfig, name: str) -> dict[str, float]:
+    """Medians over the iterations of all seeds."""
+    rows = [row for seed in range(config.seeds) for row in rows_of(_directory(config, name, seed))]
+    return {
+        label: float(np.median([row.get(key, 0.0) for row in rows if "train/outcome" in row]))
+        for label, key in SECONDS.items()
+    }
+
+
 def _report(
     config: LikelihoodBenchConfig, found: dict[str, list[list[dict[str, Any]]]], problems: int
 ) -> None:
@@ -111,8 +122,10 @@ def _report(
         for row in run_rows
     ]
     metrics = []
+    seconds = {name: _seconds(config, name) for name in found}
     for name, runs in found.items():
-        seconds = [sum(row.get("seconds/all", 0.0) for row in rows) for rows in runs]
+        for label, value in seconds[name].items():
+            metrics.append(metric(f"likelihood, {config.setting}, {name}: {label}", value, None))
         for label, key in FIGURES.items():
             last = [rows[-1][key] for rows in runs if key in rows[-1]]
             if last:
@@ -121,7 +134,6 @@ def _report(
                     f"likelihood, {config.setting}, {name}, {len(last)} seeds: {label} at the end"
                 )
                 metrics.append(metric(what, float(np.mean(last)), None, interval))
-        print(f"{name}: {np.mean(seconds):.0f} s of evaluated iterations a run")
     target = RESULTS / f"rl_likelihood_{config.setting}.json"
     common = {
         "interval": "range of seeds", "n_problems": problems, "machine": machine(),
@@ -134,13 +146,15 @@ def _report(
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    table = _table(found)
+    table = _table(found, seconds)
     target.with_suffix(".md").write_text(table)
     draw(found, config, target.with_suffix(".png"))
     print(f"{table}\nfigures: {target}\nplot: {target.with_suffix('.png')}")
 
 
-def _table(found: dict[str, list[list[dict[str, Any]]]]) -> str:
+def _table(
+    found: dict[str, list[list[dict[str, Any]]]], seconds: dict[str, dict[str, float]]
+) -> str:
     """Figures at the end, mean over seeds, beside those of the start."""
     start = next(iter(found.values()))[0][0]
     lines = ["| | start | " + " | ".join(found) + " |", "|---" * (len(found) + 2) + "|"]
@@ -152,6 +166,9 @@ def _table(found: dict[str, list[list[dict[str, Any]]]]) -> str:
             for runs in found.values()
         ]
         lines.append(f"| {label} | {start[key]:.3g} | {' | '.join(cells)} |")
+    for label in SECONDS:
+        cells = [f"{seconds[name][label]:.2f}" for name in found]
+        lines.append(f"| {label} | | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
