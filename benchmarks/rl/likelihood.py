@@ -35,7 +35,7 @@ FIGURES = {
     "greedy": "greedy",
     "T=1": "accuracy",
     "perplexity": "reference/perplexity",
-    "perplexity (MC-32)": "reference/perplexity_mc32",
+    "perplexity (MC)": "reference/perplexity_mc",
     "log p of the answer": "reference/answer",
     "chain": "held_out/chain",
     "no tag": "held_out/untagged",
@@ -98,8 +98,13 @@ def _directory(config: LikelihoodBenchConfig, name: str, seed: int) -> Path:
 def _evaluations(config: LikelihoodBenchConfig, name: str) -> list[list[dict[str, Any]]]:
     """Evaluations of every seed that is there, oldest first."""
     runs = [rows_of(_directory(config, name, seed)) for seed in range(config.seeds)]
-    return [[row for row in rows if "reference/answer" in row or "accuracy" in row]
-            for rows in runs if rows]  # fmt: skip
+    found = [[row for row in rows if "reference/answer" in row or "accuracy" in row]
+             for rows in runs if rows]  # fmt: skip
+    for row in (row for rows in found for row in rows):
+        # Of as many chains as there are of a problem.
+        many = [value for key, value in row.items() if key.startswith("reference/perplexity_mc")]
+        row |= {"reference/perplexity_mc": value for value in many}
+    return found
 
 
 def _seconds(config: LikelihoodBenchConfig, name: str) -> dict[str, float]:

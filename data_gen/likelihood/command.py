@@ -9,14 +9,16 @@ mixed with them: a log-probability is no chance of success.
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import logsumexp
 
 from data_gen.label_run import (
     Run,
@@ -72,13 +74,22 @@ class LikelihoodConfig:
         policy: the model that is asked; by default the run's base policy. Its tokenizer must be the
             run's; it is asked as the base policy was, unless it has a prompt of its own.
         task: the run's task, where it is not built in.
+        contrast: wrong answers that the reference is weighed against, those that the run's
+            solutions gave most often to the problem. The label is then the reference's share of its
+            own probability and theirs, under the policy's name and ``-vs<contrast>``; problems to
+            which nobody answered wrongly get none.
         device: where it runs; ``auto`` takes a GPU if there is one.
     """
 
     labels: str
     policy: PolicyConfig | None = None
     task: Task | None = None
+    contrast: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.contrast < 0:
+            raise UserError(f"contrast is {self.contrast}; give 0 or more wrong answers")
 
 
 def likelihood(config: LikelihoodConfig) -> None:
@@ -87,6 +98,8 @@ def likelihood(config: LikelihoodConfig) -> None:
     task = task_of(run, config.task)
     base = policy_config(run.manifest)
     given = config.policy or base
+    if config.contrast:
+        given = replace(given, name=f"{given.label}-vs{config.contrast}")
     policy = load_policy(asked(like(given, base), task), task.step_rule)
     if tokenizer_fingerprint(policy.tokenizer) != run.manifest["tokenizer"]:
         raise UserError(
@@ -97,14 +110,31 @@ def likelihood(config: LikelihoodConfig) -> None:
     warn_unfinished(run)
     done = {key for key, name in _known(run, policy) if name == policy.config.label}
     owed = [t for t in run.traces.values() if any(key not in done for key, _ in _boundaries(t))]
+    rivals = _rivals(run, config.contrast)
+    if config.contrast:
+        owed = [t for t in owed if rivals.get(t.problem_id)]
+        if not (owed or done):
+            raise UserError(
+                f"contrast is {config.contrast}, and no solution in {config.labels!r} gave a wrong "
+                "answer; leave it out, or label more solutions"
+            )
     # The store is opened for its lock alone.
     with interruptible(), Store(run.directory, run.manifest):
         if owed:
             _check(task, run, owed[0])
             _check_lengths(task, policy, owed)
             model = _load(policy, config.device)
-            _write(run, task, policy, model, owed, done)
+            _write(run, task, policy, model, owed, done, rivals)
     _summary(run, policy)
+
+
+def _rivals(run: Run, count: int) -> dict[str, list[str]]:
+    """Problem id -> the wrong answers that its solutions gave, most often given first."""
+    given: dict[str, Counter[str]] = {}
+    for trace in run.traces.values():
+        if count and trace.answer is not None and not trace.correct:
+            given.setdefault(trace.problem_id, Counter())[trace.answer] += 1
+    return {pid: [answer for answer, _ in c.most_common(count)] for pid, c in given.items()}
 
 
 def _known(run: Run, policy: Policy) -> dict[tuple[str, str], float]:
@@ -170,7 +200,13 @@ def _load(policy: Policy, device: str) -> PreTrainedModel:
 
 
 def _write(
-    run: Run, task: Task, policy: Policy, model: PreTrainedModel, owed: list[Trace], done: set[str]
+    run: Run,
+    task: Task,
+    policy: Policy,
+    model: PreTrainedModel,
+    owed: list[Trace],
+    done: set[str],
+    rivals: dict[str, list[str]],
 ) -> None:
     from pav.verifier.forced_answer import answer_ids, one_by_one, scorer_for
 
@@ -193,6 +229,10 @@ def _write(
                         model_name = one_line(policy.config.model)
                         print(f"{model_name} cannot read boundaries together; one by one")
                 values = scorer(model, ids, cuts, answer)
+                if others := rivals.get(problem.id):
+                    wrong = [answer_ids(task, policy, replace(problem, gold=o)) for o in others]
+                    all_RB = np.stack([values, *(scorer(model, ids, cuts, w) for w in wrong)])
+                    values = values - logsumexp(all_RB, axis=0)
                 rows += [
                     {
                         "prefix_key": key,
@@ -269,7 +309,9 @@ def _summary(run: Run, policy: Policy) -> None:
         ("right", [t for t in traces if t.correct]),
         ("wrong", [t for t in traces if not t.correct]),
     ):
-        ends = [[found[key, name] for key, _ in _boundaries(t)] for t in chosen]
+        ends = [[found[key, name] for key, _ in _boundaries(t) if (key, name) in found]
+                for t in chosen]  # fmt: skip
+        ends = [values for values in ends if values]
         if ends:
             first = np.mean([values[0] for values in ends])
             last = np.mean([values[-1] for values in ends])

@@ -163,6 +163,34 @@ def test_likelihoods_of_every_boundary_stand_in_a_table_of_their_own(
     assert float(lines[head + 2][-1]) == pytest.approx(values[1] - values[0], abs=0.006)
 
 
+def test_contrastive_labels_are_the_references_share_among_the_wrong_answers_given(
+    run: RolloutsConfig,
+) -> None:
+    make_traces(run)
+    likelihood(LikelihoodConfig(run.output))
+    likelihood(LikelihoodConfig(run.output, contrast=2))
+    found = read_likelihood(Path(run.output))
+    labels = read_labels([run.output])
+    policy = load_policy(run.policy, run.task.step_rule)
+    model = load_trunk(policy.path).eval()
+    wrong = [t for t in labels.traces if t.answer is not None and not t.correct]
+    assert {t.answer for t in wrong} == {"5"}
+    for trace in wrong:
+        problem = Problem(trace.problem_id, trace.question, trace.gold)
+        prompt = policy.encode(problem)
+        rival = answer_ids(run.task, policy, replace(problem, gold="5"))
+        for ids in prefixes(trace):
+            key = prefix_key(trace.problem_id, ids)
+            other = one_by_one(model, prompt + trace.ids, [len(prompt) + len(ids)], rival)[0]
+            share = found[key, "base"] - np.logaddexp(found[key, "base"], other)
+            assert found[key, "base-vs2"] == pytest.approx(share, abs=1e-4)
+            assert found[key, "base-vs2"] < 0
+    asked = {t.problem_id for t in wrong}
+    known = {key for key, name in found if name == "base-vs2"}
+    assert known == {prefix_key(t.problem_id, i) for t in labels.traces
+                     if t.problem_id in asked for i in prefixes(t)}  # fmt: skip
+
+
 def test_a_policy_is_fingerprinted_once_however_many_rows_it_writes(
     run: RolloutsConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
