@@ -102,8 +102,8 @@ def _evaluations(config: LikelihoodBenchConfig, name: str) -> list[list[dict[str
              for rows in runs if rows]  # fmt: skip
     for row in (row for rows in found for row in rows):
         # Of as many chains as there are of a problem.
-        many = [value for key, value in row.items() if key.startswith("reference/perplexity_mc")]
-        row |= {"reference/perplexity_mc": value for value in many}
+        for key in [key for key in row if key.startswith("reference/perplexity_mc")]:
+            row["reference/perplexity_mc"] = row[key]
     return found
 
 
