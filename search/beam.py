@@ -12,6 +12,7 @@ import numpy as np
 
 from pav.cli.run import run
 from pav.core.errors import UserError
+from pav.reward_models.text import RewardModelConfig
 from pav.tasks.base import Problem
 from pav.verifier.checkpoint import Verifier
 from pav.verifier.pick import Pick
@@ -34,7 +35,6 @@ from search.run.setup import (
 )
 from search.run.solve import beam_record, beam_settings, pick_again, traces_record
 from search.run.workers import Search
-from search.scoring.text import RewardModelConfig
 
 # Of the solutions of best-of-N.
 BASELINES: tuple[tuple[str, Pick], ...] = (
@@ -46,7 +46,7 @@ BASELINES: tuple[tuple[str, Pick], ...] = (
 # Not typing's: jsonargparse would run that block, and --help would wait for its imports.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from search.scoring.reward_model import RewardModel
+    from pav.reward_models.reward_model import RewardModel
 
 
 @dataclass(frozen=True)

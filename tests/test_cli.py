@@ -16,9 +16,9 @@ import pytest
 
 from data_gen.config import RolloutsConfig
 from pav.cli.run import run
+from pav.reward_models.text import RewardModelConfig
 from search.beam import BeamConfig
 from search.compare.plan import CompareConfig
-from search.scoring.text import RewardModelConfig
 from search.serve.command import ServeConfig
 
 TASK = """

@@ -170,6 +170,7 @@ ORDER = (
     {"labels"},
     {"verifier"},
     {"engine"},
+    {"reward_models"},
     {"evaluate"},
     {"export"},
     {"train"},

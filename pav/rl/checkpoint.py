@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pav.core.errors import UserError, unwritable
 from pav.core.files import damage, write_whole
 from pav.rl.learner import Learner
+from pav.rl.processes import whole
 from pav.rl.refresh import Refreshed
 from pav.verifier.lora import save_adapter
 
@@ -39,33 +40,57 @@ class State:
     refreshed: Refreshed | None = None
 
 
-def save(path: Path, state: State, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint, whole or not at all.
+def snapshot(
+    state: State, learner: Learner, optimizer: torch.optim.Optimizer, is_kept: bool
+) -> dict[str, Any]:
+    """What a checkpoint holds: whole tensors, also where processes hold shares of them.
+
+    Args:
+        state: where the run is.
+        learner: the policy in training.
+        optimizer: its optimiser.
+        is_kept: whether this process writes it; the others help to gather.
+    """
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        found = whole(value)
+        return found.cpu() if is_kept else None
+
+    names, moments = learner.trained(), optimizer.state_dict()
+    own = {i: {k: kept(v) for k, v in values.items()} for i, values in moments["state"].items()}
+    return {
+        "format": FORMAT,
+        "state": {**vars(state), "refreshed": state.refreshed and vars(state.refreshed)},
+        "learner": {k: kept(v) for k, v in learner.state_dict().items() if k in names},
+        "optimizer": {**moments, "state": own},
+    }
+
+
+def save(path: Path, plain: dict[str, Any]) -> None:
+    """Write a :func:`snapshot`, whole or not at all.
 
     Raises:
         UserError: if it cannot be written; the one before is still there.
     """
-    names = learner.trained()
-    plain = {
-        "format": FORMAT,
-        "state": {**vars(state), "refreshed": state.refreshed and vars(state.refreshed)},
-        "learner": {k: v for k, v in learner.state_dict().items() if k in names},
-        "optimizer": optimizer.state_dict(),
-    }
     try:
         write_whole(path, lambda stream: torch.save(plain, stream))
     except OSError as error:
         raise unwritable(str(path), error) from error
 
 
-def load(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> State:
+def load(path: Path, learner: Learner) -> tuple[State, dict[str, Any] | None]:
     """Go on from a checkpoint; the state of a new run where there is none.
+
+    Returns:
+        Where the run is, and what its optimiser held.
 
     Raises:
         UserError: if it is damaged, or of another format.
     """
     if not path.exists():
-        return State()
+        return State(), None
     again = "restore it, or choose another output"
     if wrong := damage(path):
         raise UserError(f"checkpoint {str(path)!r} is damaged ({wrong}); {again}")
@@ -78,11 +103,10 @@ def load(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> Stat
     missing, unexpected = learner.load_state_dict(plain["learner"], strict=False)
     if unexpected or set(missing) & set(learner.trained()):
         raise UserError(f"checkpoint {str(path)!r} is of another policy; {again}")
-    optimizer.load_state_dict(plain["optimizer"])
     state = State(**plain["state"])
     if state.refreshed is not None:
         state.refreshed = Refreshed(**plain["state"]["refreshed"])
-    return state
+    return state, plain["optimizer"]
 
 
 def save_policy(

@@ -16,9 +16,9 @@ from lightning.fabric import Fabric
 
 from pav.core.errors import UserError
 from pav.core.files import json_text, read_object, replace_file
+from pav.core.heads import ORM
 from pav.core.lock import LOCK, Lock
 from pav.core.manifest import PROMPTS, refuse_other
-from pav.core.seeds import seed_of
 from pav.core.signals import interruptible
 from pav.core.statistics import few
 from pav.engine.loading import check_model
@@ -34,11 +34,11 @@ from pav.policy.policy import (
     tokenizer_fingerprint,
 )
 from pav.policy.rendered import refuse_clock, rendered
+from pav.reward_models.reward_model import PRM, RewardModel
 from pav.rl.chain import Tags
-from pav.rl.checkpoint import LAST, load
+from pav.rl.checkpoint import LAST
 from pav.rl.config import RlConfig, check_sampler
 from pav.rl.engines import Serving, serving
-from pav.rl.learner import Learner, Reference
 from pav.rl.loop import Run, iterate, train
 from pav.rl.memory import settle
 from pav.rl.references import References
@@ -46,6 +46,7 @@ from pav.rl.refresh import refreshed
 from pav.rl.report import PAGE, SETTINGS
 from pav.rl.reward import Rewarder
 from pav.rl.rollout import Actor
+from pav.rl.shards import set_up, strategy_of
 from pav.tasks.base import Problem, Task, task_spec
 from pav.train.launch import why_not
 from pav.train.lightning_internals import be_first, be_quiet, rank
@@ -56,7 +57,7 @@ from pav.verifier.score import best_of, check_prover, provers
 
 # What may change when a run goes on.
 FREE = (
-    "output", "engine", "accelerator", "devices", "num_nodes", "workers", "ray",
+    "output", "engine", "accelerator", "strategy", "devices", "num_nodes", "workers", "ray",
     "checkpoint_every", "samples_every", "guards", "logger", "grade_timeout", "dry_run",
     "mismatch_limit", "truncation_limit", "tokens_per_batch", "gradient_checkpointing", "trunk",
 )  # fmt: skip
@@ -96,8 +97,8 @@ def _rl(config: RlConfig) -> None:
     )  # fmt: skip
     print(_said(config, rewarder))
     gpu = torch.cuda.is_available() and config.accelerator != "cpu"
-    scorers = [v for v in (rewarder.reading, rewarder.orm) if v is not None]
-    device = settle(config, policy, scorers, sampler, gpu)
+    scorers = [rewarder.reading, rewarder.reward_model, rewarder.orm]
+    device = settle(config, policy, [s for s in scorers if s is not None], sampler, gpu)
     if not config.dry_run and not rank():
         _refuse_other(config, directory, rewarder, policy, task, sampler)
     check_model(policy.path, policy.config.dtype, sampler.max_length, device)
@@ -108,6 +109,7 @@ def _rl(config: RlConfig) -> None:
         devices=config.devices,
         num_nodes=config.num_nodes,
         precision=config.precision,
+        strategy=strategy_of(config),
     )
     fabric.launch()
     references = rewarder.references
@@ -116,6 +118,8 @@ def _rl(config: RlConfig) -> None:
     with interruptible(), guarded(task, directory / GRADER_LOG, config.grade_timeout) as grader:
         try:
             engine.start()
+            if rewarder.reward_model is not None:
+                rewarder.reward_model.start()
             actor = Actor(engine, policy, sampler, grader, references, config.seed)
             run = assembled(config, fabric, engine, actor, rewarder, problems, held_out)
             if config.dry_run:
@@ -142,6 +146,8 @@ def _said(config: RlConfig, rewarder: Rewarder) -> str:
         parts.append(
             f"dense reward {config.dense}, alpha {config.alpha:g}, prover {rewarder.prover}"
         )
+    if config.reward_model is not None:
+        parts[-1] += f" of {config.reward_model.model}"
     if config.verifier is not None:
         parts.append(f"verifier {config.verifier} (frozen)")
     return f"reward: {', '.join(parts)}"
@@ -168,7 +174,19 @@ def opened(config: RlConfig) -> tuple[Rewarder, Policy, Task, Sampler]:
             "--answer_tags '[<answer>, </answer>]' (with a prompt that asks for them)"
         )
     references = References(policy, task, tags, config.seed)
-    return replace(rewarder, kind=config.reward, references=references), policy, task, sampler
+    rewarder = replace(
+        rewarder, kind=config.reward, references=references, discount=config.discount
+    )
+    if (reward_model := _reward_model(config, policy)) is not None:
+        rewarder = replace(rewarder, reward_model=reward_model, prover=PRM)
+    reads = config.by_likelihood or config.dense == "likelihood" or not task.is_graded
+    if config.is_sharded and reads:
+        raise UserError(
+            f"strategy is fsdp, and reference answers are read of the policy (reward "
+            f"{config.reward}, dense {config.dense}, task {task.name!r}), which needs it whole; "
+            "use --strategy ddp"
+        )
+    return rewarder, policy, task, sampler
 
 
 def _opened_alone(config: RlConfig) -> tuple[Rewarder, Policy, Task, Sampler]:
@@ -188,13 +206,14 @@ def _opened(config: RlConfig, path: str) -> tuple[Rewarder, Policy, Task, Sample
     card, source = verifier.checkpoint.card, f"verifier {path!r}"
     if torch.cuda.is_available():  # on a CPU single precision is the fast one
         verifier = replace(verifier, dtype=card.dtype)
-    if config.dense not in ("none", "likelihood") and not card.base_head:
+    reads_heads = config.dense not in ("none", "likelihood") and config.reward_model is None
+    if reads_heads and not card.base_head:
         raise UserError(
             f"{source} is an ORM, which says nothing of steps; give a verifier of recipe pav, or "
             f"--dense none --orm {path}"
         )
     prover = config.prover or card.prover_head
-    if config.dense in ("pav", "record", "q_mu"):
+    if config.dense not in ("none", "q_base") and config.reward_model is None:
         check_prover(prover, card.heads)
     remembered = card.policy_config()
     chosen = remembered
@@ -247,6 +266,19 @@ def _orm(config: RlConfig, card: VerifierMeta) -> LoadedVerifier | None:
     return orm
 
 
+def _reward_model(config: RlConfig, policy: Policy) -> RewardModel | None:
+    """The third-party PRM that the dense reward is made of, if one is named."""
+    if config.reward_model is None:
+        return None
+    found = RewardModel(config.reward_model, policy)
+    if found.head == ORM:
+        raise UserError(
+            f"reward_model {config.reward_model.model!r} scores whole solutions (layout "
+            f"{found.layout}), and --dense {config.dense} rewards steps; give a PRM"
+        )
+    return found
+
+
 def problems_of(config: RlConfig, task: Task) -> tuple[list[Problem], list[Problem]]:
     """Training problems, and those that accuracy is measured on.
 
@@ -285,6 +317,8 @@ def _refuse_other(
         "policy_fingerprint": policy.fingerprint,
         PROMPTS: {"the policy": rendered(policy)},
     }
+    if rewarder.reward_model is not None:
+        settings["reward_model_digest"] = rewarder.reward_model.digest
     plain = json.loads(json_text(settings))
     path = directory / SETTINGS
     if (directory / LAST).exists() and path.exists():
@@ -307,29 +341,14 @@ def assembled(
 ) -> Run:
     """The run, at its start or where its checkpoint left it."""
     directory = Path(config.output)
-    torch.manual_seed(seed_of(config.seed, "start") % 2**31)
-    learner = Learner(
-        actor.policy.path, actor.sampler.temperature, config.estimator == "value", config.lora,
-        config.gradient_checkpointing,
-    )  # fmt: skip
-    learner.to(fabric.device)
-    reference = Reference(learner) if config.kl else None
-    trained = learner.trained()
-    value = [p for name, p in trained.items() if name.startswith("value.")]
-    rest = [p for name, p in trained.items() if not name.startswith("value.")]
-    groups = [{"params": rest, "lr": config.lr, "peak": config.lr}]
-    if value:
-        groups.append({"params": value, "lr": config.value_lr, "peak": config.value_lr})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    start = None
-    if config.reward == "sft" and config.sft_chain == "own":
-        start = {name: tensor.clone() for name, tensor in learner.served().items()}
-    state = load(directory / LAST, learner, optimizer)
+    path, temperature = actor.policy.path, actor.sampler.temperature
+    state, learner, wrapped, optimizer, reference, start = set_up(
+        config, fabric, path, temperature, directory / LAST
+    )
     if state.refreshed is not None and rewarder.verifier is not None:
         rewarder = replace(rewarder, verifier=refreshed(rewarder.verifier, state.refreshed))
     if state.iteration:
         print(f"resuming after iteration {state.iteration}")
-    wrapped, optimizer = fabric.setup(learner, optimizer)
     loggers = []
     if config.logger != "none" and not config.dry_run and fabric.is_global_zero:
         loggers = [

@@ -8,11 +8,12 @@ from typing import Literal
 from pav.core.errors import UserError
 from pav.engine.loading import EngineConfig
 from pav.policy.policy import PolicyConfig, Sampler
+from pav.reward_models.text import RewardModelConfig
 from pav.tasks.base import Task
 from pav.train.config import Precision
 from pav.verifier.lora import Lora
 
-Dense = Literal["none", "pav", "record", "q_mu", "q_base", "likelihood"]
+Dense = Literal["none", "pav", "record", "discounted", "q_mu", "q_base", "likelihood"]
 RewardKind = Literal[
     "outcome", "base", "base_100",
     "probability", "avg_probability", "logprob", "avg_logprob", "jepo", "sft",
@@ -60,11 +61,16 @@ class RlConfig:
             which nothing is taken off.
         dense: reward of a step beside the outcome. ``pav``: the prover's advantage A (Eq. 5);
             ``record``: what the step adds to the highest Q of the prover so far, never negative;
+            ``discounted``: A of Q that is worth less the more steps are left, by ``discount``;
             ``q_mu``: the prover's Q, and ``q_base``: the base policy's Q (both for ablations);
             ``likelihood``: what the step adds to the log-probability of the reference answer under
             the policy itself, without a verifier; ``none``: the reward of the trace alone.
+        reward_model: a third-party PRM (see pav/reward_models/text.py) whose Q the dense reward is
+            made of, in place of a head's; a verifier is then asked for task, policy and sampler
+            alone.
         prover: whose Q: a head, ``bo<K>``, or a weighted mean such as ``q/a:0.5,q/b:0.5``; by
             default the verifier's.
+        discount: of every step that is left, for ``discounted``.
         alpha: weight of the dense reward.
         credit_lambda: share of later steps' dense reward in a step's credit: 0 is the paper's (a
             step's own), 1 the sum of all.
@@ -100,6 +106,8 @@ class RlConfig:
         gradient_checkpointing: recompute activations: less memory, a third more time.
         precision: of training, as in Lightning, e.g. ``bf16-mixed``.
         accelerator: Lightning accelerator.
+        strategy: how training processes share the work: ``ddp`` (``auto``; a copy of the policy
+            each) or ``fsdp`` (FSDP2: weights, gradients and optimiser are sharded; no adapters).
         devices: training processes on this machine.
         num_nodes: machines.
         workers: engines of each training process, in processes of their own (on GPUs: on those
@@ -140,7 +148,9 @@ class RlConfig:
     chain_floor: int | None = None
     chain_slope: float | None = None
     dense: Dense = "pav"
+    reward_model: RewardModelConfig | None = None
     prover: str | None = None
+    discount: float = 0.9
     alpha: float = 3.0
     credit_lambda: float = 0.0
     center: Literal["none", "step", "batch"] = "none"
@@ -168,6 +178,7 @@ class RlConfig:
     gradient_checkpointing: bool = False
     precision: Precision = "32-true"
     accelerator: str = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     devices: int = 1
     num_nodes: int = 1
     workers: int = 0
@@ -200,7 +211,7 @@ class RlConfig:
         for name in ("lr", "value_lr", "max_grad_norm", "mismatch_limit"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("credit_lambda", "warmup", "truncation_limit"):
+        for name in ("credit_lambda", "warmup", "truncation_limit", "discount"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
         for name, least in (("clip", 0.0), ("importance_cap", 1.0)):
@@ -227,12 +238,19 @@ class RlConfig:
                 f"refresh_labels_every is given, and devices x num_nodes is {self.processes}: "
                 "heads are fitted in one process; set both to 1, or leave it out"
             )
+        if self.reward_model is not None:
+            self._check_reward_model()
         if self.clip is not None and self.importance_cap is not None:
             raise UserError("clip and importance_cap are both given; choose one of them")
         if self.batch % self.processes:
             raise UserError(
                 f"batch is {self.batch}, which {self.processes} processes cannot share equally; "
                 "give a multiple"
+            )
+        if self.strategy == "fsdp" and self.lora is not None:
+            raise UserError(
+                "strategy fsdp shards a policy that is trained in full, and lora is given; use "
+                "--strategy ddp"
             )
         if self.workers < 0:
             raise UserError(f"workers is {self.workers}; give 0 or more")
@@ -253,7 +271,7 @@ class RlConfig:
 
     def _check_reward(self) -> None:
         if self.verifier is None:
-            if self.dense not in ("none", "likelihood"):
+            if self.dense not in ("none", "likelihood") and self.reward_model is None:
                 raise UserError(
                     f"dense is {self.dense}, a verifier's reward, and no verifier is given; add "
                     "--verifier, or --dense none"
@@ -293,10 +311,29 @@ class RlConfig:
         """Whether the reward is that of the reference answer."""
         return self.reward in LIKELIHOODS
 
+    def _check_reward_model(self) -> None:
+        """Refuse settings that a reward model's Q has no part in."""
+        if self.dense in ("none", "q_base", "likelihood"):
+            raise UserError(
+                f"reward_model is given, and --dense {self.dense} reads none; use --dense pav, "
+                "record, discounted or q_mu, or leave reward_model out"
+            )
+        for name in ("prover", "refresh_labels_every"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"{name} is about heads of the verifier, in whose place reward_model is given; "
+                    f"leave one of them out"
+                )
+
     @property
     def processes(self) -> int:
         """Processes that train together."""
         return self.devices * self.num_nodes
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the policy, not a copy."""
+        return self.strategy == "fsdp" and self.processes > 1
 
 
 def check_sampler(sampler: Sampler, where: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pav.rl.loss import token_logprobs
+from pav.rl.processes import whole
 from pav.verifier.lora import Lora, add_adapters, merged
 from pav.verifier.trunk import load_trunk, refuse_unservable
 
@@ -114,8 +115,11 @@ class Learner(nn.Module):
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
     def served(self) -> dict[str, Tensor]:
-        """The policy's weights by their names in a transformers directory, adapters merged."""
-        state = self.policy.state_dict()
+        """The policy's weights by their names in a transformers directory, adapters merged.
+
+        All processes ask together.
+        """
+        state = {k: whole(v) for k, v in self.policy.state_dict().items()}
         if self.lora is None:
             return state
         plain = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}

@@ -23,7 +23,7 @@ from pav.core.files import json_rows, json_text, replace_file
 from pav.core.progress import Reporter
 from pav.core.seeds import seed_of
 from pav.core.signals import held_back
-from pav.rl.checkpoint import LAST, State, save, save_policy
+from pav.rl.checkpoint import LAST, State, save, save_policy, snapshot
 from pav.rl.config import RlConfig
 from pav.rl.credit import credit_of, is_idle, samples
 from pav.rl.engines import Serving
@@ -169,7 +169,8 @@ def train(run: Run) -> None:
     """Iterate to the end; a signal leaves a checkpoint of the last whole iteration.
 
     Raises:
-        UserError: if a guard ends the run; its last checkpoint is the one before.
+        UserError: if a guard ends the run: its last checkpoint is of that iteration, unless
+            figures are not finite; or if the length cap cuts the start's solutions.
     """
     config, state = run.config, run.state
     if run.is_first:
@@ -179,7 +180,7 @@ def train(run: Run) -> None:
     saved = state.iteration
     try:
         if state.iteration == 0:
-            _evaluate(run, {})
+            refuse_cut(_evaluate(run, {}), config)
         with Reporter("RL", config.iterations, "iterations", not run.is_first) as reporter:
             while state.iteration < config.iterations:
                 run.seconds.clear()
@@ -194,7 +195,14 @@ def train(run: Run) -> None:
                 if is_due and not not_finite([metrics], config):
                     metrics |= _evaluate(run, metrics)
                 _log(run, metrics)
-                _look(run, is_due)
+                if why := _look(run, is_due):
+                    # Weights that are no numbers are nothing to go on from.
+                    if not not_finite([metrics], config):
+                        _save(run)
+                    raise UserError(
+                        f"the run ends after iteration {state.iteration}, {why}; rl.html shows it, "
+                        "and the same command with --guards off goes on from the last checkpoint"
+                    )
                 if state.iteration % config.checkpoint_every == 0 or last:
                     _save(run)
                     saved = state.iteration
@@ -204,9 +212,22 @@ def train(run: Run) -> None:
         if state.iteration > saved:
             _save(run)
         raise
-    if run.is_first:
-        weights = run.learner.served()
-        save_policy(run.directory / "last", run.learner, weights, run.actor.policy.tokenizer)
+    _save_policy(run, "last")
+
+
+def refuse_cut(start: Metrics, config: RlConfig) -> None:
+    """Refuse a length cap that cuts what the start writes, before anything is learned from it.
+
+    Raises:
+        UserError: naming the cap.
+    """
+    share = start.get("held_out/truncated", 0.0)
+    if config.guards != "off" and not config.by_likelihood and share > config.truncation_limit:
+        raise UserError(
+            f"sampler.max_length cuts {share:.0%} of the start's solutions to held-out problems "
+            f"(truncation_limit {config.truncation_limit:g}): nothing was trained; raise "
+            "--sampler.max_length, or give a policy that comes to an end"
+        )
 
 
 def _is_stale(run: Run) -> bool:
@@ -237,9 +258,16 @@ def _refresh(run: Run) -> Metrics:
 
 def _save(run: Run) -> None:
     with held_back():
+        plain = snapshot(run.state, run.learner, run.optimizer, run.is_first)
         if run.is_first:
-            save(run.directory / LAST, run.state, run.learner, run.optimizer)
+            save(run.directory / LAST, plain)
         run.fabric.barrier()
+
+
+def _save_policy(run: Run, name: str) -> None:
+    weights = run.learner.served()
+    if run.is_first:
+        save_policy(run.directory / name, run.learner, weights, run.actor.policy.tokenizer)
 
 
 def _evaluate(run: Run, metrics: Metrics) -> Metrics:
@@ -256,25 +284,18 @@ def _evaluate(run: Run, metrics: Metrics) -> Metrics:
     if merit(found) > run.state.best:
         with held_back():
             run.state.best, run.state.best_iteration = merit(found), run.state.iteration
-            if run.is_first:
-                weights, tokenizer = run.learner.served(), run.actor.policy.tokenizer
-                save_policy(run.directory / "best", run.learner, weights, tokenizer)
+            _save_policy(run, "best")
     return found
 
 
-def _look(run: Run, is_due: bool) -> None:
-    """Ask the guards, and show the run where it was evaluated; end one that has no future."""
+def _look(run: Run, is_due: bool) -> str:
+    """Ask the guards, and show the run where it was evaluated; why it has no future, or nothing."""
     why = ""
     if run.is_first:
         why = watch(run.directory, run.history, run.config)
         if is_due or why:
             write_report(run.directory)
-    why = run.fabric.broadcast(why)
-    if why:
-        raise UserError(
-            f"the run ends after iteration {run.state.iteration}, {why}; rl.html shows it, and "
-            "the same command with --guards off goes on from the last checkpoint"
-        )
+    return str(run.fabric.broadcast(why))
 
 
 def _log(run: Run, metrics: Metrics) -> None:

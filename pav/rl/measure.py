@@ -84,7 +84,7 @@ def training_metrics(
             "likelihood/token": table[:, 9].sum() / max(1.0, table[:, 10].sum()),
             "likelihood/untagged": 1 - table[:, 11].mean(),
         }
-    if config.dense not in ("none", "likelihood"):
+    if config.dense not in ("none", "likelihood") and config.reward_model is None:
         beyond_N = np.concatenate(gathered(fabric, [r.beyond_P for r in rewards]))
         found["verifier/out_of_range"] = beyond_N.mean()
     if config.estimator == "value":
@@ -127,16 +127,20 @@ def evaluate(
     graded = actor.references.task.is_graded
     if config.by_likelihood or config.dense == "likelihood" or not graded:
         read_PF = _references(actor, learner, traces, config)
-    each = zip(right_PG, greedy, lengths, read_PF, strict=True)
-    rows = [np.concatenate([r, [g.correct], [n.mean()], read_F]) for r, g, n, read_F in each]
-    rows += [np.full(count + 2 + len(_READ), np.nan)] * (width - len(mine))
+    cut_PG = np.array([t.truncated for t in traces], dtype=float).reshape(-1, count)
+    others_P3 = np.stack([[g.correct for g in greedy], lengths.mean(1), cut_PG.mean(1)], axis=1)
+    rows = list(np.concatenate([right_PG, others_P3, read_PF], axis=1))
+    rows += [np.full(count + 3 + len(_READ), np.nan)] * (width - len(mine))
     table = np.stack(gathered(fabric, rows))
     table = table[~np.isnan(table[:, 0])]
-    found: Metrics = {"held_out/tokens": float(table[:, count + 1].mean())}
+    found: Metrics = {
+        "held_out/tokens": float(table[:, count + 1].mean()),
+        "held_out/truncated": float(table[:, count + 2].mean()),
+    }
     if graded:
         found |= _success(table[:, :count], table[:, count])
     if read_PF.any():
-        found |= _likelihood(dict(zip(_READ, table[:, count + 2 :].T, strict=True)), count)
+        found |= _likelihood(dict(zip(_READ, table[:, count + 3 :].T, strict=True)), count)
     return found
 
 

@@ -6,6 +6,7 @@ policy once more in the engine, with its KV cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import AutoConfig
@@ -14,6 +15,7 @@ from pav.core.errors import UserError
 from pav.engine.gpu_memory import WORKSPACE, planned
 from pav.engine.loading import EngineConfig
 from pav.policy.policy import Policy, Sampler
+from pav.reward_models.reward_model import RewardModel
 from pav.rl.config import RlConfig
 from pav.train.memory import MemoryPlan, Work, device_memory, plan_memory
 from pav.verifier.library import LoadedVerifier
@@ -28,6 +30,9 @@ _SEQUENCES = 16
 _USABLE = 0.95
 
 
+Scoring = LoadedVerifier | RewardModel
+
+
 @dataclass(frozen=True)
 class Plan:
     """Bytes on one device.
@@ -35,7 +40,7 @@ class Plan:
     Attributes:
         training: the policy: weights, gradients, optimiser, activations.
         reference: its start.
-        verifier: its trunk, and an ORM's.
+        verifier: its trunk or a reward model, and an ORM's trunk.
         engine: weights and workspace of the engine.
         cache: its KV cache.
     """
@@ -59,7 +64,7 @@ class Plan:
 
 
 def plan(
-    config: RlConfig, policy: Policy, verifiers: list[LoadedVerifier], sampler: Sampler, gpu: bool
+    config: RlConfig, policy: Policy, scorers: Sequence[Scoring], sampler: Sampler, gpu: bool
 ) -> Plan:
     """What ``config`` needs; the KV cache is what it must be at least, unless it is given."""
     shape = _shape(policy.path)
@@ -73,30 +78,29 @@ def plan(
     engine += WORKSPACE if gpu else 0
     if config.workers:  # elsewhere
         engine = cache = 0
-    scorers = [(4 if v.dtype == "float32" else 2, _shape(v.trunk.path)) for v in verifiers]
     return Plan(
         training,
-        0 if not config.kl or config.lora else 4 * shape.parameters,
-        sum(width * trunk.parameters for width, trunk in scorers),
+        0 if not config.kl or config.lora else 4 * -(-shape.parameters // _shards(config)),
+        sum(map(_weights, scorers)),
         engine,
         cache,
     )
 
 
 def settle(
-    config: RlConfig, policy: Policy, verifiers: list[LoadedVerifier], sampler: Sampler, gpu: bool
+    config: RlConfig, policy: Policy, scorers: Sequence[Scoring], sampler: Sampler, gpu: bool
 ) -> EngineConfig:
     """Print the plan; the engine's settings, with its share of a GPU where none is given.
 
     Raises:
         UserError: if it does not fit, naming settings that need less.
     """
-    found = plan(config, policy, verifiers, sampler, gpu)
+    found = plan(config, policy, scorers, sampler, gpu)
     total = device_memory(gpu)
     print(f"memory: about {found} of {total / GIB:.1f} GiB")
     budget = int(total * _USABLE)
     if found.total > budget:
-        ways = _ways_out(config, policy, verifiers, sampler, gpu, budget)
+        ways = _ways_out(config, policy, scorers, sampler, gpu, budget)
         raise UserError(
             f"RL of {policy.config.model!r} needs about {found}, and the device has "
             f"{total / GIB:.1f} GiB; "
@@ -107,6 +111,13 @@ def settle(
     # What is left is KV cache: the engine takes its share before the policy is loaded.
     own = budget - found.total + found.engine + found.cache
     return replace(config.engine, gpu_memory_utilization=own / total)
+
+
+def _weights(scorer: Scoring) -> int:
+    """Bytes of the weights of what scores."""
+    if isinstance(scorer, RewardModel):
+        return scorer.planned.weights
+    return (4 if scorer.dtype == "float32" else 2) * _shape(scorer.trunk.path).parameters
 
 
 def _shape(path: str) -> Shape:
@@ -123,17 +134,24 @@ def _training(config: RlConfig, shape: Shape, longest: int) -> MemoryPlan:
         length=longest,
         checkpointing=config.gradient_checkpointing,
         adapters=0 if config.lora is None else shape.adapter_parameters(config.lora),
+        shards=_shards(config),
     )
     found = plan_memory(shape, work)
     # The policy is loaded in float32, whatever it is trained in, and adapters lie on that.
-    weights = max(found.weights, 4 * shape.parameters + 4 * work.adapters)
-    return replace(found, weights=weights, other=found.other + _LOGITS)
+    weights = max(found.weights, 4 * -(-shape.parameters // work.shards) + 4 * work.adapters)
+    # An engine is given whole weights.
+    gathered = 4 * shape.parameters if config.is_sharded else 0
+    return replace(found, weights=weights, other=found.other + _LOGITS + gathered)
+
+
+def _shards(config: RlConfig) -> int:
+    return config.processes if config.is_sharded else 1
 
 
 def _ways_out(
     config: RlConfig,
     policy: Policy,
-    verifiers: list[LoadedVerifier],
+    scorers: Sequence[Scoring],
     sampler: Sampler,
     gpu: bool,
     budget: int,
@@ -145,13 +163,15 @@ def _ways_out(
         (lighter, "--gradient_checkpointing true"),
         (small, f"--gradient_checkpointing true --tokens_per_batch {small.tokens_per_batch}"),
     ]
+    if config.processes > 1 and config.lora is None:
+        options.append((replace(small, strategy="fsdp"), f"{options[1][1]} --strategy fsdp"))
     if config.kl:
-        options.append((replace(small, kl=0.0), f"{options[-1][1]} --kl 0"))
+        options.append((replace(small, kl=0.0), f"{options[1][1]} --kl 0"))
     if config.lora is None:
         options.append((replace(small, lora=Lora()), f"{options[1][1]} --lora '{{rank: 16}}'"))
     found = []
     for other, how in options:
-        needed = plan(other, policy, verifiers, sampler, gpu)
+        needed = plan(other, policy, scorers, sampler, gpu)
         if other != config and needed.total <= budget:
             found.append(f"{how} ({needed.total / GIB:.1f} GiB)")
     return found

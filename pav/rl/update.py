@@ -24,6 +24,7 @@ from pav.rl.config import RlConfig
 from pav.rl.learner import Learner, Reference, Said
 from pav.rl.likelihood import weights
 from pav.rl.loss import kl, policy_loss, value_loss
+from pav.rl.processes import largest, whole
 from pav.verifier.forward import batches, pad
 
 
@@ -138,19 +139,19 @@ def update(
     """
     sums = Sums()
     parts = list(_parts(learner, samples, config, sums))
+    # Processes gather weights and gradients together, so that all make as many passes.
+    count = max(1, largest(fabric, len(parts)))
     optimizer.zero_grad()
-    for number, batch in enumerate(parts):
-        with fabric.no_backward_sync(learner, enabled=number + 1 < len(parts)):
-            loss = _loss(fabric, learner, reference, batch, config, sums)
+    for number in range(count):
+        batch, counted = (parts[number], sums) if number < len(parts) else ([_NOTHING], Sums())
+        with fabric.no_backward_sync(learner, enabled=number + 1 < count):
+            loss = _loss(fabric, learner, reference, batch, config, counted)
             # Gradients of processes are averaged; coefficients are of the sum over all.
             fabric.backward(loss * fabric.world_size)
             sums.loss += float(loss.detach())
-    if not parts:  # the others wait for this process's gradients
-        loss = _loss(fabric, learner, None, [_NOTHING], config, Sums())
-        fabric.backward(loss)
     for group in optimizer.param_groups:  # the value head's gradient may not scale the policy's
         norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
-        sums.norm = sums.norm or float(norm)
+        sums.norm = sums.norm or float(whole(norm))
     optimizer.step()
     return sums
 
@@ -218,6 +219,7 @@ def weighed(
     return found
 
 
+# What a process without a batch passes through the policy: its gradient is 0.
 _NOTHING = Sample([0, 0, 0], 1, np.zeros(2, np.float32), np.zeros(2), 0.0)
 
 

@@ -34,7 +34,7 @@ from search.run.records import Record
 from search.run.solve import beam_settings, failed, pick_again, traces_record
 
 if TYPE_CHECKING:
-    from search.scoring.reward_model import RewardModel
+    from pav.reward_models.reward_model import RewardModel
 
 # What values a sample set.
 Ranker: TypeAlias = "Scorer | RewardModel"

@@ -10,13 +10,13 @@ from pav.engine.loading import EngineConfig
 from pav.engine.pool import check_workers
 from pav.grading.sandbox import DEFAULT_TIMEOUT, check_timeout
 from pav.policy.policy import PolicyConfig, Sampler
+from pav.reward_models.text import RewardModelConfig
 from pav.tasks.base import Split, Task
 from pav.verifier.pick import Pick
 from pav.verifier.score import Score
 from search.methods.beam import Duplicates
 from search.methods.smc import Resampling, Weight
 from search.run.session import Scoring
-from search.scoring.text import RewardModelConfig
 
 Kind = Literal["beam", "greedy", "dvts", "alphallm", "smc", "best_of_n"]
 

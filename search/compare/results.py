@@ -27,7 +27,7 @@ from search.run.flops import record_flops
 from search.run.records import Record
 
 if TYPE_CHECKING:
-    from search.scoring.reward_model import RewardModel
+    from pav.reward_models.reward_model import RewardModel
 
 # What every point picked, in a comparison's directory.
 PICKS = "picks.json"

@@ -12,12 +12,12 @@ from pav.engine.loading import EngineConfig
 from pav.engine.pool import check_workers
 from pav.grading.sandbox import DEFAULT_TIMEOUT, check_timeout
 from pav.policy.policy import PolicyConfig, Sampler, model_path, settled, weights_digest
+from pav.reward_models.text import RewardModelConfig
 from pav.tasks.base import Split, Task, task_spec
 from pav.verifier.checkpoint import Verifier
 from pav.verifier.pick import Pick
 from search.run.opening import capped
 from search.run.session import Scoring
-from search.scoring.text import RewardModelConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SearchConfig:
         sampler: another sampler than the verifier was made for (warns).
         trunk: new place of the trunk, if it moved.
         reward_model: a third-party one that scores in the verifier's place: a sequence classifier,
-            or a PRM (see search/scoring/text.py).
+            or a PRM (see pav/reward_models/text.py).
         concurrency: problems at a time, of each worker.
         workers: processes that search, each with engines of its own; they share the GPUs or cores.
         ray: address of a Ray cluster of your own that the workers run on (``auto``, ``host:port``),

@@ -30,6 +30,7 @@ from pav.policy.policy import (
     weights_digest,
 )
 from pav.policy.rendered import rendered, warn_clock, warn_other_prompt
+from pav.reward_models.text import RewardModelConfig
 from pav.tasks.base import Problem, Split, Task
 from pav.verifier.checkpoint import (
     Verifier,
@@ -50,10 +51,9 @@ from search.run.failures import (
 )
 from search.run.records import Record, append, flush, read, read_seconds, rewrite, write_seconds
 from search.run.workers import Search, Workers
-from search.scoring.text import RewardModelConfig
 
 if TYPE_CHECKING:
-    from search.scoring.reward_model import RewardModel
+    from pav.reward_models.reward_model import RewardModel
 
 Scoring = Literal["auto", "fused", "separate"]
 
@@ -261,7 +261,7 @@ class Session:
 
     def reward_model(self, config: RewardModelConfig) -> RewardModel:
         """Put a third-party reward model into service."""
-        from search.scoring.reward_model import RewardModel
+        from pav.reward_models.reward_model import RewardModel
 
         if config.model not in self.readers:
             self.readers[config.model] = RewardModel(config, self.policy)

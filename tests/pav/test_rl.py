@@ -135,6 +135,16 @@ def test_a_run_whose_traces_are_cut_ends_itself_and_says_what_to_do(
     assert (alarm["iteration"], alarm["name"], alarm["stops"]) == (1, "truncated", True)
     assert "ends the run" in (tmp_path / "rl.html").read_text()
     assert [row["iteration"] for row in rows(tmp_path)] == [1]
+    # What it learned is kept: the same command without guards goes on from there.
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)["state"]
+    assert kept["iteration"] == 1
+    # With held-out problems it is found before the first update.
+    with pytest.raises(SystemExit) as ended:
+        run(rl, RlConfig, "pav.rl", [*SMALL, *cut[2:4], "--output", str(tmp_path / "refused")])
+    assert ended.value.code == 2
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "max_length cuts" in line)
+    assert "of the start's solutions" in said and "raise --sampler.max_length" in said
+    assert not (tmp_path / "refused" / "last.ckpt").exists()
 
 
 def test_kill_minus_nine_anywhere_and_resume_give_the_weights_of_an_unbroken_run(
@@ -159,20 +169,24 @@ def test_two_processes_with_two_engine_workers_make_the_update_of_one(tmp_path: 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     two = [*torchrun, "-m", "pav.rl", "--devices", "2", "--workers", "1"]
     short = ("--iterations", "1", "--eval_problems", "0", "--refresh_labels_every", "null")
-    for name, command in (("one", PAV_RL), ("two", two)):
+    fsdp = [*two, "--strategy", "fsdp"]
+    for name, command in (("one", PAV_RL), ("two", two), ("fsdp", fsdp)):
         done = start(command, tmp_path / name, *short)
         assert done.returncode == 0, done.stderr
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    one, a = weights(tmp_path / "one"), rows(tmp_path / "one")[0]
     # Adam's first moment is a tenth of the gradient; what it makes of a gradient of nothing but
     # rounding is as large as any other step.
     moments = [name for name in one if name.endswith("exp_avg")]
     assert moments
-    for name in moments:
-        torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-4)
-    a, b = rows(tmp_path / "one")[0], rows(tmp_path / "two")[0]
-    for key in ("train/accuracy", "train/tokens", "train/dead_groups", "train/steps"):
-        assert a[key] == b[key], key
-    np.testing.assert_allclose(a["update/loss"], b["update/loss"], rtol=1e-5)
+    for other in ("two", "fsdp"):
+        found, b = weights(tmp_path / other), rows(tmp_path / other)[0]
+        assert found.keys() == one.keys()
+        for name in moments:
+            torch.testing.assert_close(found[name], one[name], atol=1e-6, rtol=1e-4)
+        for key in ("train/accuracy", "train/tokens", "train/dead_groups", "train/steps"):
+            assert a[key] == b[key], key
+        for key in ("update/loss", "update/gradient_norm"):
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-5)
 
 
 def test_refreshed_labels_follow_the_policy(unbroken: Path) -> None:
@@ -242,3 +256,12 @@ def test_record_reward_pays_for_news_alone_and_no_filler() -> None:
     np.testing.assert_allclose(
         gains(q, "pav", "q/base", "q/prover"), [0.2, 0, -0.3, 0.2, 0.2], atol=1e-12
     )
+
+
+def test_discounted_reward_pays_a_prover_that_is_always_right_for_nearing_the_end() -> None:
+    q = {"q/base": np.zeros(4), "q/prover": np.array([0.8, 0.8, 0.8, 0.4])}
+    found_S = gains(q, "discounted", "q/base", "q/prover", 0.5)
+    np.testing.assert_allclose(found_S, [0.2 - 0.1, 0.4 - 0.2, 0.4 - 0.4], atol=1e-12)
+    pav_S = gains(q, "pav", "q/base", "q/prover")
+    np.testing.assert_allclose(gains(q, "discounted", "q/base", "q/prover", 1.0), pav_S)
+    assert not pav_S[:2].any()

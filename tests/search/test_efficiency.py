@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from pav.labels.tables import COMPLETIONS, TRACES
 from pav.policy.cost import context_of, forward_flops, shape_of
+from pav.reward_models.text import RewardModelConfig
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape
 from pav.verifier.checkpoint import load_verifier
@@ -26,7 +27,6 @@ from search.compare.efficiency import Ratio, _ratio, budget_for, ratios
 from search.compare.investment import invested_flops
 from search.compare.plan import CompareConfig, Investment, Method
 from search.compare.results import MethodResult
-from search.scoring.text import RewardModelConfig
 
 N = (2, 4, 8, 16, 32, 64, 128)
 # PAV paper, Figure 4: Gemma 2 9B, prover Bo4.

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pav.core.errors import UserError
 from pav.core.files import read_object
 from pav.policy.policy import Policy, load_tokenizer, model_path, tokenizer_fingerprint
-from pav.rl.learner import Learner
+from pav.reward_models.text import Text
 from pav.tasks.base import Problem
-from search.scoring.text import Text
+from pav.verifier.trunk import load_trunk, refuse_unservable
 
 RUN = "rl.json"
 
@@ -70,12 +72,29 @@ class Progress(nn.Module):
 
     def __init__(self, model: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.trained = Learner(model_path(model), 1.0, with_value=False).to(dtype)
-        self.start = Learner(model_path(start_of(model)), 1.0, with_value=False).to(dtype)
-        self.config = self.trained.policy.config
+        self.trained = load_trunk(model_path(model), dtype)
+        self.start = load_trunk(model_path(start_of(model)), dtype)
+        self.config = self.trained.config
+        refuse_unservable(self.config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Sum (B, T) of log-probability ratios of all tokens up to each, of right-padded ids."""
-        ratio = self.trained(input_ids, 0).logprob - self.start(input_ids, 0).logprob
+        ratio = logprobs(self.trained, input_ids) - logprobs(self.start, input_ids)
         ratio = ratio.cumsum(-1)
         return torch.cat([torch.zeros_like(ratio[:, :1]), ratio], dim=-1)
+
+
+def logprobs(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Log-probability (B, T - 1) of ``ids[:, 1:]``, at temperature 1."""
+    config: Any = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    embedding = model.get_output_embeddings()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    rows = []
+    # Logits over a real vocabulary are large: a text at a time.
+    for hidden_TD, next_T in zip(hidden, ids[:, 1:], strict=True):
+        logits = embedding(hidden_TD).float()
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        rows.append(logits.gather(-1, next_T[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.stack(rows)

@@ -1,8 +1,9 @@
 """Third-party reward models as scorers: read as text, by a tokenizer of their own, in batches.
 
-:mod:`search.scoring.text` says which layouts there are. One label is squashed by a sigmoid; of two
-the second is the good one. Code that comes with a model is never run, and weights are read from
-safetensors only.
+:mod:`pav.reward_models.text` says which layouts there are. One label is squashed by a sigmoid; of
+two the second is the good one.
+
+Axes: S steps of a solution, P = S + 1 states (state 0 is the problem).
 """
 
 from __future__ import annotations
@@ -18,18 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-    Qwen2Model,
-    Qwen2PreTrainedModel,
-)
-from transformers.modeling_outputs import TokenClassifierOutput
+from numpy.typing import NDArray
+from transformers import AutoConfig, PreTrainedModel
 
 from pav.core.errors import UserError
 from pav.core.heads import ORM
@@ -39,11 +30,12 @@ from pav.policy.cost import Cost, Shape, skeleton_shape
 from pav.policy.inference import Read
 from pav.policy.policy import Policy, model_path, weights_digest
 from pav.policy.rendered import of_ids, rendered
+from pav.reward_models.loading import KINDS, chance, layout_of, load
+from pav.reward_models.progress import check_tokenizers, start_of, tokens
+from pav.reward_models.text import Reader, RewardModelConfig, Text
 from pav.tasks.base import Problem
 from pav.verifier.score import Pick, Values
 from pav.verifier.scoring import NO_LOGPROBS, PrefixScore
-from search.scoring.progress import Progress, check_tokenizers, start_of, tokens
-from search.scoring.text import Layout, Reader, RewardModelConfig, Text
 
 PRM = "prm"
 # What step 0 is worth: these models do not score the problem itself. A constant changes no ranking
@@ -69,7 +61,7 @@ class RewardModel:
 
     def __init__(self, config: RewardModelConfig, policy: Policy) -> None:
         self.config, self._policy = config, policy
-        self.layout = _layout(config)
+        self.layout = layout_of(config)
         if self.layout == "progress":
             check_tokenizers(config.model, policy)
         self._reader = Reader(config, self.layout)
@@ -102,7 +94,7 @@ class RewardModel:
         if self._model is not None:
             return
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = _load(self.config, self.layout).to(self._device).eval()
+        self._model = load(self.config, self.layout).to(self._device).eval()
         # Without a padding id transformers cannot tell where a padded text ends.
         self._batch = self.config.batch
         if self.layout == "sequence" and self._model.config.pad_token_id is None:
@@ -155,7 +147,7 @@ class RewardModel:
     def _skeleton(self) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(self.config.model, trust_remote_code=False)
         with torch.device("meta"):
-            kind = _KINDS[self.layout]
+            kind = KINDS[self.layout]
             return kind(config) if self.layout == "qwen" else kind.from_config(config)
 
     @cached_property
@@ -196,21 +188,18 @@ class RewardModel:
         cost: Cost,
         known: np.ndarray = NO_LOGPROBS,
     ) -> PrefixScore:
-        """Its value after the last step; before the first 0 of progress, else :data:`NEUTRAL`.
+        """Its value after the last step.
 
         Raises:
             ValueError: if the text is longer than the model can read.
         """
         if not ends:
-            return PrefixScore({self.head: 0.0 if self.layout == "progress" else NEUTRAL})
-        steps = tuple(self._policy.text(ids[a:b]).strip() for a, b in pairwise([0, *ends]))
+            return PrefixScore({self.head: self.nothing})
+        steps = self._steps(ids, ends)
         if (found := self._known.get((problem.question, steps))) is not None:
             self._charge(cost, 0, found[1])
             return PrefixScore({self.head: found[0]})
-        if self.layout == "progress":
-            text = tokens(self._policy, problem, ids, ends)
-        else:
-            text = self._reader.text(problem.question, steps)
+        text = self._text(problem, steps, ids, ends)
         if self._limit is not None and len(text.ids) > self._limit:
             raise ValueError(
                 f"{len(text.ids)} tokens are more than the {self._limit} that "
@@ -222,6 +211,64 @@ class RewardModel:
         value = await future
         self._charge(cost, len(text.ids), 0)
         return PrefixScore({self.head: value})
+
+    def states(
+        self, solutions: Sequence[tuple[Problem, Sequence[int], Sequence[int]]]
+    ) -> list[NDArray[np.float64]]:
+        """(P,) value of every state of whole solutions, by one forward pass of each.
+
+        Steps beyond what the model can read have the value of the last one that it reads.
+
+        Args:
+            solutions: problem, ids and step ends of each.
+
+        Raises:
+            UserError: if a score is not finite.
+        """
+        self.start()
+        found = [np.full(len(ends) + 1, self.nothing) for _, _, ends in solutions]
+        texts = [(value_P, self._fitted(self._text(problem, self._steps(ids, ends), ids, ends)))
+                 for value_P, (problem, ids, ends) in zip(found, solutions, strict=True)
+                 if ends]  # fmt: skip
+        texts = sorted((pair for pair in texts if pair[1].positions), key=lambda p: len(p[1].ids))
+        for at in range(0, len(texts), self._batch):
+            batch = texts[at : at + self._batch]
+            read = self._forward([text for _, text in batch])
+            for (value_P, text), scores in zip(batch, read, strict=True):
+                self._check(text, scores)
+                value_P[1 : 1 + len(scores)] = scores
+                value_P[1 + len(scores) :] = scores[-1]
+        return found
+
+    @property
+    def nothing(self) -> float:
+        """Value of the bare problem, which none of these models scores."""
+        return 0.0 if self.layout == "progress" else NEUTRAL
+
+    def _steps(self, ids: Sequence[int], ends: Sequence[int]) -> tuple[str, ...]:
+        return tuple(self._policy.text(ids[a:b]).strip() for a, b in pairwise([0, *ends]))
+
+    def _text(
+        self, problem: Problem, steps: tuple[str, ...], ids: Sequence[int], ends: Sequence[int]
+    ) -> Text:
+        if self.layout == "progress":
+            return tokens(self._policy, problem, ids, ends)
+        return self._reader.text(problem.question, steps)
+
+    def _fitted(self, text: Text) -> Text:
+        """What the model can read of a text."""
+        if self._limit is None or len(text.ids) <= self._limit:
+            return text
+        there = [p for p in text.positions if p < self._limit]
+        return replace(text, ids=text.ids[: self._limit], positions=there)
+
+    def _check(self, text: Text, scores: list[float]) -> None:
+        if not all(map(math.isfinite, scores)):
+            raise UserError(
+                f"reward model {self.config.model!r} gives {scores} for a solution of "
+                f"{len(text.steps)} steps: its weights are damaged, or reward_model.dtype "
+                f"({self.config.dtype}) is too narrow for them"
+            )
 
     def _charge(self, cost: Cost, computed: int, cached: int) -> None:
         """Charge a reading; progress reads with two models, and makes logits of every token."""
@@ -242,12 +289,7 @@ class RewardModel:
         """
         batch = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
         for (text, future), scores in zip(batch, self._forward([t for t, _ in batch]), strict=True):
-            if not all(map(math.isfinite, scores)):
-                raise UserError(
-                    f"reward model {self.config.model!r} gives {scores} for a solution of "
-                    f"{len(text.steps)} steps: its weights are damaged, or reward_model.dtype "
-                    f"({self.config.dtype}) is too narrow for them"
-                )
+            self._check(text, scores)
             first = len(text.steps) - len(scores) + 1
             for j, value in enumerate(scores, first):
                 end = text.positions[j - first] + 1
@@ -285,7 +327,7 @@ class RewardModel:
             ]
         if self.layout == "sequence":
             logits_BL = self._model(input_ids=ids_BT, attention_mask=mask_BT).logits
-            return [[p] for p in _chance(logits_BL).tolist()]
+            return [[p] for p in chance(logits_BL).tolist()]
         if self.layout == "shepherd":
             states = self._model.get_decoder()(
                 input_ids=ids_BT, attention_mask=mask_BT
@@ -294,7 +336,7 @@ class RewardModel:
             logits_BTL = states @ torch.stack([bad, good]).T
         else:
             logits_BTL = self._model(input_ids=ids_BT, attention_mask=mask_BT).logits
-        return [_chance(logits_BTL[b, text.positions]).tolist() for b, text in enumerate(texts)]
+        return [chance(logits_BTL[b, text.positions]).tolist() for b, text in enumerate(texts)]
 
 
 # Of a worker: what crosses to it is what a reward model is made with.
@@ -305,93 +347,3 @@ def _in_service(config: RewardModelConfig, policy: Policy) -> RewardModel:
     if config not in _loaded:
         _loaded[config] = RewardModel(config, policy)
     return _loaded[config]
-
-
-class QwenPrm(Qwen2PreTrainedModel):
-    """Qwen2.5-Math-PRM: a Qwen 2 with a head of two layers, whose own code is not run."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.model = Qwen2Model(config)
-        self.score = nn.Sequential(
-            nn.Linear(config.hidden_size, config.hidden_size),
-            nn.ReLU(),
-            nn.Linear(config.hidden_size, 2),
-        )
-        self.post_init()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> TokenClassifierOutput:
-        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return TokenClassifierOutput(logits=self.score(states))
-
-
-_KINDS: dict[str, Any] = {
-    "sequence": AutoModelForSequenceClassification,
-    "token": AutoModelForTokenClassification,
-    "qwen": QwenPrm,
-    "shepherd": AutoModelForCausalLM,
-    "progress": AutoModelForCausalLM,
-}
-
-
-def _chance(logits: Tensor) -> Tensor:
-    """Chance of the good label from logits (..., 1) or (..., 2); float64 saturates late."""
-    wide = logits.double()
-    return torch.sigmoid(wide[..., 0] if wide.shape[-1] == 1 else wide[..., 1] - wide[..., 0])
-
-
-def _layout(config: RewardModelConfig) -> Layout:
-    """The layout, from the architecture where it is not given."""
-    if config.layout != "auto":
-        return config.layout
-    try:
-        found = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read a reward model's config at {config.model!r}: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-    name = (found.architectures or ["none"])[0]
-    if name.endswith("ForSequenceClassification"):
-        return "sequence"
-    if name.endswith("ForTokenClassification"):
-        return "token"
-    if name == "Qwen2ForProcessRewardModel":
-        return "qwen"
-    if name.endswith("ForCausalLM"):
-        raise UserError(
-            f"{config.model!r} is a language model ({name}), not a classifier; if it is a PRM in "
-            "Math-Shepherd's manner, add --reward_model.layout shepherd; if pav.rl trained it, "
-            "--reward_model.layout progress"
-        )
-    raise UserError(
-        f"{config.model!r} has the architecture {name}, which is not known here (code that comes "
-        "with a model is never run); give a sequence or token classifier, a Qwen2.5-Math-PRM, or "
-        "a PRM in Math-Shepherd's manner"
-    )
-
-
-def _load(config: RewardModelConfig, layout: Layout) -> Any:
-    if layout == "progress":
-        return Progress(config.model, getattr(torch, config.dtype))
-    trust = {} if layout == "qwen" else {"trust_remote_code": False}
-    try:
-        model, told = _KINDS[layout].from_pretrained(
-            config.model,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **trust,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"cannot load the reward model {config.model!r} in layout {layout}: "
-            f"{(str(error).strip().splitlines() or ['?'])[0]}"
-        ) from error
-    # transformers makes up what a checkpoint lacks: a reward model with a random head.
-    if told["missing_keys"]:
-        raise UserError(
-            f"{config.model!r} lacks the weights {', '.join(sorted(told['missing_keys'])[:3])} of "
-            f"layout {layout}; choose another reward_model.layout or another model"
-        )
-    return model
