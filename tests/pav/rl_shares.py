@@ -1,6 +1,6 @@
 """Updates of ``pav.rl`` in one process or in several, without an engine.
 
-Usage: [torchrun ...] python rl_shares.py STRATEGY MODEL OUTPUT
+Usage: torchrun ... -m tests.pav.rl_shares STRATEGY MODEL OUTPUT; STRATEGY is ddp or fsdp, or one.
 """
 
 from __future__ import annotations

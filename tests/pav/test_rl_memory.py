@@ -37,6 +37,17 @@ def test_the_plan_counts_the_parameters_that_are_there(lora: Lora | None) -> Non
     assert found.verifier == 4 * sum(p.numel() for p in trunk.parameters())
 
 
+def test_shares_of_a_policy_are_counted_as_shares() -> None:
+    copies = RlConfig("pav:reference", devices=4, kl=0.001)
+    each, shared = (
+        memory.plan(config, BASE, [VERIFIER], SAMPLER, gpu=False)
+        for config in (copies, replace(copies, strategy="fsdp"))
+    )
+    assert 4 * shared.training.optimizer == pytest.approx(each.training.optimizer, rel=1e-3)
+    assert 4 * shared.training.gradients == pytest.approx(each.training.gradients, rel=1e-3)
+    assert 4 * shared.reference == pytest.approx(each.reference, rel=1e-3)
+
+
 def test_what_does_not_fit_is_refused_with_settings_that_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

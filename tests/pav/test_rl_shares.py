@@ -15,22 +15,23 @@ import torch
 from pav.core.errors import UserError
 from pav.rl.config import RlConfig
 from pav.verifier.lora import Lora
+from tests.pav.rl_shares import main
 
-SCRIPT = str(Path(__file__).with_name("rl_shares.py"))
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.pav.rl_shares"]
 
 
 @pytest.fixture(scope="module")
 def left(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process and two shares leave after the same updates."""
     output = tmp_path_factory.mktemp("shares")
-    for strategy, launcher in (("one", []), ("fsdp", TORCHRUN)):
-        done = subprocess.run(
-            [sys.executable, *launcher, SCRIPT, strategy, str(tiny_model("llama")), str(output)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+    given = [str(tiny_model("llama")), str(output)]
+    main("one", *given)
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "fsdp", *given],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
     return output
 
 
