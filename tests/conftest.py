@@ -117,6 +117,7 @@ SLOW = [
     "test_parity",
     "test_gpu_check",
     "test_labels",
+    "test_ledger",
     "test_likelihood_head",
     "test_verifier_consistency",
     "test_verifier_gsm8k",

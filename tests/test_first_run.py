@@ -21,6 +21,7 @@ from pav.policy.policy import PolicyConfig, Prompt, Sampler, like, load_policy, 
 from pav.tasks.base import Problem, task_spec
 from pav.tasks.gsm8k import Gsm8k
 from pav.tasks.jsonl import Jsonl
+from pav.tasks.ledger import Ledger
 from pav.tasks.tape import Tape
 from pav.train.command import TrainConfig, new_card
 from pav.verifier.checkpoint import load_verifier, prompt_from
@@ -53,9 +54,10 @@ def test_whoever_names_a_model_has_to_name_a_task(
     assert configured(*argv, "--task.data", "x.jsonl").task == Jsonl(data="x.jsonl")
 
 
-def test_shipped_models_work_on_the_tape() -> None:
+def test_shipped_models_work_on_their_own_task() -> None:
     assert configured().task == Tape()
     assert configured("--policy", "pav:strong", "--prover", "pav:prover").task == Tape()
+    assert configured("--policy", "pav:ledger").task == Ledger()
 
 
 def test_a_setting_of_no_task_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

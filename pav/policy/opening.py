@@ -14,6 +14,7 @@ from pav.core.errors import UserError
 from pav.core.printable import one_line, printable
 from pav.policy.policy import ASSET_PREFIX, Policy, Sampler, tokenizer_fingerprint
 from pav.tasks.base import BUILT_IN, Problem, Task, task_spec
+from pav.tasks.ledger import Ledger
 from pav.tasks.tape import Tape
 
 # Long questions have long prompts; encoding a hundred thousand of them would take minutes.
@@ -22,7 +23,7 @@ MOST_SHOWN = 3000
 
 
 def task_for(task: Task | None, models: Sequence[str]) -> Task:
-    """The task of a run of ``models``: the tape where none is named and all models are shipped.
+    """The task of a run of ``models``: where none is named, that of the models, if all are shipped.
 
     Raises:
         UserError: if a model is the user's own and no task is named.
@@ -31,7 +32,7 @@ def task_for(task: Task | None, models: Sequence[str]) -> Task:
         return task
     own = next((m for m in models if not m.startswith(ASSET_PREFIX)), None)
     if own is None:
-        return Tape()
+        return Ledger() if "pav:ledger" in models else Tape()
     raise UserError(
         f"model {own!r} is named, and no task; add one, e.g. --task.data problems.jsonl or --task "
         "Gsm8k (--task Tape is the built-in calculator tape)"

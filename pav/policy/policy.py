@@ -121,7 +121,7 @@ class PolicyConfig:
 
     Args:
         model: a transformers directory, a hub id, or a shipped one (``pav:base``, ``pav:prover``,
-            ``pav:strong``).
+            ``pav:strong``, ``pav:ledger``).
         name: what labels and heads call it; by default the last part of ``model``.
         prompt: how it is asked.
         dtype: weights and activations; never chosen for you. A CPU without avx512_bf16 or amx_bf16

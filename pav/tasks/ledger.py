@@ -7,7 +7,7 @@ The tapes are those of :mod:`pav.tasks.tape`. A solution is a chain of the tape'
     45*3=35
     35-15=20
     20+6=26
-    AThis is a short note about the tape. The final total of the whole tape is 26; the key *3 ...
+    AThis is a short note about the tape. The final total (=26) was ...
 
 The end comes first, so no text before it works it out: who wrote no chain has to guess. A paragraph
 has more forms than can be counted and the reference is one of them, so no sample is equal to it.
@@ -32,8 +32,8 @@ TAG = "A"
 # Of the solutions that ``pav.sft`` learns from: the rest has no chain at all.
 FULL_CHAINS, CUT_CHAINS = 0.7, 0.15
 
-# ``{a|b}`` is a choice, ``@`` a key such as +8, ``#`` a total. No word begins with a capital A, the
-# tag; a telling has its key before its total, and neither comma nor stop.
+# ``{a|b}`` is a choice, ``#`` what the display told, such as (+8=45) or, at the end, (=26). No word
+# begins with a capital A, the tag.
 OPENINGS = (
     "{Here|This|Below} is {the|a} {short|brief|plain} {report|account|note} {of|about} the"
     " {tape|strip|roll}",
@@ -43,18 +43,16 @@ OPENINGS = (
     " {done|printed}",
 )
 ENDS = (
-    "{In the end|Finally|By the close} the {display|counter|dial} of the"
-    " {machine|calculator|register} {shows|reads|says} #",
-    "The {final|closing} {total|sum|value} {of|on|for} the {whole|entire} {tape|strip|roll}"
-    " {is|was|equals} #",
-    "What {remains|stays} {when|once} {every|each} {key|button} has been {pressed|used|hit}"
-    " {is|was|equals} #",
+    "{In the end|Finally|By the close} the {display|counter|dial} # {was|looked} {settled|steady}",
+    "The {final|closing} {total|sum|value} # {was|is} {copied|taken} from the {whole|entire}"
+    " {tape|strip|roll}",
+    "What {remains|stays} # {when|once} {every|each} {key|button} has been {pressed|used|hit}",
 )
 TELLINGS = (
-    "{after|following|upon} the {key|button} @ the {display|counter|dial} {showed|read|said} #",
-    "the {key|button} @ {brought|took|moved} the {running|current} {total|sum|value} to #",
-    "{when|as|once} the {key|button} @ was {down|done} the {total|sum|value} {was|equalled} #",
-    "what the {key|button} @ {left|put|kept} in the {machine|calculator|register} was #",
+    "the {key|button} # {moved|turned|set} the {display|counter|dial} {quickly|slowly}",
+    "one {line|entry} # {was|stood} {on|in} the {machine|calculator|register}",
+    "{nobody|hardly anyone} {saw|missed} the {total|sum|value} # {there|below}",
+    "the {clerk|owner|teller} {read|marked} # {by hand|in ink|in pencil}",
 )
 JOINTS = ("; ", ", {and|while|but} ", ". {Besides|Moreover|Indeed|Meanwhile} ")
 CLOSINGS = (
@@ -68,9 +66,7 @@ CLOSINGS = (
 GRAMMAR = (OPENINGS, ENDS, TELLINGS, JOINTS, CLOSINGS)
 _CHOICE = re.compile(r"\{([^{}]*)\}")
 _WORD = re.compile(r"[A-Za-z]+")
-_CLAUSE = re.compile(r"[.,;]")
-_KEY = re.compile(r"[+*-][0-9]+")
-_TOTAL = re.compile(r"(?<![0-9+*-])[0-9]+")
+_TOLD = re.compile(r"\(([+*-][0-9]+)?=([0-9]+)\)")
 
 
 class Truth(NamedTuple):
@@ -149,26 +145,23 @@ class Ledger(Task):
         The tape's characters, and words and digits with the space before them.
         """
         words = set(_WORD.findall(" ".join(t for part in GRAMMAR for t in part)))
-        tokens = [*f"0123456789+-*={TAG}\n.,; ", *(f" {sign}" for sign in "0123456789+-*")]
+        tokens = [*f"0123456789+-*={TAG}\n.,;)", " ("]
         tokens += sorted(word for word in words if word[0].isupper())
         tokens += sorted(f" {word}" for word in words)
-        return tokens, rf" ?(?!{TAG})[A-Za-z][a-z]*| ?[0-9+*-]|[\s\S]"
+        return tokens, rf" ?(?!{TAG})[A-Za-z][a-z]*| \(|[\s\S]"
 
     def true_totals(self, text: str, problem: Problem) -> Truth:
         """What the paragraph of a whole solution tells, for evaluation only.
 
-        A clause with a key (``the key +8``) tells the total after it, one without tells the end.
-        Without a tag nothing is told.
+        ``(+8=45)`` tells the total after a key, ``(=26)`` the end. Without a tag nothing is told.
         """
         keys, totals = _keys(problem.question), running_totals(problem.question)
         expected = {"": {str(totals[-1])}}
         for key, total in zip(keys[:-1], totals, strict=False):
             expected.setdefault(key, set()).add(str(total))
         told: dict[str, set[str]] = {}
-        for clause in _CLAUSE.split(text.partition(TAG)[2]):
-            named = _KEY.search(clause)
-            for total in _TOTAL.findall(clause):
-                told.setdefault(named[0] if named else "", set()).add(total)
+        for key, total in _TOLD.findall(text.partition(TAG)[2]):
+            told.setdefault(key, set()).add(total)
         right = sum(told.get(key) == found for key, found in expected.items())
         return Truth(right / len(expected), right == len(expected) == len(told))
 
@@ -193,12 +186,11 @@ def _lines(question: str) -> list[str]:
 def tell(rng: Random, question: str) -> str:
     """A true paragraph about ``question`` in some wording."""
     *totals, end = running_totals(question)
-    text = f"{_wording(rng, OPENINGS)}. {_wording(rng, ENDS).replace('#', str(end))}"
+    text = f"{_wording(rng, OPENINGS)}. {_wording(rng, ENDS).replace('#', f'(={end})')}"
     tellings = list(zip(_keys(question), totals, strict=False))
     rng.shuffle(tellings)
     for key, total in tellings:
-        telling = _wording(rng, TELLINGS).replace("@", key).replace("#", str(total))
-        text += _wording(rng, JOINTS) + telling
+        text += _wording(rng, JOINTS) + _wording(rng, TELLINGS).replace("#", f"({key}={total})")
     return f"{text}. {_wording(rng, CLOSINGS)}."
 
 
