@@ -249,7 +249,7 @@ def written(
     model: str, problems: list[Problem], seed: int = 0
 ) -> tuple[list[Written], list[float]]:
     """A sample for every problem, and the reference's log-probability after no chain."""
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(model_path(model), dtype=torch.float32).eval()
     torch.manual_seed(seed)
     pad = TOKENIZER.pad_token_id
     prompts = [TOKENIZER.encode(f"{p.question}\n") for p in problems]
