@@ -11,6 +11,8 @@
 5. ``first_runner``: the scores again with vLLM's first model runner, where it picks the second.
 6. ``graphs``: greedy sampling with CUDA graphs against ``enforce_eager``.
 7. ``devices``: where there are two, ``tensor_parallel_size=2`` and an engine on the second device.
+8. ``rl``: twenty iterations of ``pav.rl`` on SmolLM2-135M, with the verifier that ``make
+   demo-gsm8k`` leaves; without it this is left out.
 
 bfloat16 rounds, and kernels round differently. What is allowed is therefore measured, not guessed:
 vLLM may be off from transformers by ``SLACK`` times what transformers in bfloat16 is off from
@@ -38,6 +40,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
@@ -60,6 +63,7 @@ from pav.policy.policy import (
     encode_prompt,
     load_tokenizer,
 )
+from pav.rl.report import read_metrics
 from pav.tasks.base import task_spec
 from pav.tasks.tape import Tape
 from pav.verifier.checkpoint import Verifier, VerifierMeta
@@ -68,7 +72,7 @@ from pav.verifier.trunk import HeadedTrunk, load_trunk
 from search.run.records import read as read_records
 
 Check = Literal[
-    "scores", "commands", "shared_device", "weights", "first_runner", "graphs", "devices"
+    "scores", "commands", "shared_device", "weights", "first_runner", "graphs", "devices", "rl"
 ]
 Row = dict[str, Any]
 # What is most likely to fail comes first.
@@ -80,6 +84,7 @@ CHECKS: tuple[Check, ...] = (
     "first_runner",
     "graphs",
     "devices",
+    "rl",
 )
 # Without surprise this beam is at .07, with it above .8 on a CPU.
 BEAM_RIGHT = 0.7
@@ -89,6 +94,8 @@ NEW_TOKENS = 48
 SLACK = 3.0
 KV_GIB = 1.0
 CHECK_SECONDS = 600
+RL_CONFIG = Path("configs/gsm8k_smollm2/rl.yaml")
+RL_ITERATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -577,6 +584,33 @@ def check_devices(output: Path, report: Report) -> None:
         report.rows.append({**row, "metric": f"{row['metric']}, second device"})
 
 
+def check_rl(output: Path, report: Report) -> None:
+    """Online RL of SmolLM2-135M in bfloat16, policy, verifier and engine on one device."""
+    verifier = Path(yaml.safe_load(RL_CONFIG.read_text())["verifier"])
+    if not verifier.exists():
+        print(f"  not checked: there is no {verifier}; 'make demo-gsm8k' makes it")
+        return
+    directory = output / "rl"
+    shutil.rmtree(directory, ignore_errors=True)
+    code = subprocess.run(rl_command(directory), check=False).returncode
+    report.add("pav.rl on SmolLM2-135M: finished", float(code == 0), ">=", 1.0)
+    found = [row for row in read_metrics(directory) if "mismatch/mean" in row]
+    report.add("pav.rl on SmolLM2-135M: iterations", len(found), ">=", RL_ITERATIONS)
+    figures = ["mismatch/mean", "mismatch/largest_ratio", "train/accuracy", "train/tokens"]
+    figures += [f"seconds/{part}" for part in ("sync", "sample", "score", "update")]
+    for name in figures if found else []:
+        mean = float(np.mean([row[name] for row in found]))
+        report.add(f"pav.rl on SmolLM2-135M: {name}, mean over iterations", mean)
+
+
+def rl_command(directory: Path) -> list[str]:
+    """What trains SmolLM2-135M on a GPU: the settings of the demo, with bfloat16 in the trainer."""
+    return [
+        *(sys.executable, "-m", "pav.rl", "--config", str(RL_CONFIG), "--output", str(directory)),
+        *("--iterations", str(RL_ITERATIONS), "--precision", "bf16-mixed"),
+    ]
+
+
 def _start(check: Check, output: Path, env: dict[str, str] | None = None) -> bool:
     command = [sys.executable, __file__, "--only", check, "--output", str(output)]
     try:
@@ -660,6 +694,7 @@ CHECK_FUNCTIONS: dict[Check, Callable[[Path, Report], None]] = {
     "first_runner": check_first_runner,
     "graphs": check_graphs,
     "devices": check_devices,
+    "rl": check_rl,
 }
 
 
