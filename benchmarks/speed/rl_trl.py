@@ -71,7 +71,7 @@ class RlTrlConfig:
     verifier: str = "pav:reference"
     batch: int = 64
     group: int = 4
-    turns: int = 8
+    turns: int = 4
     micro_batch: int = 32
 
 
