@@ -115,7 +115,8 @@ def ours(work: Work, turns: Turns, every_group: bool) -> None:
     engine = VllmEngine(policy.path, policy.config.dtype, sampler.max_length, trained=True)
     with GuardedGrader(task) as grader:
         engine.start()
-        actor = Actor(engine, policy, sampler, grader, config.seed)
+        assert rewarder.references is not None
+        actor = Actor(engine, policy, sampler, grader, rewarder.references, config.seed)
         run = assembled(config, fabric, engine, actor, rewarder, problems, [])
         for _ in range(work.iterations):
             turns.begin()
