@@ -24,13 +24,13 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from scipy.stats import t as student
 
 from benchmarks.rl.runs import rows_of, run_once
 from benchmarks.speed.results import commit, machine, metric
 from pav.cli.run import run
 from pav.core.errors import UserError
 from pav.core.files import json_text
-from pav.core.statistics import Interval, bootstrap
 
 ARMS = Path("configs/tape/rl/arms.yaml")
 RESULTS = Path(__file__).parents[1] / "results"
@@ -62,25 +62,28 @@ class TapeRlConfig:
     only_report: bool = False
 
 
+# Iterations whose fresh samples are taken together, and those at the end of a run.
+BLOCK, LAST = 5, 10
+
+
 @dataclass(frozen=True)
 class Curve:
-    """What an arm's runs say, by evaluation.
+    """What an arm's runs say. S seeds, I iterations, E evaluations.
 
     Attributes:
+        samples: traces of an iteration.
+        right_SI: share of right ones among an iteration's: the policy's before its update, on
+            problems that it has not seen.
+        steps_SI: steps of them.
         iteration_E: iterations behind each evaluation.
-        samples_E: traces sampled until then.
         accuracy_SE: held-out accuracy of every seed.
-        interval_SE: (low, high) of each over problems.
-        steps_SE: steps per training trace around it.
-        seconds_S: of each whole run.
     """
 
+    samples: int
+    right_SI: Array
+    steps_SI: Array
     iteration_E: Array
-    samples_E: Array
     accuracy_SE: Array
-    interval_SE: Array
-    steps_SE: Array
-    seconds_S: Array
 
 
 def tape(config: TapeRlConfig) -> None:
@@ -141,79 +144,80 @@ def _late(rows: list[dict[str, Any]]) -> float:
 
 
 def _curve(config: TapeRlConfig, name: str) -> Curve | None:
-    """Of the seeds whose runs are there; evaluations that all of them have."""
-    runs = []
-    for seed in range(config.seeds):
-        if rows := rows_of(_directory(config, name, seed)):
-            runs.append(rows)
-    if not runs:
+    """Of the seeds whose runs are there, as far as all of them are."""
+    runs = [rows_of(_directory(config, name, seed)) for seed in range(config.seeds)]
+    trained = [[row for row in rows if "train/accuracy" in row] for rows in runs if rows]
+    if not trained:
         return None
-    evaluations = [[row for row in rows if "accuracy" in row] for rows in runs]
-    count = min(map(len, evaluations))
-    first = evaluations[0][:count]
+    evaluations = [[row for row in rows if "accuracy" in row] for rows in runs if rows]
+    count, kept = min(map(len, trained)), min(map(len, evaluations))
 
-    def steps(rows: list[dict[str, Any]], iteration: float) -> float:
-        last = max(iteration, 1)
-        near = [
-            row["train/steps"]
-            for row in rows
-            if "train/steps" in row and last - 5 <= row["iteration"] <= last
-        ]
-        return float(np.mean(near))
+    def table(rows_S: list[list[dict[str, Any]]], key: str, size: int) -> Array:
+        return np.array([[row[key] for row in rows[:size]] for rows in rows_S])
 
     return Curve(
-        np.array([row["iteration"] for row in first]),
-        np.array([row.get("samples", 0.0) for row in first]),
-        np.array([[row["accuracy"] for row in rows[:count]] for rows in evaluations]),
-        np.array(
-            [
-                [[row["accuracy_low"], row["accuracy_high"]] for row in rows[:count]]
-                for rows in evaluations
-            ]
-        ),
-        np.array([[steps(rows, row["iteration"]) for row in first] for rows in runs]),
-        np.array([sum(row["seconds/all"] for row in rows) for rows in runs]),
+        int(trained[0][0]["samples"]),
+        table(trained, "train/accuracy", count),
+        table(trained, "train/steps", count),
+        table(evaluations[:1], "iteration", kept)[0],
+        table(evaluations, "accuracy", kept),
     )
 
 
+def blocks(values_SI: Array) -> Array:
+    """Means (S, B) of every five iterations."""
+    count = values_SI.shape[1] // BLOCK
+    return np.asarray(values_SI[:, : count * BLOCK].reshape(len(values_SI), count, BLOCK).mean(2))
+
+
 def samples_to(curve: Curve, accuracy: float) -> float:
-    """Samples after which the mean over seeds first reaches ``accuracy``; infinite if never."""
-    reached = np.flatnonzero(curve.accuracy_SE.mean(0) >= accuracy)
-    return float(curve.samples_E[reached[0]]) if len(reached) else float("inf")
+    """Samples after which the mean over seeds, in blocks of five iterations, first is as high as
+    ``accuracy``; infinite if it never is.
+    """
+    reached = np.flatnonzero(blocks(curve.right_SI).mean(0) >= accuracy)
+    return float((reached[0] + 1) * BLOCK * curve.samples) if len(reached) else float("inf")
 
 
-def _over_seeds(values_S: Array) -> Interval:
-    return bootstrap(values_S[:, None])
+def over_seeds(values_S: Array) -> tuple[float, list[float] | None]:
+    """Mean and 95% interval (Student's t) over seeds; no interval of one."""
+    mean, seeds = float(values_S.mean()), len(values_S)
+    if seeds == 1:
+        return mean, None
+    half = float(student.ppf(0.975, seeds - 1) * values_S.std(ddof=1) / np.sqrt(seeds))
+    return mean, [mean - half, mean + half]
 
 
 def _report(config: TapeRlConfig, curves: dict[str, Curve], problems: int) -> None:
     rows, metrics = [], []
     outcome = curves.get(OUTCOME)
-    best = None if outcome is None else float(outcome.accuracy_SE.mean(0).max())
+    best = None if outcome is None else float(blocks(outcome.right_SI).mean(0).max())
     for name, curve in curves.items():
-        end = _over_seeds(curve.accuracy_SE[:, -1])
-        seeds = len(curve.accuracy_SE)
-        if seeds == 1:  # then that of its problems says more
-            end = Interval(end.mean, *map(float, curve.interval_SE[0, -1]))
+        late_S = curve.right_SI[:, -LAST:].mean(1)
+        seeds, iterations = curve.right_SI.shape
         prefix = f"RL tape, {config.regime}, {name}, {seeds} seed{'s' * (seeds > 1)}"
-        metrics.append(metric(f"{prefix}: held-out accuracy at the end", end.mean,
-                              None, [end.low, end.high]))  # fmt: skip
+        what = f"right of fresh samples in the last {LAST} of {iterations} iterations"
+        metrics.append(metric(f"{prefix}: {what}", *_placed(over_seeds(late_S))))
+        held_out = over_seeds(curve.accuracy_SE[:, -1])
+        metrics.append(metric(f"{prefix}: held-out accuracy at the end", *_placed(held_out)))
         if outcome is not None and best is not None and name != OUTCOME:
-            wanted, took = samples_to(outcome, best), samples_to(curve, best)
-            metrics.append(metric(f"{prefix}: samples of outcome alone to its best, by its own",
-                                  wanted / took if took else float("inf"), (">=", 5)))  # fmt: skip
-            paired = min(seeds, len(outcome.accuracy_SE))
-            gap = _over_seeds(curve.accuracy_SE[:paired, -1] - outcome.accuracy_SE[:paired, -1])
-            between = None if paired == 1 else [gap.low, gap.high]
-            metrics.append(metric(f"{prefix}: accuracy at the end minus that of outcome alone",
-                                  gap.mean, (">=", 0.06), between))  # fmt: skip
-        for seed in range(seeds):
-            rows += [
-                {"regime": config.regime, "arm": name, "seed": seed, "iteration": int(i),
-                 "samples": int(n), "accuracy": round(float(a), 4), "steps": round(float(s), 2)}
-                for i, n, a, s in zip(curve.iteration_E, curve.samples_E, curve.accuracy_SE[seed],
-                                      curve.steps_SE[seed], strict=True)
-            ]  # fmt: skip
+            ratio = samples_to(outcome, best) / samples_to(curve, best)
+            said = (
+                "samples of outcome alone to its best five iterations, by its own to as good ones"
+            )
+            metrics.append(metric(f"{prefix}: {said}", ratio, (">=", 5)))
+            paired = min(seeds, len(outcome.right_SI))
+            gap_S = late_S[:paired] - outcome.right_SI[:paired, -LAST:].mean(1)
+            gap, between = over_seeds(gap_S)
+            said = f"right in the last {LAST} iterations minus outcome alone"
+            metrics.append(metric(f"{prefix}: {said}", gap, (">=", 0.06), between))
+        right_SB, steps_SB = blocks(curve.right_SI), blocks(curve.steps_SI)
+        rows += [
+            {"regime": config.regime, "arm": name, "seed": seed, "iterations": (b + 1) * BLOCK,
+             "samples": (b + 1) * BLOCK * curve.samples,
+             "right": round(float(right_SB[seed, b]), 4),
+             "steps": round(float(steps_SB[seed, b]), 2)}
+            for seed in range(seeds) for b in range(right_SB.shape[1])
+        ]  # fmt: skip
     common = {
         "seeds": list(range(config.seeds)), "n_problems": problems, "machine": machine(),
         "date": date.today().isoformat(), "commit": commit(),
@@ -223,38 +227,65 @@ def _report(config: TapeRlConfig, curves: dict[str, Curve], problems: int) -> No
     }  # fmt: skip
     target = RESULTS / f"rl_tape_{config.regime}.json"
     target.write_text(json_text([{**m, **common} for m in metrics]) + "\n")
-    with target.with_suffix(".csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    _write(rows, target.with_suffix(".csv"))
+    if tries := _tries(config, list(curves)):
+        _write(tries, RESULTS / f"rl_tape_{config.regime}_tries.csv")
     draw(curves, config, target.with_suffix(".png"))
     for m in metrics:
         print(f"{m['metric']}: {m['value']:.3f} {m['ci95'] or ''}")
     print(f"figures: {target}\nplot: {target.with_suffix('.png')}")
 
 
+def _placed(found: tuple[float, list[float] | None]) -> tuple[float, None, list[float] | None]:
+    """Without a target."""
+    return found[0], None, found[1]
+
+
+def _tries(config: TapeRlConfig, names: list[str]) -> list[dict[str, Any]]:
+    """What every try of an arm came to."""
+    plan = yaml.safe_load(ARMS.read_text())["tries"]
+    found = []
+    for name in names:
+        for number, changes in enumerate(plan.get(name, [])):
+            if rows := rows_of(_try_directory(config, name, number)):
+                found.append({"regime": config.regime, "arm": name, "try": number,
+                              "changes": json_text(changes, None),
+                              "right": round(_late(rows), 4)})  # fmt: skip
+    return found
+
+
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def draw(curves: dict[str, Curve], config: TapeRlConfig, target: Path) -> None:
-    """Accuracy and steps per trace over iterations; samples stand at the top."""
+    """Right samples, held-out accuracy and steps over iterations; samples stand at the top."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    axes = figure.subplots(1, 3)
     for number, (name, curve) in enumerate(curves.items()):
-        for ax, values_SE in zip(axes, (curve.accuracy_SE, curve.steps_SE), strict=True):
-            ax.plot(curve.iteration_E, values_SE.mean(0), color=f"C{number}", label=name)
-            ax.fill_between(curve.iteration_E, values_SE.min(0), values_SE.max(0),
+        right_SB, steps_SB = blocks(curve.right_SI), blocks(curve.steps_SI)
+        middle_B = (np.arange(right_SB.shape[1]) + 0.5) * BLOCK
+        shown = ((middle_B, right_SB), (curve.iteration_E, curve.accuracy_SE), (middle_B, steps_SB))
+        for ax, (x, values_S) in zip(axes, shown, strict=True):
+            ax.plot(x, values_S.mean(0), "o-", ms=3, color=f"C{number}", label=name)
+            ax.fill_between(x, values_S.min(0), values_S.max(0),
                             color=f"C{number}", alpha=0.15, lw=0)  # fmt: skip
-    axes[0].set_ylabel("held-out accuracy, one sample at T = 1")
-    axes[1].set_ylabel("steps per training trace")
-    any_curve = next(iter(curves.values()))
-    per = any_curve.samples_E[-1] / max(1.0, any_curve.iteration_E[-1])
+    axes[0].set_ylabel(f"right of fresh samples, {BLOCK} iterations at a time")
+    axes[1].set_ylabel("held-out accuracy, one sample at T = 1")
+    axes[2].set_ylabel("steps per training trace")
+    per = next(iter(curves.values())).samples
     for ax in axes:
         ax.set_xlabel("iterations")
         top = ax.secondary_xaxis("top", functions=(lambda x: x * per, lambda x: x / per))
         top.set_xlabel("samples")
     axes[0].legend(fontsize=8)
-    shown = "one seed" if config.seeds == 1 else f"mean and range of {config.seeds} seeds"
-    figure.suptitle(f"Online RL on the tape, {config.regime} start: {shown}")
+    said = "one seed" if config.seeds == 1 else f"mean and range of {config.seeds} seeds"
+    figure.suptitle(f"Online RL on the tape, {config.regime} start: {said}")
     figure.savefig(target, dpi=150)
 
 
