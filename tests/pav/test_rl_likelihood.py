@@ -19,6 +19,7 @@ from pav.policy.policy import PolicyConfig, Sampler, load_policy
 from pav.rl.chain import Tags
 from pav.rl.command import opened, rl
 from pav.rl.config import RlConfig
+from pav.rl.diagnose import DiagnoseConfig, diagnose, within
 from pav.rl.learner import Learner
 from pav.rl.progress import log_likelihoods
 from pav.rl.read import floor_slope, read_after, with_best_reference
@@ -206,6 +207,29 @@ def test_the_floors_slope_is_fitted_on_forty_iterations() -> None:
     assert floor_slope(history, config) == pytest.approx(0.05)
     assert floor_slope(history, replace(config, chain_slope=0.2)) == 0.2
     assert floor_slope(history, replace(config, chain_floor=None)) == 0
+
+
+def test_correlation_is_that_within_problems_not_over_them() -> None:
+    # Longer problems are harder; among the chains of one, longer ones are better.
+    length_PG = np.array([[1.0, 2, 3], [11, 12, 13], [5, 5, 5]])
+    log_PG = np.array([[-1.0, -0.5, 0], [-11, -10.5, -10], [-1, -2, -3]])
+    assert np.corrcoef(length_PG.ravel(), log_PG.ravel())[0, 1] < 0
+    np.testing.assert_allclose(within(length_PG, log_PG)[:2], 1)
+    assert np.isnan(within(length_PG, log_PG)[2])
+
+
+def test_diagnosis_reads_the_reference_after_every_chain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diagnose(DiagnoseConfig(output=str(tmp_path), problems=4, chains=4))
+    assert "correlation of chain length and log-probability within problems" in (
+        capsys.readouterr().out
+    )
+    figures = json.loads((tmp_path / "diagnose.json").read_text())
+    lines = (tmp_path / "chains.csv").read_text().splitlines()
+    assert figures["chains"] == 4 and figures["mean_logprob"] < 0 and len(lines) == 17
+    assert -1 <= figures["low"] <= figures["correlation_within_problems"] <= figures["high"] <= 1
+    assert (tmp_path / "diagnose.png").stat().st_size > 10_000
 
 
 def test_the_ledger_opens_with_its_tag_and_a_reference_after_any_chain() -> None:
