@@ -156,7 +156,8 @@ def undeclared(top: str, extras: tuple[str, ...]) -> list[str]:
 def test_every_package_that_is_imported_is_declared() -> None:
     for top in ROOMS:
         assert undeclared(top, ("gpu", "ray", "loggers", "smollm2")) == []
-    assert undeclared("benchmarks", ("gpu", "dev")) == []
+    # TRL is measured in an environment of its own.
+    assert undeclared("benchmarks", ("gpu", "dev")) == ["benchmarks/speed/rl_turns.py imports trl"]
     # Without its extra Ray is missed.
     assert undeclared("pav", ("gpu", "loggers", "smollm2")) == ["pav/engine/ray.py imports ray"]
 

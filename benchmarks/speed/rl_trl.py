@@ -37,6 +37,7 @@ from benchmarks.speed.results import Target, metric, write
 from benchmarks.speed.rl_turns import Work
 from pav.cli.run import run
 from pav.core.errors import UserError
+from pav.core.files import json_text
 from pav.rl.command import opened, problems_of
 from pav.rl.config import RlConfig
 
@@ -129,7 +130,7 @@ def compare(config: RlTrlConfig) -> None:
     """
     with tempfile.TemporaryDirectory() as directory, ExitStack() as ends:
         work = Path(directory) / "work.json"
-        work.write_text(json.dumps(asdict(_work(config, directory))))
+        work.write_text(json_text(asdict(_work(config, directory))))
 
         def started(name: str) -> tuple[Side, dict[str, float] | str]:
             python = sys.executable if name in OURS else config.trl_python

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 import psutil
 
+from pav.core.files import json_text
 from pav.tasks.base import Problem
 from pav.tasks.tape import Tape
 
@@ -88,7 +89,7 @@ class Turns:
             "seconds": time.perf_counter() - self.began[1],
         }
         self.done += 1
-        print(json.dumps({**took, **self.found}), file=self.stream, flush=True)
+        print(json_text({**took, **self.found}, None), file=self.stream, flush=True)
 
 
 def ours(work: Work, turns: Turns, every_group: bool) -> None:

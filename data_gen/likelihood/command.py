@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.special import logsumexp
 
 from data_gen.label_run import (
     Run,
@@ -232,7 +231,7 @@ def _write(
                 if others := rivals.get(problem.id):
                     wrong = [answer_ids(task, policy, replace(problem, gold=o)) for o in others]
                     all_RB = np.stack([values, *(scorer(model, ids, cuts, w) for w in wrong)])
-                    values = values - logsumexp(all_RB, axis=0)
+                    values = values - np.logaddexp.reduce(all_RB, axis=0)
                 rows += [
                     {
                         "prefix_key": key,

@@ -13,7 +13,7 @@ import csv
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,9 @@ from pav.engine.loading import EngineConfig
 from pav.policy.policy import PolicyConfig, Sampler
 from pav.tasks.base import Split, Task
 
-if TYPE_CHECKING:  # --help stays fast
+# Not typing's: jsonargparse would run that block, and --help would wait for its imports.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from pav.rl.trace import Trace
 
 Array = NDArray[np.float64]

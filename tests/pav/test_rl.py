@@ -169,8 +169,8 @@ def test_two_processes_with_two_engine_workers_make_the_update_of_one(tmp_path: 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     two = [*torchrun, "-m", "pav.rl", "--devices", "2", "--workers", "1"]
     short = ("--iterations", "1", "--eval_problems", "0", "--refresh_labels_every", "null")
-    fsdp = [*two, "--strategy", "fsdp"]
-    for name, command in (("one", PAV_RL), ("two", two), ("fsdp", fsdp)):
+    # Sharded training is held against one process in test_rl_shares.
+    for name, command in (("one", PAV_RL), ("two", two)):
         done = start(command, tmp_path / name, *short)
         assert done.returncode == 0, done.stderr
     one, a = weights(tmp_path / "one"), rows(tmp_path / "one")[0]
@@ -178,15 +178,14 @@ def test_two_processes_with_two_engine_workers_make_the_update_of_one(tmp_path: 
     # rounding is as large as any other step.
     moments = [name for name in one if name.endswith("exp_avg")]
     assert moments
-    for other in ("two", "fsdp"):
-        found, b = weights(tmp_path / other), rows(tmp_path / other)[0]
-        assert found.keys() == one.keys()
-        for name in moments:
-            torch.testing.assert_close(found[name], one[name], atol=1e-6, rtol=1e-4)
-        for key in ("train/accuracy", "train/tokens", "train/dead_groups", "train/steps"):
-            assert a[key] == b[key], key
-        for key in ("update/loss", "update/gradient_norm"):
-            np.testing.assert_allclose(a[key], b[key], rtol=1e-5)
+    found, b = weights(tmp_path / "two"), rows(tmp_path / "two")[0]
+    assert found.keys() == one.keys()
+    for name in moments:
+        torch.testing.assert_close(found[name], one[name], atol=1e-6, rtol=1e-4)
+    for key in ("train/accuracy", "train/tokens", "train/dead_groups", "train/steps"):
+        assert a[key] == b[key], key
+    for key in ("update/loss", "update/gradient_norm"):
+        np.testing.assert_allclose(a[key], b[key], rtol=1e-5)
 
 
 def test_refreshed_labels_follow_the_policy(unbroken: Path) -> None:
