@@ -201,7 +201,8 @@ def draw(
         if label == "perplexity":
             ax.set_yscale("log")
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"Likelihood rewards, {config.setting}: mean and range of {config.seeds} seeds")
+    said = "one seed" if config.seeds == 1 else f"mean and range of {config.seeds} seeds"
+    figure.suptitle(f"Likelihood rewards, {config.setting}: {said}")
     figure.savefig(target, dpi=150)
 
 
