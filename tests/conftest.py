@@ -98,6 +98,8 @@ SLOW = [
     "test_beam",
     "test_tools",
     "test_rl_learner",
+    "test_rl_likelihood",
+    "test_reference_sets",
     "test_rl_reward_model",
     "test_rl_shares",
     "test_next_commands",
