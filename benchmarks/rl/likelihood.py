@@ -134,14 +134,12 @@ def _report(
         for label, key in FIGURES.items():
             last = [rows[-1][key] for rows in runs if key in rows[-1]]
             if last:
-                interval = [min(last), max(last)] if len(last) > 1 else None
-                what = (
-                    f"likelihood, {config.setting}, {name}, {len(last)} seeds: {label} at the end"
-                )
-                metrics.append(metric(what, float(np.mean(last)), None, interval))
+                seeds = f"{len(last)} seed{'s' * (len(last) > 1)}"
+                what = f"likelihood, {config.setting}, {name}, {seeds}: {label} at the end"
+                metrics.append(metric(what, float(np.mean(last))))
     target = RESULTS / f"rl_likelihood_{config.setting}.json"
     common = {
-        "interval": "range of seeds", "n_problems": problems, "machine": machine(),
+        "seeds": list(range(config.seeds)), "n_problems": problems, "machine": machine(),
         "date": date.today().isoformat(), "commit": commit(),
         "command": f"python -m benchmarks.rl.likelihood --setting {config.setting} --arms "
         f"'[{', '.join(found)}]' --seeds {config.seeds} --iterations {config.iterations}",
