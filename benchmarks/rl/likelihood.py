@@ -11,7 +11,6 @@ Reads ``configs/tape/likelihood/arms.yaml``. Writes ``rl_likelihood_<setting>.js
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from benchmarks.rl.runs import rows_of, run_once
+from benchmarks.rl.runs import rows_of, run_once, write_rows
 from benchmarks.speed.results import commit, machine, metric
 from pav.cli.run import run
 from pav.core.errors import UserError
@@ -145,10 +144,7 @@ def _report(
         f"'[{', '.join(found)}]' --seeds {config.seeds} --iterations {config.iterations}",
     }  # fmt: skip
     target.write_text(json_text([{**m, **common} for m in metrics]) + "\n")
-    with target.with_suffix(".csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, target.with_suffix(".csv"))
     table = _table(found, seconds)
     target.with_suffix(".md").write_text(table)
     draw(found, config, target.with_suffix(".png"))

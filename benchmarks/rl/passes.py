@@ -9,7 +9,6 @@ the problems that the start never solved the share that each policy solves. Writ
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from datetime import date
 from itertools import islice, pairwise
@@ -20,6 +19,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from benchmarks.rl.runs import write_rows
 from benchmarks.rl.tape import ARMS, RESULTS
 from benchmarks.speed.results import commit, machine, metric
 from pav.cli.run import run
@@ -140,10 +140,7 @@ def _report(config: PassesConfig, found: dict[str, Solved]) -> None:
     }  # fmt: skip
     target = RESULTS / f"rl_tape_{config.regime}_passes.json"
     target.write_text(json_text([{**m, **common} for m in metrics]) + "\n")
-    with target.with_suffix(".csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, target.with_suffix(".csv"))
     draw(rows, config, target.with_suffix(".png"))
     for m in metrics:
         print(f"{m['metric']}: {m['value']:.3f} {m['ci95'] or ''}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -31,3 +32,11 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     """Metrics of a run, oldest first; none where there is no run."""
     file = directory / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows of the same keys as CSV."""
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

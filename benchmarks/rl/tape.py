@@ -14,7 +14,6 @@ in its last ten iterations (fresh samples of problems that were not trained on b
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import numpy as np
 import yaml
 from scipy.stats import t as student
 
-from benchmarks.rl.runs import rows_of, run_once
+from benchmarks.rl.runs import rows_of, run_once, write_rows
 from benchmarks.speed.results import commit, machine, metric
 from pav.cli.run import run
 from pav.core.errors import UserError
@@ -227,9 +226,9 @@ def _report(config: TapeRlConfig, curves: dict[str, Curve], problems: int) -> No
     }  # fmt: skip
     target = RESULTS / f"rl_tape_{config.regime}.json"
     target.write_text(json_text([{**m, **common} for m in metrics]) + "\n")
-    _write(rows, target.with_suffix(".csv"))
+    write_rows(rows, target.with_suffix(".csv"))
     if tries := _tries(config, list(curves)):
-        _write(tries, RESULTS / f"rl_tape_{config.regime}_tries.csv")
+        write_rows(tries, RESULTS / f"rl_tape_{config.regime}_tries.csv")
     draw(curves, config, target.with_suffix(".png"))
     for m in metrics:
         print(f"{m['metric']}: {m['value']:.3f} {m['ci95'] or ''}")
@@ -252,13 +251,6 @@ def _tries(config: TapeRlConfig, names: list[str]) -> list[dict[str, Any]]:
                               "changes": json_text(changes, None),
                               "right": round(_late(rows), 4)})  # fmt: skip
     return found
-
-
-def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def draw(curves: dict[str, Curve], config: TapeRlConfig, target: Path) -> None:

@@ -179,8 +179,7 @@ def opened(config: RlConfig) -> tuple[Rewarder, Policy, Task, Sampler]:
     )
     if (reward_model := _reward_model(config, policy)) is not None:
         rewarder = replace(rewarder, reward_model=reward_model, prover=PRM)
-    reads = config.by_likelihood or config.dense == "likelihood" or not task.is_graded
-    if config.is_sharded and reads:
+    if config.is_sharded and config.reads_references(task.is_graded):
         raise UserError(
             f"strategy is fsdp, and reference answers are read of the policy (reward "
             f"{config.reward}, dense {config.dense}, task {task.name!r}), which needs it whole; "
@@ -243,7 +242,7 @@ def check_refreshable(config: RlConfig, prover: str, card: VerifierMeta) -> None
         UserError: naming the prover.
     """
     made_of = {name for name, _ in provers(prover)} - {card.base_head}
-    if config.dense == "none" or any(best_of(name) is None for name in made_of):
+    if config.dense in ("none", "likelihood") or any(best_of(name) is None for name in made_of):
         raise UserError(
             f"refresh_labels_every makes labels of the policy itself, and the reward is dense "
             f"{config.dense} of prover {prover!r}; give --prover bo4 or {card.base_head}, or leave "

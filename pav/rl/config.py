@@ -281,6 +281,12 @@ class RlConfig:
                     "no verifier is given, which would remember policy and task; add --policy and "
                     "--task, or --verifier"
                 )
+            for name in ("orm", "refresh_labels_every", "prover", "trunk"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"{name} is {getattr(self, name)!r} and no verifier is given, which it "
+                        f"goes with; add --verifier, or leave {name} out"
+                    )
         elif self.policy is not None:
             raise UserError(
                 "policy and verifier are both given; give another start as --init, and leave "
@@ -300,6 +306,26 @@ class RlConfig:
             )
         if self.reward == "sft" and self.dense != "none":
             raise UserError(f"reward is sft and dense is {self.dense}; add --dense none")
+        if self.sft_chain == "own" and self.reward != "sft":
+            raise UserError(
+                f"sft_chain is own and reward is {self.reward}; add --reward sft, or leave it out"
+            )
+        if not self.reference_term and (not self.by_likelihood or self.reward == "sft"):
+            raise UserError(
+                f"reference_term is false and reward is {self.reward}, which has no other term or "
+                "no such term; leave it out, or give a likelihood reward"
+            )
+        if self.answer_tags is not None and not self.answer_tags[0]:
+            raise UserError(
+                f"answer_tags is {list(self.answer_tags)}, without an opening tag; give e.g. "
+                "'[<answer>, </answer>]', or leave it out"
+            )
+        slope = self.chain_slope
+        if slope is not None and (self.chain_floor is None or not 0 <= slope < float("inf")):
+            raise UserError(
+                f"chain_slope is {slope} and chain_floor is {self.chain_floor}; give a slope of 0 "
+                "or more with a floor"
+            )
         if self.chain_floor is not None and (self.chain_floor < 1 or self.reward == "sft"):
             raise UserError(
                 f"chain_floor is {self.chain_floor} and reward is {self.reward}; give 1 or more "
@@ -310,6 +336,14 @@ class RlConfig:
     def by_likelihood(self) -> bool:
         """Whether the reward is that of the reference answer."""
         return self.reward in LIKELIHOODS
+
+    def reads_references(self, is_graded: bool) -> bool:
+        """Whether reference answers are read of the policy, in training or in evaluations.
+
+        Args:
+            is_graded: whether the task grades; without it they are all that is measured.
+        """
+        return self.by_likelihood or self.dense == "likelihood" or not is_graded
 
     def _check_reward_model(self) -> None:
         """Refuse settings that a reward model's Q has no part in."""

@@ -12,7 +12,6 @@ Axes: G chains of one problem, A tokens of the reference after one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ from pav.rl.config import RewardKind
 
 Array = NDArray[np.float64]
 Baseline = Callable[[Array], Array]
-Likelihood = Literal["probability", "avg_probability", "logprob", "avg_logprob", "jepo", "sft"]
 
 
 def reward(kind: RewardKind, logprob_A: Array) -> float:

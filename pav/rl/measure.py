@@ -125,7 +125,8 @@ def evaluate(
     lengths = np.array([len(t.ids) for t in traces], dtype=float).reshape(-1, count)
     read_PF = np.zeros((len(mine), len(_READ)))
     graded = actor.references.task.is_graded
-    if config.by_likelihood or config.dense == "likelihood" or not graded:
+    reads = config.reads_references(graded)
+    if reads:
         read_PF = _references(actor, learner, traces, config)
     cut_PG = np.array([t.truncated for t in traces], dtype=float).reshape(-1, count)
     others_P3 = np.stack([[g.correct for g in greedy], lengths.mean(1), cut_PG.mean(1)], axis=1)
@@ -139,7 +140,7 @@ def evaluate(
     }
     if graded:
         found |= _success(table[:, :count], table[:, count])
-    if read_PF.any():
+    if reads:
         found |= _likelihood(dict(zip(_READ, table[:, count + 3 :].T, strict=True)), count)
     return found
 

@@ -138,7 +138,9 @@ def update(
         config: settings of the loss.
     """
     sums = Sums()
-    parts = list(_parts(learner, samples, config, sums))
+    with fabric.autocast():
+        # Not as set up: DDP gathers buffers in every pass, and processes read unequally many.
+        parts = list(_parts(learner.module, samples, config, sums))
     # Processes gather weights and gradients together, so that all make as many passes.
     count = max(1, largest(fabric, len(parts)))
     optimizer.zero_grad()

@@ -15,9 +15,9 @@ import torch
 
 from pav.cli.run import run
 from pav.core.errors import UserError
-from pav.policy.policy import PolicyConfig, Sampler, load_policy
+from pav.policy.policy import PolicyConfig, load_policy
 from pav.rl.chain import Tags
-from pav.rl.command import opened, rl
+from pav.rl.command import rl
 from pav.rl.config import RlConfig
 from pav.rl.diagnose import DiagnoseConfig, diagnose, within
 from pav.rl.learner import Learner
@@ -143,6 +143,12 @@ def test_a_task_without_a_grader_is_trained_and_what_needs_grades_is_refused(
         ({"policy": PolicyConfig(), "reward": "jepo", "group": 1}, "group is 1"),
         ({"policy": PolicyConfig(), "reward": "sft", "group": 4}, "--group 1"),
         ({"policy": PolicyConfig(), "reward": "logprob", "chain_floor": 0}, "chain_floor is 0"),
+        ({"policy": PolicyConfig(), "reward": "logprob", "chain_slope": 1.0}, "with a floor"),
+        ({"policy": PolicyConfig(), "reward": "logprob", "sft_chain": "own"}, "add --reward sft"),
+        ({"policy": PolicyConfig(), "reference_term": False}, "give a likelihood reward"),
+        ({"policy": PolicyConfig(), "answer_tags": ("", "B")}, "without an opening tag"),
+        ({"policy": PolicyConfig(), "orm": "orm.ckpt"}, "orm is 'orm.ckpt' and no verifier"),
+        ({"policy": PolicyConfig(), "refresh_labels_every": 2}, "refresh_labels_every is 2"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_with_the_fix(
@@ -232,13 +238,17 @@ def test_diagnosis_reads_the_reference_after_every_chain(
     assert (tmp_path / "diagnose.png").stat().st_size > 10_000
 
 
-def test_the_ledger_opens_with_its_tag_and_a_reference_after_any_chain() -> None:
+def test_the_ledgers_reference_stands_after_its_own_chain_and_after_none() -> None:
     task = Ledger()
-    config = RlConfig(
-        policy=PolicyConfig(), task=task, dense="none", reward="logprob",
-        sampler=Sampler(max_length=300),
-    )  # fmt: skip
-    rewarder, _, opened_task, _ = opened(replace(config, task=Tape()))
-    assert rewarder.references is not None and opened_task.is_graded
+    policy = load_policy(PolicyConfig("pav:ledger"), task.step_rule)
+    refs = References(policy, task, Tags(*task.answer_tags), 0)
     problem = next(islice(task.problems("train"), 1))
-    assert task.answer_tags[0] not in problem.gold
+    nothing = refs.empty(problem, policy.encode(problem), 0)
+    assert nothing.ids == [] and policy.text(nothing.reference) == f"A{problem.gold}"
+    chain = policy.tokenizer.encode("1+1=2\nAelse", add_special_tokens=False)
+    given = replace(nothing, ids=chain, sampled_T=np.zeros(len(chain), np.float32))
+    found = refs.after(given, problem.gold or "")
+    assert found.is_tagged and policy.text(found.ids) == "1+1=2\nA"
+    assert policy.text(found.reference) == problem.gold
+    assert found.reference[-1] in policy.stepper.eos_ids
+    assert len(found.sampled_T) == len(found.ids)

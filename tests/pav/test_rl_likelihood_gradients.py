@@ -192,7 +192,7 @@ def test_a_policy_that_ignores_the_chain_learns_as_in_fine_tuning(
             policy[ROW[(*opened, *REFERENCE[:n])]] = table(5)[n]
         if chain[-1] != TAG:
             policy[ROW[chain]] = torch.tensor([-60.0, -60.0, 0.0])
-    gradient, _ = estimated(policy, config(kind, sft_chain="own"))
+    gradient, _ = estimated(policy, config(kind, sft_chain="own" if kind == "sft" else "none"))
     logits = policy.clone().requires_grad_()
     chance_N = chances(policy)
     log_N = torch.stack([log_probability(logits, z, after(z)).sum() for z in CHAINS])
